@@ -1,0 +1,64 @@
+# Every target works on a fresh machine: python3 >= 3.10 with venv and headers, make, a C++ compiler.
+# VENV=path uses (or creates) another environment; an existing one keeps the torch it has.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.14.1
+TORCHVISION ?= torchvision==0.29.1
+# One GPU architecture with PTX is what the tests need (the simulator runs the PTX); releases build RELEASE_ARCHS of setup.py.
+export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.dl4ds_kernels-setup
+PYTEST := $(PY) -m pytest
+
+.PHONY: help setup build demo test test-fast test-full sim bench lint format docs clean
+help:           ## this list
+	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml requirements-build.txt | $(PY)
+	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "python >= 3.10 is needed"; exit 1; }
+	@$(PY) -c "import torch, torchvision" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)" "$(TORCHVISION)"
+	$(PY) -m pip install -q -r requirements-build.txt
+	@if $(PY) -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+	    $(PY) -m pip install -q "cuda-toolkit[nvcc,cccl]==$$($(PY) -c 'import torch; print(torch.version.cuda)').*"; fi
+	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+build: $(STAMP) ## compile what changed (seconds when nothing did)
+	@$(PY) setup.py -q build_ext --inplace
+
+setup: build    ## environment and build, shared by every other target
+
+demo: build     ## the main job: a stock ResNet-50 on a real photograph, optimized, checked, timed, reported
+	$(PY) -m dl4ds_kernels demo --html demo_report.html
+
+test: build     ## the test suite
+	$(PYTEST) -m "not full"
+
+test-fast: build ## the inner loop, under 3 minutes
+	$(PYTEST) -m "not full and not slow" -x
+
+test-full: build ## everything, long runs included
+	$(PYTEST)
+
+sim: build      ## every GPU kernel of one op on the PTX simulator: make sim OP=add_act
+	$(PYTEST) tests/test_cuda_kernels.py -m "not full" -k "$(OP)"
+
+bench: build    ## regenerate bench/results and the README figures
+	$(PY) bench/run.py
+
+lint: $(STAMP)  ## ruff and clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(STAMP) ## apply ruff and clang-format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' | xargs -r $(VENV)/bin/clang-format -i
+
+clean:          ## remove build products (the environment stays)
+	rm -rf build dl4ds_kernels/*.so dl4ds_kernels/_build_info.json *.egg-info

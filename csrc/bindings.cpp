@@ -1,0 +1,57 @@
+// The pybind11 module `_C`: host facts only, no tensor crosses here. Loading it also runs the static registrations
+// of the CPU kernels (csrc/ops/*/*_cpu.cpp).
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "common/cpu/isa.h"
+#include "common/cpu/pool.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = DL4DS_VERSION;
+    info["compiler"] = __VERSION__;
+    info["cplusplus"] = static_cast<long>(__cplusplus);
+    info["torch_target_version"] = static_cast<unsigned long long>(TORCH_TARGET_VERSION);
+    return info;
+}
+
+py::dict cpu_features() {
+    py::dict features;
+    features["isa"] = dl4ds::isa_name(dl4ds::active_isa());
+    features["l2_bytes"] = dl4ds::cache_sizes().l2_bytes;
+    features["llc_bytes"] = dl4ds::cache_sizes().llc_bytes;
+    return features;
+}
+
+/// The GPU architectures that `_cuda` was built for at the same time, as TORCH_CUDA_ARCH_LIST spells them.
+std::string cuda_archs() { return DL4DS_CUDA_ARCHS; }
+
+py::dict pool_stats() {
+    const dl4ds::PoolStats stats = dl4ds::pool_stats();
+    py::dict result;
+    result["limit_bytes"] = stats.limit_bytes;
+    result["used_bytes"] = stats.used_bytes;
+    result["idle_bytes"] = stats.idle_bytes;
+    result["peak_used_bytes"] = stats.peak_used_bytes;
+    result["hits"] = stats.hits;
+    result["misses"] = stats.misses;
+    result["evictions"] = stats.evictions;
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Host facts of dl4ds_kernels' compiled part.";
+    m.def("build_info", &build_info, "Facts of the build: version, compiler, libtorch stable ABI target.");
+    m.def("cpu_features", &cpu_features, "Instruction set in use and cache sizes in bytes.");
+    m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
+    m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");
+    m.def("pool_trim", &dl4ds::pool_trim, "Give idle blocks back to the operating system; returns bytes.");
+    m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"), "Most idle bytes the pool keeps; 0 = off.");
+}

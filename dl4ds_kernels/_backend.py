@@ -1,0 +1,145 @@
+"""The only place that chooses a backend.
+
+Order: ``backend=`` argument > ``with dk.backend("triton"):`` / ``dk.backend("triton")`` > ``DL4DS_BACKEND`` > auto.
+``auto`` takes the compiled kernels where they are loaded and measured faster than stock torch on the size at hand
+(``MIN_NUMEL``), Triton for CUDA tensors without the CUDA part, and stock torch otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from ._define import CPP, TRITON, triton_interpreted
+
+BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
+STOCK = "stock"
+REFERENCE = "reference"
+
+# Elements from which our kernel beats stock torch on the CPU, host overhead included (bench/overhead.py prints both sides).
+MIN_NUMEL = {"add_act": 32768, "bn_act": 16384, "conv_bn_act": 0}
+
+
+class _State(threading.local):
+    """Per-thread override; a setter call outside ``with`` changes the default of every thread."""
+
+    name: str | None = None
+
+
+_state = _State()
+_default = "auto"
+# True until somebody asks for a backend: lets the functionals test one flag for the common case.
+untouched = True
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _from_environment() -> None:
+    global _default, untouched
+    _default = _check(os.environ.get("DL4DS_BACKEND", "auto"), "DL4DS_BACKEND")
+    untouched = _default == "auto"
+
+
+_from_environment()
+
+
+class backend:
+    """Choose the backend: ``dk.backend("triton")`` for the process, ``with dk.backend("triton"):`` for a block of one thread.
+
+    Names: ``auto``, ``cpu``, ``cuda``, ``triton``, ``reference``. An explicit choice is binding: a call that the backend
+    cannot serve raises, while ``auto`` falls back to stock torch.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _default, untouched
+        self.name = _check(name, "backend")
+        untouched = False
+        self._previous_default, self._previous = _default, _state.name
+        _default = name
+
+    def __enter__(self) -> backend:
+        global _default
+        _default, _state.name = self._previous_default, self.name
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        _state.name = self._previous
+
+
+def current() -> str:
+    """The backend that a call without ``backend=`` asks for."""
+    return _state.name or _default
+
+
+def select(op: str, x: Tensor, choice: str | None = None) -> str:
+    """Where ``op`` on ``x`` runs: the namespace of a kernel, ``"reference"`` or ``"stock"``."""
+    name = choice or _state.name or _default
+    if name == "auto":
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return STOCK  # what is exported is standard ops
+        device = x.device.type
+        if device == "cpu":
+            if x.numel() < MIN_NUMEL[op] or not _extension.status()["_C"].loaded:
+                return STOCK
+            return CPP if x.dtype in _CPU_DTYPES else STOCK
+        if device == "cuda":
+            if x.dtype not in _GPU_DTYPES:
+                return STOCK
+            return CPP if _extension.status()["_cuda"].loaded else (TRITON if _has_triton() else STOCK)
+        return STOCK
+    _check(name, f"{op}: backend")
+    if name == "reference":
+        return REFERENCE
+    device = x.device.type
+    expected = {"cpu": "cpu", "cuda": "cuda"}.get(name)
+    if expected and device != expected:
+        raise RuntimeError(f"{op}: backend: {name!r} needs {expected} tensors, got x on {x.device}")
+    if name == "triton" and device == "cpu" and not triton_interpreted():
+        raise RuntimeError(
+            f"{op}: backend: 'triton' needs CUDA tensors, got x on {x.device} (TRITON_INTERPRET=1 runs it on the CPU)"
+        )
+    return TRITON if name == "triton" else CPP
+
+
+_CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_GPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_triton_found: bool | None = None
+
+
+def _has_triton() -> bool:
+    global _triton_found
+    if _triton_found is None:
+        import importlib.util
+
+        _triton_found = importlib.util.find_spec("triton") is not None
+    return _triton_found
+
+
+def explain(op: str, x: Tensor, *, backend: str | None = None) -> dict[str, Any]:
+    """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason."""
+    if op not in MIN_NUMEL:
+        raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
+    path = select(op, x, backend)
+    asked = backend or current()
+    if path != STOCK:
+        reason = "asked for" if asked != "auto" else "measured faster than stock torch at this size"
+    elif x.device.type == "cpu" and not _extension.status()["_C"].loaded:
+        reason = _extension.missing_reason("cpu")
+    elif x.device.type == "cpu" and x.numel() < MIN_NUMEL[op]:
+        reason = f"{x.numel()} elements: stock torch is faster below {MIN_NUMEL[op]}"
+    elif x.device.type == "cuda":
+        reason = _extension.missing_reason("cuda")
+    else:
+        reason = f"no kernel for {x.dtype} on {x.device.type}, or a model is being exported"
+    names = {CPP: f"C++ ({x.device.type})", TRITON: "Triton", REFERENCE: "reference", STOCK: "stock torch"}
+    return {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}

@@ -1,0 +1,110 @@
+"""``define_op``: one contract (schema, fake, autograd, autocast) -> every kernel namespace.
+
+A dispatcher key holds one kernel and a second registration silently wins, so C++ (CPU and CUDA) lives in
+``dl4ds_kernels::<op>`` and Triton in ``dl4ds_kernels_triton::<op>``. Both get the same schema, fake kernel and backward;
+a backward receives the namespace it belongs to and calls the gradient op of that namespace.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import _extension
+
+CPP, TRITON = "dl4ds_kernels", "dl4ds_kernels_triton"
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (CPP, TRITON)}
+_defined: dict[str, str] = {}  # op name -> stem of the file that holds its kernels
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def triton_interpreted() -> bool:
+    """True when Triton kernels run in Triton's interpreter and so serve CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def op(name: str, namespace: str = CPP) -> Any:
+    """The callable of a defined op: ``torch.ops.<namespace>.<name>.default``."""
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def defined_ops() -> dict[str, str]:
+    """Every defined op name and the stem of the files that hold its kernels."""
+    return dict(_defined)
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    stem: str | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+    triton: bool = True,
+    tags: Sequence[torch.Tag] = (),
+) -> None:
+    """Define ``name`` in both namespaces.
+
+    Args:
+        name: op name; gradient ops end in ``_bwd``.
+        schema: arguments and returns, ``"(Tensor x, …) -> Tensor"``.
+        fake: shapes, dtypes and strides of the result from those of the arguments.
+        stem: stem of the files in ``csrc/ops``, ``_triton`` (default: ``name`` without ``_bwd``).
+        setup_context, backward: autograd formula; ``backward(namespace, ctx, *grads)``.
+        autocast: ``autocast(dtype, *args) -> args`` casts the arguments under autocast.
+        triton: whether a Triton twin exists; where not, its namespace reports the op as missing.
+        tags: more dispatcher tags; ``pt2_compliant_tag`` is always set.
+    """
+    stem = stem or name.removesuffix("_bwd")
+    _defined[name] = stem
+    for namespace, library in _libraries.items():
+        qualified = f"{namespace}::{name}"
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.register_fake(qualified, fake, lib=library)
+        if backward is not None:
+            torch.library.register_autograd(qualified, partial(backward, namespace), setup_context=setup_context, lib=library)
+        if autocast is not None:
+            for device, key in _AUTOCAST_KEYS.items():
+                library.impl(name, partial(_run_autocast, qualified, device, key, autocast), key)
+        for key in ("CPU", "CUDA"):
+            _register_kernel(library, namespace, name, stem, key, triton)
+
+
+def _register_kernel(library: Any, namespace: str, name: str, stem: str, key: str, triton: bool) -> None:
+    if namespace == TRITON and triton and (key == "CUDA" or triton_interpreted()):
+        library.impl(name, partial(_run_triton, stem, name), key)
+    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+        # Without this the dispatcher's own message would list keys instead of saying what to do.
+        library.impl(name, partial(_raise_missing, namespace, name, key), key)
+
+
+def _run_triton(stem: str, name: str, *args: Any) -> Any:
+    """Import the Triton module on first use: triton is optional and slow to import."""
+    try:
+        module = importlib.import_module(f"dl4ds_kernels._triton.{stem}")
+    except ImportError as error:
+        raise RuntimeError(f"{TRITON}::{name}: {error}; install it with `pip install triton`") from error
+    return getattr(module, name)(*args)
+
+
+def _raise_missing(namespace: str, name: str, key: str, *args: Any) -> Any:
+    if namespace == TRITON:
+        raise RuntimeError(
+            f"{namespace}::{name}: no Triton kernel for {key.lower()} tensors; "
+            "move them to a CUDA device, or set TRITON_INTERPRET=1 before importing dl4ds_kernels to run Triton's interpreter"
+        )
+    raise RuntimeError(f"{namespace}::{name}: {_extension.missing_reason(key.lower())}")
+
+
+def _run_autocast(qualified: str, device: str, key: str, rule: Callable[..., Any], *args: Any) -> Any:
+    namespace, name = qualified.split("::")
+    cast = rule(torch.get_autocast_dtype(device), *args)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+        return op(name, namespace)(*cast)

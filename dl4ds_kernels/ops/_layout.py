@@ -1,0 +1,28 @@
+"""The layout rules that fake kernels and C++ share (csrc/common/layout.h is the other copy)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def suggested_format(x: Tensor) -> torch.memory_format:
+    """Memory format of a normalisation's output: channels_last if ``x``'s strides say so, else contiguous.
+
+    torch's own rule (``suggest_memory_format``), ambiguous cases (C = 1, H = W = 1) included.
+    """
+    if x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last:
+        return torch.channels_last
+    if x.dim() == 5 and torch._prims_common.suggest_memory_format(x) == torch.channels_last_3d:
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 input, fp32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def mask_bytes(x: Tensor) -> int:
+    """Size of a bit mask over ``x``: one bit an element, in memory order of the output."""
+    return (x.numel() + 7) // 8

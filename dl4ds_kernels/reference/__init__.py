@@ -1,0 +1,7 @@
+"""The slow, obvious versions in plain PyTorch: any dtype, differentiable, the truth of every test."""
+
+from .add_act import add_act
+from .bn_act import bn_act
+from .conv_bn_act import conv_bn_act
+
+__all__ = ["add_act", "bn_act", "conv_bn_act"]

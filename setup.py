@@ -1,0 +1,154 @@
+"""Builds the two compiled parts with ninja; everything else is in pyproject.toml. No network, no GPU needed.
+
+_C     csrc/bindings.cpp and every csrc/**/*_cpu.cpp: pybind11 host facts and the CPU kernels (libtorch stable ABI).
+_cuda  every csrc/**/*_cuda.cpp (host compiler) and csrc/**/*.cu (nvcc): only where torch is a CUDA build.
+
+DL4DS_BUILD_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX: see README.md.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TARGET = "0x020b000000000000"  # torch 2.11: the oldest libtorch stable ABI with from_blob and a deleter
+RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
+WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+CXX_FLAGS = f"-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong {WARNINGS}"
+NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
+LINK_FLAGS = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
+
+
+def sources(*patterns):
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
+
+
+def nvcc_version(home):
+    """ "major.minor" of a toolkit that can compile and link, None for an incomplete one."""
+    if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
+        return None
+    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found and found.group(1)
+
+
+def cuda_plan():
+    """(toolkit or None, its version, why CUDA is skipped). CUDA_HOME if complete, else nvcc from PyPI, else the system's.
+
+    Exits where DL4DS_BUILD_CUDA=1 can't be honoured.
+    """
+    choice, cuda = os.environ.get("DL4DS_BUILD_CUDA", "auto"), torch.version.cuda
+    if choice not in ("0", "1", "auto"):
+        sys.exit(f"DL4DS_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
+    if choice == "0" or cuda is None:
+        reason = "DL4DS_BUILD_CUDA=0" if choice == "0" else f"torch {torch.__version__} is not a CUDA build"
+    else:
+        major, spec = cuda.split(".")[0], importlib.util.find_spec("nvidia")
+        pypi = [f"{p}/cu{major}" for p in (spec.submodule_search_locations if spec else [])]
+        for home in (os.environ.get("CUDA_HOME"), *pypi, "/usr/local/cuda"):
+            version = nvcc_version(Path(home)) if home else None
+            if version and version.split(".")[0] == major:
+                return Path(home), version, None
+        reason = f"no complete CUDA {major} toolkit: set CUDA_HOME or `pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
+    if choice == "1":
+        sys.exit(f"DL4DS_BUILD_CUDA=1, but {reason}")
+    return None, None, reason
+
+
+def gencode(archs):
+    flags = []
+    for arch in re.split(r"[;\s]+", archs.strip()):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0+PTX, got {arch!r}")
+        number = arch.removesuffix("+PTX").replace(".", "")
+        kinds = ("sm", "compute") if arch.endswith("+PTX") else ("sm",)
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return " ".join(flags)
+
+
+def max_jobs():
+    """MAX_JOBS, else what cores and free memory allow (2 GiB a compiler)."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return int(os.environ.get("MAX_JOBS") or max(1, min(len(os.sched_getaffinity(0)), int(free / 2))))
+
+
+class NinjaBuild(build_ext):
+    """One build.ninja for both parts, in build/, kept between calls: a rebuild compiles what changed."""
+
+    def build_extensions(self):
+        import ninja
+        import pybind11
+        from ninja import ninja_syntax
+
+        build = ROOT / "build" / f"cpython-{sys.version_info.major}{sys.version_info.minor}-torch-{torch.__version__}"
+        build.mkdir(parents=True, exist_ok=True)
+        cxx, torch_root = os.environ.get("CXX", "g++"), Path(torch.__file__).parent
+        systems = [f"{torch_root}/include", sysconfig.get_paths()["include"], pybind11.get_include()]
+        include = " ".join([f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in systems)])
+        home, cuda_version, skipped = cuda_plan()
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHS
+        version = self.distribution.get_version()
+        facts = f"'-DDL4DS_VERSION=\"{version}\"' '-DDL4DS_CUDA_ARCHS=\"{archs if home else ''}\"'"
+        libraries = f"-L{torch_root}/lib -ltorch_cpu -ldl"
+        with open(build / "build.ninja", "w") as file:
+            n = ninja_syntax.Writer(file, width=120)
+            command = f"{cxx} -MMD -MF $out.d {CXX_FLAGS} -DTORCH_TARGET_VERSION={TARGET} {include} $extra -c $in -o $out"
+            n.rule("cxx", command, depfile="$out.d", deps="gcc")
+            n.rule("link", f"{cxx} {LINK_FLAGS} $in -o $out $libraries")
+            self.part(n, build, "_C", sources("bindings.cpp", "**/*_cpu.cpp"), facts, libraries)
+            if home:
+                command = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc -c $in -o $out"
+                n.rule("nvcc", command, depfile="$out.d", deps="gcc")  # no torch include: nvcc never sees a torch header
+                libraries += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
+                extra = f"-DUSE_CUDA -isystem {home}/include"
+                self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), extra, libraries)
+        print(f"dl4ds_kernels: CUDA {cuda_version} for {archs}" if home else f"dl4ds_kernels: CUDA part skipped: {skipped}")
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
+            sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
+        info = {
+            "version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
+            "python": f"CPython {platform.python_version()}", "cuda_archs": home and archs, "cuda_skipped": skipped,
+        }  # fmt: skip
+        self.install_parts(build, home, info)
+
+    def part(self, n, build, name, files, extra, libraries):
+        rules = {f: "nvcc" if f.endswith(".cu") else "cxx" for f in files}
+        objects = [n.build(f"{build}/{f}.o", rules[f], str(ROOT / f), variables={"extra": extra})[0] for f in files]
+        n.build(f"{build}/{name}.so", "link", objects, variables={"libraries": libraries})
+
+    def cudart_link(self, build, home):
+        """The linker wants libcudart.so; PyPI has libcudart.so.13 only, and site-packages is not ours to write to."""
+        found = next((p for d in ("lib64", "lib") for p in sorted((home / d).glob("libcudart.so*"))), None)
+        if found is None:
+            sys.exit(f"dl4ds_kernels: no libcudart.so in {home}: `pip install nvidia-cuda-runtime`, or set CUDA_HOME")
+        link = build / "link"
+        link.mkdir(exist_ok=True)
+        (link / "libcudart.so").unlink(missing_ok=True)
+        (link / "libcudart.so").symlink_to(found)
+        return link
+
+    def install_parts(self, build, home, info):
+        """Copy the parts beside the package (in place) or into the wheel; a CUDA part of an earlier build must not stay."""
+        package = Path(self.get_ext_fullpath("dl4ds_kernels._C")).parent
+        package.mkdir(parents=True, exist_ok=True)
+        for name in ("_C", "_cuda"):
+            built, target = build / f"{name}.so", package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            wanted = name == "_C" or home
+            if not wanted or not target.exists() or target.stat().st_mtime_ns != built.stat().st_mtime_ns:
+                target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
+                if wanted:
+                    self.copy_file(str(built), str(target))
+        (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+setup(ext_modules=[Extension("dl4ds_kernels._C", sources=["csrc/bindings.cpp"])], cmdclass={"build_ext": NinjaBuild})
