@@ -60,21 +60,29 @@ def define_op(
         setup_context, backward: autograd formula; ``backward(namespace, ctx, *grads)``.
         autocast: ``autocast(dtype, *args) -> args`` casts the arguments under autocast.
         triton: whether a Triton twin exists; where not, its namespace reports the op as missing.
-        tags: more dispatcher tags; ``pt2_compliant_tag`` is always set.
+        tags: more dispatcher tags; ``pt2_compliant_tag`` and ``needs_exact_strides`` (the bit masks lie in memory order, so
+            Inductor must not relayout arguments) are always set.
     """
     stem = stem or name.removesuffix("_bwd")
     _defined[name] = stem
     for namespace, library in _libraries.items():
         qualified = f"{namespace}::{name}"
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))
         torch.library.register_fake(qualified, fake, lib=library)
-        if backward is not None:
+        if name.endswith("_bwd"):
+            # Without a formula torch would only warn and leave second-order gradients out.
+            torch.library.register_autograd(qualified, partial(_no_second_derivative, name), lib=library)
+        elif backward is not None:
             torch.library.register_autograd(qualified, partial(backward, namespace), setup_context=setup_context, lib=library)
         if autocast is not None:
             for device, key in _AUTOCAST_KEYS.items():
                 library.impl(name, partial(_run_autocast, qualified, device, key, autocast), key)
         for key in ("CPU", "CUDA"):
             _register_kernel(library, namespace, name, stem, key, triton)
+
+
+def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(f"{name.removesuffix('_bwd')}: expected a first-order gradient, got a second backward (create_graph)")
 
 
 def _register_kernel(library: Any, namespace: str, name: str, stem: str, key: str, triton: bool) -> None:

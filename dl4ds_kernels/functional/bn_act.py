@@ -52,7 +52,7 @@ def bn_act(
         backend: overrides ``dk.backend`` for this call.
 
     Returns:
-        (N, C, …), dense: channels_last if ``x`` is, else contiguous. Differentiable once with respect to x, weight, bias, residual.
+        (N, C, …), dense: channels_last if ``x`` is, else contiguous. Differentiable once in x, weight, bias and residual.
 
     Raises:
         TypeError: a tensor argument is not a tensor. ValueError: one value per channel in training, unknown activation or mode.
@@ -63,6 +63,8 @@ def bn_act(
     try:
         if training and x.numel() == x.shape[1]:
             _one_value_per_channel(x)
+        if eps <= 0.0 and (training or eps < 0.0):
+            fail("bn_act", "eps", "a positive number" + (" when training" if training else " or 0"), eps, ValueError)
         if (
             type(x) is Tensor
             and residual is None

@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def suggested_format(x: Tensor) -> torch.memory_format:
-    """Memory format of a normalisation's output: channels_last if ``x``'s strides say so, else contiguous.
+    """Memory format of a normalisation's output, as torch's ``batch_norm`` decides it.
 
-    torch's own rule (``suggest_memory_format``), ambiguous cases (C = 1, H = W = 1) included.
+    Contiguous if ``x`` is (ambiguous cases, C = 1 or H = W = 1, included), else what ``suggest_memory_format`` says.
     """
+    if x.is_contiguous():
+        return torch.contiguous_format
     if x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last:
         return torch.channels_last
     if x.dim() == 5 and torch._prims_common.suggest_memory_format(x) == torch.channels_last_3d:

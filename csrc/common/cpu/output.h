@@ -1,0 +1,72 @@
+// Output tensors and scratch memory of the CPU ops.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <memory>
+
+#include "common/cpu/pool.h"
+#include "common/layout.h"
+
+namespace dl4ds {
+
+/// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not.
+inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype) {
+    int64_t bytes = dtype_size(dtype);
+    for (int64_t d = 0; d < dim; ++d) {
+        bytes *= sizes[d];
+    }
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    static const int32_t strided = aoti_torch_layout_strided();
+    const int32_t code = DTypeCodes::get().to_torch(dtype);
+    AtenTensorHandle handle = nullptr;
+    if (bytes < kPoolMinBytes || !pool_enabled()) {
+        shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, cpu, 0, &handle), "empty_strided");
+        return Tensor(handle);
+    }
+    PoolBlock* block = pool_acquire(static_cast<size_t>(bytes));
+    const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
+    const auto error = torch_from_blob(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1, &handle,
+                                       strided, nullptr, 0, release, block);
+    if (error != 0) {
+        pool_release(block);
+        shim_check(error, "torch_from_blob");
+    }
+    return Tensor(handle);
+}
+
+/// An uninitialised vector of n elements; n = 0 gives the empty tensor that stands for "not computed".
+inline Tensor empty_vector_cpu(int64_t n, DType dtype) {
+    const int64_t stride = 1;
+    return empty_cpu(&n, &stride, 1, dtype);
+}
+
+/// Uninitialised, 64-byte aligned working memory that lives as long as this object.
+class Scratch {
+ public:
+    explicit Scratch(int64_t bytes) {
+        if (bytes > kInlineBytes) {
+            block_ = pool_acquire(static_cast<size_t>(bytes));
+        }
+    }
+    ~Scratch() {
+        if (block_ != nullptr) {
+            pool_release(block_);
+        }
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    template <typename T>
+    T* as() {
+        return static_cast<T*>(block_ != nullptr ? block_->data : inline_);
+    }
+
+ private:
+    static constexpr int64_t kInlineBytes = 16 << 10;
+    alignas(64) unsigned char inline_[kInlineBytes];
+    PoolBlock* block_ = nullptr;
+};
+
+}  // namespace dl4ds

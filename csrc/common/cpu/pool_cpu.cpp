@@ -1,0 +1,217 @@
+#include "common/cpu/pool.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+
+namespace dl4ds {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kHugeFrom = size_t{8} << 20;  // blocks this large ask for huge pages
+
+/// Size classes: eight steps an octave, so a block is at most 1/8 larger than asked for.
+size_t class_size(size_t bytes) {
+    size_t step = size_t{4} << 10;
+    while (step * 16 < bytes) {
+        step *= 2;
+    }
+    return (bytes + step - 1) / step * step;
+}
+
+PoolBlock* map_block(size_t bytes) {
+    const bool huge = bytes >= kHugeFrom;
+    const size_t mapped = huge ? bytes + kHugePage : bytes;
+    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) {
+        throw std::bad_alloc();
+    }
+    auto address = reinterpret_cast<uintptr_t>(mapping);
+    if (huge) {
+        address = (address + kHugePage - 1) / kHugePage * kHugePage;
+#if defined(MADV_HUGEPAGE)
+        // Whole huge pages only: the tail keeps small pages, so nothing beyond `bytes` becomes resident.
+        madvise(reinterpret_cast<void*>(address), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+    }
+    return new PoolBlock{reinterpret_cast<void*>(address), bytes, mapping, mapped, 0};
+}
+
+void unmap_block(PoolBlock* block) noexcept {
+    munmap(block->mapping, block->mapped_bytes);
+    delete block;
+}
+
+int64_t default_limit() {
+    if (const char* text = std::getenv("DL4DS_POOL_MB"); text != nullptr && *text != '\0') {
+        return std::max<int64_t>(0, std::strtoll(text, nullptr, 10)) << 20;
+    }
+    const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 ? pages / 4 * page : int64_t{1} << 30;
+}
+
+class Pool {
+ public:
+    /// Leaked on purpose: tensors may be freed after static destructors have run.
+    static Pool& get() {
+        static Pool* const pool = [] {
+            Pool* made = new Pool;
+            pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
+                           [] { get().mutex_.unlock(); });
+            return made;
+        }();
+        return *pool;
+    }
+
+    PoolBlock* acquire(size_t asked) {
+        const size_t bytes = class_size(asked);
+        PoolBlock* block = take_idle(bytes);
+        if (block == nullptr) {
+            try {
+                block = map_block(bytes);
+            } catch (...) {
+                const std::lock_guard lock(mutex_);
+                used_ -= static_cast<int64_t>(bytes);
+                throw;
+            }
+        }
+        if (poison_) {
+            std::memset(block->data, 0xFF, asked);
+        }
+        return block;
+    }
+
+    void release(PoolBlock* block) noexcept {
+        PoolBlock* evicted = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            used_ -= static_cast<int64_t>(block->bytes);
+            block->released = ++clock_;
+            insert_idle(block);
+            evicted = evict_to(limit());
+        }
+        unmap_chain(evicted);
+    }
+
+    int64_t trim() {
+        PoolBlock* evicted = nullptr;
+        int64_t freed = 0;
+        {
+            const std::lock_guard lock(mutex_);
+            freed = idle_;
+            evicted = evict_to(0);
+            peak_ = used_;
+        }
+        unmap_chain(evicted);
+        return freed;
+    }
+
+    void set_limit(int64_t bytes) {
+        PoolBlock* evicted = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            limit_.store(std::max<int64_t>(0, bytes), std::memory_order_relaxed);
+            evicted = evict_to(limit());
+        }
+        unmap_chain(evicted);
+    }
+
+    int64_t limit() const { return limit_.load(std::memory_order_relaxed); }
+
+    PoolStats stats() {
+        const std::lock_guard lock(mutex_);
+        return {limit(), used_, idle_, peak_, hits_, misses_, evictions_};
+    }
+
+ private:
+    /// An idle block of this class or one slightly larger; otherwise null, after making room under the peak.
+    PoolBlock* take_idle(size_t bytes) {
+        PoolBlock* evicted = nullptr;
+        PoolBlock* block = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            auto found = by_size_.lower_bound({bytes, 0});
+            if (found != by_size_.end() && found->second->bytes <= bytes + bytes / 4) {
+                // Of one size the youngest block is the warmest in cache.
+                found = std::prev(by_size_.upper_bound({found->second->bytes, UINT64_MAX}));
+                block = found->second;
+                remove_idle(block);
+                used_ += static_cast<int64_t>(block->bytes);
+                ++hits_;
+            } else {
+                used_ += static_cast<int64_t>(bytes);
+                ++misses_;
+            }
+            peak_ = std::max(peak_, used_);
+            evicted = evict_to(peak_ - used_);
+        }
+        unmap_chain(evicted);
+        return block;
+    }
+
+    void insert_idle(PoolBlock* block) {
+        by_size_.emplace(Key{block->bytes, block->released}, block);
+        by_age_.emplace(block->released, block);
+        idle_ += static_cast<int64_t>(block->bytes);
+    }
+
+    void remove_idle(PoolBlock* block) {
+        by_size_.erase(Key{block->bytes, block->released});
+        by_age_.erase(block->released);
+        idle_ -= static_cast<int64_t>(block->bytes);
+    }
+
+    /// Takes the oldest idle blocks out until at most `target` idle bytes are left. They are returned as a chain
+    /// (for unmap_chain), so that munmap runs without the lock.
+    PoolBlock* evict_to(int64_t target) {
+        PoolBlock* chain = nullptr;
+        while (idle_ > target && !by_age_.empty()) {
+            PoolBlock* block = by_age_.begin()->second;
+            remove_idle(block);
+            block->data = chain;  // an evicted block's data pointer is the link to the next one
+            chain = block;
+            ++evictions_;
+        }
+        return chain;
+    }
+
+    static void unmap_chain(PoolBlock* chain) noexcept {
+        while (chain != nullptr) {
+            PoolBlock* next = static_cast<PoolBlock*>(chain->data);
+            unmap_block(chain);
+            chain = next;
+        }
+    }
+
+    using Key = std::pair<size_t, uint64_t>;  // bytes, order of release
+
+    std::mutex mutex_;
+    std::map<Key, PoolBlock*> by_size_;
+    std::map<uint64_t, PoolBlock*> by_age_;
+    uint64_t clock_ = 0;
+    int64_t used_ = 0, idle_ = 0, peak_ = 0, hits_ = 0, misses_ = 0, evictions_ = 0;
+    std::atomic<int64_t> limit_{default_limit()};
+    const bool poison_ = [] {
+        const char* text = std::getenv("DL4DS_POOL_POISON");
+        return text != nullptr && *text != '\0' && *text != '0';
+    }();
+};
+
+}  // namespace
+
+PoolBlock* pool_acquire(size_t bytes) { return Pool::get().acquire(bytes); }
+void pool_release(PoolBlock* block) noexcept { Pool::get().release(block); }
+PoolStats pool_stats() { return Pool::get().stats(); }
+int64_t pool_trim() { return Pool::get().trim(); }
+void pool_set_limit(int64_t bytes) { Pool::get().set_limit(bytes); }
+bool pool_enabled() { return Pool::get().limit() > 0; }
+
+}  // namespace dl4ds

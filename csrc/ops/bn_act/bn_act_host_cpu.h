@@ -1,0 +1,49 @@
+// The host functions of bn_act on the CPU. The op contract is in dl4ds_kernels/ops/bn_act.py.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+
+#include "ops/bn_act/bn_act_plan_cpu.h"
+
+namespace dl4ds {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cpu(
+    Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum, double eps,
+    bool eps_std, int64_t activation, double negative_slope, bool save_mask);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(Tensor dout, Tensor x, std::optional<Tensor> weight,
+                                                          std::optional<Tensor> bias, Tensor mean, Tensor rstd,
+                                                          std::optional<Tensor> residual, std::optional<Tensor> mask,
+                                                          bool training, double eps, bool eps_std, int64_t activation,
+                                                          double negative_slope, bool need_dx, bool need_dparams,
+                                                          bool need_dresidual);
+
+/// 1/sqrt(var + eps), or 1/(sqrt(var) + eps) with eps_std.
+inline double bn_rstd(double var, double eps, bool eps_std) {
+    return eps_std ? 1.0 / (std::sqrt(var) + eps) : 1.0 / std::sqrt(var + eps);
+}
+
+inline Activation activation_from_code(const char* op, int64_t code) {
+    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ", kNumActivations,
+                "), got ", code);
+    return static_cast<Activation>(code);
+}
+
+/// Eval mode on raw pointers: out = act((x - running_mean) * weight * rstd + bias [+ residual]). out may be x.
+/// x follows the plan, residual and out are dense in its order. mask: the mask's bytes, or null.
+struct BnEvalArgs {
+    const void* x;
+    const void* residual;
+    void* out;
+    uint8_t* mask;
+    TensorInfo weight, bias, running_mean, running_var;
+    double eps;
+    bool eps_std;
+    Activation activation;
+    double negative_slope;
+};
+void bn_apply_eval(const BnPlan& plan, const BnEvalArgs& args);
+
+}  // namespace dl4ds
