@@ -1,0 +1,250 @@
+// What the forward and backward kernels of bn_act share: how operands are walked and normalised.
+#pragma once
+
+#include "common/cuda/launch.cuh"
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/vec.cuh"
+#include "common/geometry.h"
+
+namespace dl4ds {
+
+/// Both walks over the operands; `use_rows` says which one applies and `vectors` whether 16-byte accesses do.
+struct Walk {
+    bool use_rows = true, vectors = false;
+    Rows rows;
+    RowStrides row_strides[kMaxOperands];
+    Planes planes;
+    PlaneStrides plane_strides[kMaxOperands];
+};
+
+/// Where the per-channel scale and shift of z = x * scale + shift come from: a table that an earlier kernel wrote,
+/// or (table null) the vectors themselves.
+struct Affine {
+    const void* table = nullptr;  // [2][table_stride] in the accumulator type: scale, shift
+    int64_t table_stride = 0;
+    ChannelVector mean, spread;  // spread: rstd, or a variance
+    bool spread_is_variance = false, eps_std = false;
+    double eps = 0;
+    ChannelVector weight, bias;
+};
+
+__device__ __forceinline__ uint32_t divide(uint32_t n, const Divider& d) {
+    return (__umulhi(n, d.magic) + n) >> d.shift;
+}
+
+__device__ __forceinline__ int64_t row_offset(const Rows& rows, const RowStrides& s, int64_t row) {
+    if (!rows.sliced) {
+        return row * s.inner;
+    }
+    const uint32_t r = static_cast<uint32_t>(row), line = divide(r, rows.inner), outer = divide(line, rows.mid);
+    return outer * s.outer + (line - outer * rows.mid.divisor) * s.mid + (r - line * rows.inner.divisor) * s.inner;
+}
+
+__device__ __forceinline__ int64_t plane_offset(const Planes& planes, const PlaneStrides& s, int64_t n, int c,
+                                                int pos) {
+    const int64_t start = n * s.n + c * s.c;
+    if (!planes.pitched) {
+        return start + pos;
+    }
+    const uint32_t p = static_cast<uint32_t>(pos), line = divide(p, planes.width);
+    return start + line * s.line + (p - line * planes.width.divisor);
+}
+
+/// A distance in NCHW order, split so that a walk needs no division.
+struct PlaneStep {
+    int64_t n = 0;
+    int c = 0, pos = 0;
+};
+
+inline PlaneStep plane_step(const Planes& planes, int64_t elements) {
+    const int64_t whole = elements / planes.length;
+    return {whole / planes.channels, static_cast<int>(whole % planes.channels),
+            static_cast<int>(elements % planes.length)};
+}
+
+/// A place in NCHW order that moves back step by step.
+struct PlaneCursor {
+    int64_t n;
+    int c, pos;
+
+    __device__ __forceinline__ PlaneCursor(const Planes& planes, int64_t element) {
+        const int64_t plane = element / planes.length;
+        pos = static_cast<int>(element - plane * planes.length);
+        n = plane / planes.channels;
+        c = static_cast<int>(plane - n * planes.channels);
+    }
+    __device__ __forceinline__ void back(const Planes& planes, const PlaneStep& step) {
+        pos -= step.pos;
+        c -= step.c;
+        n -= step.n;
+        if (pos < 0) {
+            pos += static_cast<int>(planes.length);
+            --c;
+        }
+        if (c < 0) {
+            c += static_cast<int>(planes.channels);
+            --n;
+        }
+    }
+};
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t root(acc_t v) {
+    if constexpr (sizeof(acc_t) == 8) {
+        return ::sqrt(v);
+    } else {
+        return ::sqrtf(v);
+    }
+}
+
+/// kVec channels' scale = weight * rstd and shift = bias - mean * scale, the latter with one rounding: its error
+/// is no larger than that of a mean rounded to the accumulator type.
+template <typename acc_t, int kVec>
+__device__ __forceinline__ void load_affine(const Affine& a, int64_t c, acc_t (&scale)[kVec], acc_t (&shift)[kVec]) {
+    if (a.table != nullptr) {
+        const acc_t* table = static_cast<const acc_t*>(a.table) + c;
+        load_channels_as<acc_t, acc_t, kVec>(table, scale);
+        load_channels_as<acc_t, acc_t, kVec>(table + a.table_stride, shift);
+        return;
+    }
+    load_channels<acc_t, kVec>(a.spread, c, scale);
+    if (a.spread_is_variance) {
+        const acc_t eps = static_cast<acc_t>(a.eps);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) {
+            scale[k] = a.eps_std ? acc_t(1) / (root(scale[k]) + eps) : acc_t(1) / root(scale[k] + eps);
+        }
+    }
+    if (a.weight.data != nullptr) {
+        acc_t weight[kVec];
+        load_channels<acc_t, kVec>(a.weight, c, weight);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) {
+            scale[k] *= weight[k];
+        }
+    }
+    acc_t mean[kVec];
+    load_channels<acc_t, kVec>(a.mean, c, mean);
+    if (a.bias.data != nullptr) {
+        load_channels<acc_t, kVec>(a.bias, c, shift);
+    } else {
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) {
+            shift[k] = 0;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) {
+        shift[k] = fma(-mean[k], scale[k], shift[k]);
+    }
+}
+
+/// How a reduction over all but channels is cut into blocks: from the shape alone.
+struct ReducePlan {
+    int width = 0, height = 0;  // rows: threads of a block that share a row, and rows of threads
+    int64_t tiles = 0;          // rows: channel tiles; planes: channels
+    int64_t parts = 0;          // partial results per channel
+    int64_t windows = 0;        // planes: vectors that may overlap one plane
+    // What the blocks of a tile or channel cover together: rows, or planes of a channel and windows.
+    int64_t row_step = 0, step_n = 0, step_window = 0;
+};
+
+constexpr int kFinalizeChannels = 8, kFinalizeGroups = 64;
+
+/// Merges one channel's partial values by groups of threads and a tree; thread group 0 gets the sum.
+template <int kValues>
+__device__ __forceinline__ void finalize_sum(double (&value)[kValues],
+                                             double (*shared)[kFinalizeGroups][kFinalizeChannels]) {
+    const int lane = threadIdx.x % kFinalizeChannels, group = threadIdx.x / kFinalizeChannels;
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) {
+        shared[k][group][lane] = value[k];
+    }
+    for (int half = kFinalizeGroups / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (group < half) {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) {
+                value[k] += shared[k][group + half][lane];
+                shared[k][group][lane] = value[k];
+            }
+        }
+    }
+}
+
+/// Chooses the walk; false if the kernels can't read the operands as they lie.
+inline bool plan_walk(DType dtype, bool channels_last, const Dims& size, int operands, const Dims* strides,
+                      Walk& walk) {
+    if (size.numel() == 0) {
+        walk = Walk{};
+        return true;
+    }
+    if (size.c > INT32_MAX) {
+        return false;
+    }
+    // Where C or the plane is 1 both orders are the same memory: take the one with long vectors.
+    const bool rows_first = size.plane() == 1 || (channels_last && size.c > 1);
+    const bool either = size.plane() == 1 || size.c == 1;
+    const bool rows = as_rows(size, operands, strides, walk.rows, walk.row_strides);
+    const bool planes = as_planes(size, operands, strides, walk.planes, walk.plane_strides);
+    walk.use_rows = rows && (rows_first || (either && !planes));
+    const int64_t vec = vector_width(dtype);
+    walk.vectors = vec > 1;
+    const auto fits = [&](int64_t stride) { walk.vectors = walk.vectors && stride % vec == 0; };
+    if (walk.use_rows) {
+        fits(size.c);
+        for (int k = 0; k < operands; ++k) {
+            const RowStrides& s = walk.row_strides[k];
+            fits(s.outer), fits(s.mid), fits(s.inner);
+        }
+        return true;
+    }
+    if (!planes || (rows_first && !either)) {
+        return false;
+    }
+    bool dense = !walk.planes.pitched;
+    for (int k = 0; k < operands; ++k) {
+        const PlaneStrides& s = walk.plane_strides[k];
+        dense = dense && s.c == size.plane() && s.n == size.c * size.plane();
+    }
+    if (dense) {
+        walk.vectors = walk.vectors && size.plane() >= vec;
+        return true;
+    }
+    fits(size.plane()), fits(walk.planes.pitched ? walk.planes.width.divisor : vec);
+    for (int k = 0; k < operands; ++k) {
+        const PlaneStrides& s = walk.plane_strides[k];
+        fits(s.n), fits(s.c), fits(s.line);
+    }
+    return true;
+}
+
+inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
+    constexpr int64_t kBlocks = 1024, kMinSteps = 4, kMaxSteps = 256;
+    ReducePlan plan;
+    int64_t steps;  // of all threads together that work on one channel tile
+    if (walk.use_rows) {
+        const int64_t vecs = channels > vec ? ceil_div(channels, vec) : 1, widest = vec > 1 ? 32 : 64;
+        plan.tiles = ceil_div(vecs, widest);
+        plan.width = static_cast<int>(ceil_div(vecs, plan.tiles));
+        plan.height = kThreads / plan.width;
+        steps = ceil_div(walk.rows.count, plan.height);
+    } else {
+        plan.tiles = channels;
+        // A dense plane of any length is read in aligned vectors, which may hang over at both ends.
+        plan.windows = ceil_div(walk.planes.length + (walk.planes.length % vec ? vec - 1 : 0), vec);
+        steps = ceil_div(walk.planes.batch * plan.windows, kThreads);
+    }
+    const int64_t wanted = kBlocks / plan.tiles;
+    plan.parts = wanted < ceil_div(steps, kMinSteps) ? wanted : ceil_div(steps, kMinSteps);
+    plan.parts = plan.parts > ceil_div(steps, kMaxSteps) ? plan.parts : ceil_div(steps, kMaxSteps);
+    plan.parts = plan.parts > 1 ? plan.parts : 1;
+    plan.row_step = plan.parts * plan.height;
+    if (plan.windows > 0) {
+        plan.step_n = plan.parts * kThreads / plan.windows;
+        plan.step_window = plan.parts * kThreads % plan.windows;
+    }
+    return plan;
+}
+
+}  // namespace dl4ds
