@@ -1,0 +1,368 @@
+"""What the Triton ops share: the launch, the matrix view of a BatchNorm input, activations and bit masks."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._activation import ACTIVATION_CODES, MASK_CODES
+from ..ops._layout import mask_bytes, suggested_format
+
+RELU = tl.constexpr(ACTIVATION_CODES["relu"])
+LEAKY_RELU = tl.constexpr(ACTIVATION_CODES["leaky_relu"])
+RELU6 = tl.constexpr(ACTIVATION_CODES["relu6"])
+SILU = tl.constexpr(ACTIVATION_CODES["silu"])
+HARDSWISH = tl.constexpr(ACTIVATION_CODES["hardswish"])
+
+# How a kernel finds the elements of a BatchNorm input (constexpr LAYOUT).
+DENSE = tl.constexpr(0)  # in the order of the output
+FLAT = tl.constexpr(1)  # one stride serves all spatial dimensions: channel slices, whole planes
+STRIDED = tl.constexpr(2)  # any strides
+
+INT32_LIMIT = 2**31 - 2**16  # index + one block stays below 2**31
+TRITON_DTYPE = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Run ``kernel`` on a 1-D grid. Every launch of the backend passes here, so that a test can run it elsewhere."""
+    kernel[(programs,)](**arguments)
+
+
+def device_of(x: Tensor) -> Any:
+    """Context in which Triton launches on ``x``'s device; nothing to do for the interpreter's CPU tensors."""
+    return torch.cuda.device_of(x)
+
+
+def check(condition: bool, op: str, argument: str, expected: str, got: Any) -> None:
+    """Raise ``RuntimeError`` as the C++ host functions do. Only what protects memory is checked here."""
+    if not condition:
+        raise RuntimeError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def check_x(op: str, x: Tensor, name: str = "x") -> None:
+    check(2 <= x.dim() <= 5, op, name, "2 to 5 dimensions", x.dim())
+    check(x.dtype in TRITON_DTYPE, op, name, "dtype float16, bfloat16, float32 or float64", x.dtype)
+
+
+def channel_vectors(op: str, x: Tensor, channels: int, /, **vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors, checked (shape (C,), a floating dtype, the device of ``x``) and contiguous."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            check(vector.shape == (channels,), op, name, f"shape (C,) = ({channels},)", tuple(vector.shape))
+            check(vector.dtype in TRITON_DTYPE, op, name, "a floating dtype", vector.dtype)
+            check(vector.device == x.device, op, name, f"device {x.device}", vector.device)
+    return [None if vector is None else vector.contiguous() for vector in vectors.values()]
+
+
+def check_like(op: str, x: Tensor, /, **tensors: Tensor | None) -> None:
+    """Element-wise operands: shape, dtype and device of ``x``."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check(tensor.shape == x.shape, op, name, f"shape {tuple(x.shape)}", tuple(tensor.shape))
+            check(tensor.dtype == x.dtype, op, name, f"dtype {x.dtype}", tensor.dtype)
+            check(tensor.device == x.device, op, name, f"device {x.device}", tensor.device)
+
+
+def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:
+        check(mask.dtype == torch.uint8, op, "mask", "dtype torch.uint8", mask.dtype)
+        check(mask.shape == (mask_bytes(x),), op, "mask", f"shape ({mask_bytes(x)},)", tuple(mask.shape))
+        check(mask.device == x.device and mask.is_contiguous(), op, "mask", f"a contiguous tensor on {x.device}", mask.device)
+
+
+def empty_mask(x: Tensor, wanted: bool, activation: int) -> Tensor:
+    """Room for one bit an element where a mask is wanted and the activation has one, else an empty tensor."""
+    return x.new_empty(mask_bytes(x) if wanted and activation in MASK_CODES else 0, dtype=torch.uint8)
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike; strides of dimensions of size 1 say nothing."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or first == second for size, first, second in strides)
+
+
+def dense_as(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """``tensor`` in the memory order of ``like`` (dense, perhaps without data), copied only where it differs."""
+    if tensor is None or same_order(tensor, like):
+        return tensor
+    return torch.empty_like(like, device=tensor.device).copy_(tensor)
+
+
+def accumulator(x: Tensor) -> tl.dtype:
+    """fp64 for fp64 tensors, fp32 for everything narrower."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def slope_of(activation: int, negative_slope: float) -> float:
+    """Slope as a compile-time constant: zero unless used, so that it costs no second kernel variant."""
+    return float(negative_slope) if activation == ACTIVATION_CODES["leaky_relu"] else 0.0
+
+
+def is_wide(numel: int, *tensors: Tensor) -> bool:
+    """Whether an element's index or offset needs 64 bits."""
+    extents = (sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
+    return max([numel, *extents]) >= INT32_LIMIT
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A BatchNorm tensor (N, C, *spatial) as the (rows, cols) matrix that its dense output is in memory.
+
+    channels_last, or no spatial extent: rows = N*S pixels, cols = C channels. Otherwise: rows = N*C planes, cols = S pixels.
+    ``like`` has the output's shape, dtype and strides; ``strides`` of x are (n, c, d, h, w).
+    """
+
+    channels_last: bool
+    batch: int
+    channels: int
+    spatial: int
+    height: int
+    width: int
+    strides: tuple[int, int, int, int, int]
+    layout: int
+    wide: bool
+
+    @classmethod
+    def of(cls, x: Tensor, like: Tensor) -> "Matrix":
+        sizes, strides = list(x.shape), list(x.stride())
+        while len(sizes) < 5:  # missing spatial dimensions go in front: (N, C, L) becomes (N, C, 1, 1, L)
+            sizes.insert(2, 1)
+            strides.insert(2, 0)
+        batch, channels, depth, height, width = sizes
+        spatial = depth * height * width
+        channels_last = spatial == 1 or suggested_format(x) != torch.contiguous_format
+        layout, step = STRIDED.value, _single_stride(sizes[2:], strides[2:])
+        if same_order(x, like):
+            layout = DENSE.value
+        elif step is not None:
+            layout, strides[4] = FLAT.value, step
+        wide = is_wide(x.numel(), x)
+        return cls(channels_last, batch, channels, spatial, height, width, tuple(strides), layout, wide)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (self.spatial if self.channels_last else self.channels)
+
+    @property
+    def cols(self) -> int:
+        return self.channels if self.channels_last else self.spatial
+
+    @property
+    def per_channel(self) -> int:
+        """Values per channel, the n of the statistics."""
+        return self.batch * self.spatial
+
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel over this matrix needs, by parameter name."""
+        names = ("stride_n", "stride_c", "stride_d", "stride_h", "stride_w")
+        return {
+            "C": self.channels,
+            "S": self.spatial,
+            "H": self.height,
+            "W": self.width,
+            **dict(zip(names, self.strides, strict=True)),
+            "CHANNELS_LAST": self.channels_last,
+            "LAYOUT": self.layout,
+            "WIDE": self.wide,
+        }
+
+
+def _single_stride(sizes: list[int], strides: list[int]) -> int | None:
+    """The stride with which one index runs over all dimensions (1 for a single element), None where there is none."""
+    kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    for (_, outer), (size, inner) in zip(kept, kept[1:], strict=False):
+        if outer != size * inner:
+            return None
+    return kept[-1][1] if kept else 1
+
+
+def block_of(size: int, largest: int) -> int:
+    """Largest power of two up to ``largest`` that pads ``size`` by at most an eighth; at least 16."""
+    block = largest
+    while block > 16 and math.ceil(size / block) * block > size * 9 / 8:
+        block //= 2
+    return block
+
+
+def elementwise_launch_config(rows: int, cols: int) -> dict[str, Any]:
+    """Blocks of an element-wise kernel over a (rows, cols) matrix.
+
+    TILED: rows x cols tiles, so that channel indices and per-channel vectors are computed once a row or column. Rows that are
+    no multiple of 16 elements long could not be read in vectors, so there the kernel runs over the flat memory instead.
+    16 elements a thread keep two 16-byte accesses (at 2 bytes an element) in flight for each tensor.
+    """
+    extent = {"numel": rows * cols, "rows": rows, "cols": cols, "num_warps": 4}
+    if cols % 16:
+        return {"TILED": False, "BLOCK_ROWS": 1, "BLOCK_COLS": 2048, **extent}
+    block_cols = block_of(cols, 256)
+    block_rows = min(2048 // block_cols, max(8, triton.next_power_of_2(rows)))
+    return {"TILED": True, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, **extent}
+
+
+def elementwise_programs(config: dict[str, Any]) -> int:
+    """Grid of an element-wise kernel."""
+    if not config["TILED"]:
+        return triton.cdiv(config["numel"], config["BLOCK_COLS"])
+    return triton.cdiv(config["rows"], config["BLOCK_ROWS"]) * triton.cdiv(config["cols"], config["BLOCK_COLS"])
+
+
+@triton.jit
+def tile_program():
+    """Programs run backwards: after a statistics pass the end of the tensor is what the L2 cache still holds."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
+def tile_indices(
+    numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """(index in memory order, row, column, validity) of this program's (BLOCK_ROWS, BLOCK_COLS) elements."""
+    program = tile_program()
+    if TILED:
+        column_blocks = tl.cdiv(cols, BLOCK_COLS)
+        row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        col = (program % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        if WIDE:
+            row = row.to(tl.int64)
+        return row * cols + col, row, col, (row < rows) & (col < cols)
+    else:
+        if WIDE:
+            program = program.to(tl.int64)
+        index = program * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        row = index // cols
+        return index, row, index - row * cols, index < numel
+
+
+@triton.jit
+def tile_bytes(numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(byte index, validity) of the (BLOCK_ROWS, BLOCK_COLS / 8) mask bytes that belong to :func:`tile_indices`."""
+    program = tile_program()
+    if TILED:
+        column_blocks = tl.cdiv(cols, BLOCK_COLS)
+        row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        byte = (program % column_blocks) * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
+        if WIDE:
+            row = row.to(tl.int64)
+        return row * (cols // 8) + byte, (row < rows) & (byte < cols // 8)
+    else:
+        if WIDE:
+            program = program.to(tl.int64)
+        byte = program * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
+        return byte, byte * 8 < numel
+
+
+@triton.jit
+def tile_channels(
+    row, col, valid, rows, cols, C, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """(channel, validity) of the elements of :func:`tile_indices`; of a whole row or column of tiles only once."""
+    if TILED:
+        column_blocks = tl.cdiv(cols, BLOCK_COLS)
+        if CHANNELS_LAST:
+            channel = (tile_program() % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+            return channel, channel < cols
+        else:
+            plane = (tile_program() // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            return plane % C, plane < rows
+    elif CHANNELS_LAST:
+        return col, valid
+    else:
+        return row % C, valid
+
+
+@triton.jit
+def tile_vector(vector, channel, valid, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr):
+    """A per-channel vector at :func:`tile_channels`, broadcastable to the tile."""
+    values = tl.load(vector + channel, valid, 0.0)
+    if not TILED:
+        return values
+    elif CHANNELS_LAST:
+        return values[None, :]
+    else:
+        return values[:, None]
+
+
+@triton.jit
+def pack_bits(positive, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(BLOCK_ROWS, BLOCK_COLS) truth values as (BLOCK_ROWS, BLOCK_COLS / 8) bytes, lowest bit first."""
+    bits = tl.reshape(positive.to(tl.int32), [BLOCK_ROWS, BLOCK_COLS // 8, 8])
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(mask, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Inverse of :func:`pack_bits`."""
+    bits = (mask.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, [BLOCK_ROWS, BLOCK_COLS]) != 0
+
+
+@triton.jit
+def offset_of(n, c, s, H, W, stride_n, stride_c, stride_d, stride_h, stride_w, LAYOUT: tl.constexpr):
+    """Offset of element (n, c, spatial index s) of x."""
+    offset = n * stride_n + c * stride_c
+    if LAYOUT == FLAT:
+        return offset + s * stride_w
+    line = s // W
+    return offset + (line // H) * stride_d + (line % H) * stride_h + (s - line * W) * stride_w
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """Activation with torch's edge values: NaN stays NaN, relu(-0.0) is -0.0."""
+    if ACTIVATION == RELU:
+        z = tl.where(z < 0, 0.0, z)
+    elif ACTIVATION == LEAKY_RELU:
+        z = tl.where(z > 0, z, z * SLOPE)
+    elif ACTIVATION == RELU6:
+        z = tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+    elif ACTIVATION == SILU:
+        z = z / (1 + tl.exp(-z))
+    elif ACTIVATION == HARDSWISH:
+        gate = z + 3
+        z = z * tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 6
+    return z
+
+
+@triton.jit
+def activate_bwd(dout, z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """``dout * activation'(z)``; ``z`` is rounded to the tensor's dtype by the caller, as torch sees it."""
+    if ACTIVATION == SILU:
+        gate = 1 / (1 + tl.exp(-z))
+        dout = dout * gate * (1 + z * (1 - gate))
+    elif ACTIVATION == HARDSWISH:
+        dout = tl.where(z <= -3, 0.0, tl.where(z < 3, dout * (z / 3 + 0.5), dout))
+    else:
+        dout = masked_bwd(dout, positive_side(z, ACTIVATION), ACTIVATION, SLOPE)
+    return dout
+
+
+@triton.jit
+def positive_side(z, ACTIVATION: tl.constexpr):
+    """What a mask bit says: the derivative passes ``dout`` on. NaN counts as positive but for leaky_relu, as in torch."""
+    if ACTIVATION == LEAKY_RELU:
+        return z > 0
+    elif ACTIVATION == RELU6:
+        return ~((z <= 0) | (z >= 6))
+    else:
+        return ~(z <= 0)
+
+
+@triton.jit
+def masked_bwd(dout, positive, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """``dout * activation'`` of a piecewise linear activation from its mask bit."""
+    if ACTIVATION == LEAKY_RELU:
+        return tl.where(positive, dout, dout * SLOPE)
+    elif ACTIVATION != 0:
+        return tl.where(positive, dout, 0.0)
+    else:
+        return dout
