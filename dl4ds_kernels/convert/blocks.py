@@ -1,0 +1,58 @@
+"""Hand-written forwards for block types that a trace cannot follow faithfully."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
+from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
+
+_DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
+_DENSE_CHAINS = (
+    ("bn_act", ("norm1", "relu1"), ("bn", "act")),
+    ("conv_bn_act", ("conv1", "norm2", "relu2"), ("conv", "bn", "act")),
+)
+
+
+def block_plan(module: nn.Module, options: Options, skip: Collection[str], shared: Collection[int] = ()) -> Plan | None:
+    """The plan of a known block type, None for any other module."""
+    if (type(module).__module__, type(module).__qualname__) == _DENSE_LAYER:
+        return _dense_layer(module, options, skip, shared)
+    return None
+
+
+def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
+    """torchvision's DenseNet layer: takes a tensor or a list of tensors, and may checkpoint itself (then it stays stock)."""
+    chains, fused = [], []
+    for pattern, members, kinds in _DENSE_CHAINS:
+        problem = None
+        for path, kind in zip(members, kinds, strict=True):
+            problem = problem or module_problem(getattr(layer, path), kind)
+            if problem is None and id(getattr(layer, path)) in shared:
+                problem = ("SHARED_MODULE", f"{path} is used in more than one place")
+        chains.append(Chain(members[0], pattern, members, problem))
+        fused.append(problem is None and members[0] not in skip)
+    first, second = fused
+    if not (first or second):
+        return Plan(None, chains, "")
+    keywords, bn_keywords = run_keywords(options), run_keywords(options, convolution=False)
+
+    def forward(self: Any, input: Tensor | list[Tensor]) -> Any:
+        features = [input] if isinstance(input, Tensor) else input
+        if not isinstance(features, list) or not all(isinstance(f, Tensor) for f in features):
+            return MISS
+        if self.memory_efficient and self.any_requires_grad(features):
+            return MISS
+        x = torch.cat(features, 1)
+        relu1, relu2 = ActSpec("relu", 0.0, self.relu1), ActSpec("relu", 0.0, self.relu2)
+        x = run_bn_act(x, self.norm1, relu1, **bn_keywords) if first else self.relu1(self.norm1(x))
+        x = run_conv_bn_act(x, self.conv1, self.norm2, relu2, **keywords) if second else self.relu2(self.norm2(self.conv1(x)))
+        x = self.conv2(x)
+        return F.dropout(x, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else x
+
+    return Plan(forward, chains, "")

@@ -1,0 +1,95 @@
+"""The callable that ``optimize`` puts into ``module.forward``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .audit import Untraceable
+from .blocks import block_plan
+from .plan import MISS, Options, Plan, make_plan
+from .trace import TENSOR, stock_signature
+
+_MAX_SPECIALISATIONS = 8
+
+
+class FusedForward:
+    """A module's forward with its chains fused; set as an instance attribute, so the class and the state_dict stay untouched.
+
+    Holds plans for the argument kinds and attribute values seen so far (train and eval may differ); a call that no plan fits
+    makes one, or runs the stock forward. Copies and pickles carry the options only and plan again at their first call.
+    """
+
+    def __init__(self, module: nn.Module, options: Options, skip: Collection[str] = (), plan: Plan | None = None) -> None:
+        self.__doc__ = type(module).forward.__doc__
+        self.module = module
+        self.options = options
+        self.skip = frozenset(skip)
+        self._runs = [] if plan is None else [plan.run]
+        self._planned = len(self._runs)
+
+    def install(self) -> None:
+        """Make this the forward of its module."""
+        self.module.forward = self
+        self.module._replicate_for_data_parallel = self.replicate
+
+    def uninstall(self) -> None:
+        """Give the module its stock forward back."""
+        for name in ("forward", "_replicate_for_data_parallel"):
+            self.module.__dict__.pop(name, None)
+
+    def replicate(self) -> nn.Module:
+        """``nn.DataParallel`` copies the attributes of a module; the copy needs a forward that works on the copy."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        fused = FusedForward(replica, self.options, self.skip)
+        fused._runs, fused._planned = self._runs, self._planned
+        replica.__dict__.pop("_replicate_for_data_parallel", None)
+        replica.forward = fused
+        return replica
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for run in self._runs:
+            out = run(self.module, *args, **kwargs)
+            if out is not MISS:
+                return out
+        return self._other(args, kwargs)
+
+    def _other(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that no plan fits yet."""
+        module = self.module
+        if self._planned < _MAX_SPECIALISATIONS and not torch.compiler.is_compiling():
+            bound = stock_signature(module).bind(*args, **kwargs)  # TypeError for wrong arguments, as from the stock forward
+            bound.apply_defaults()
+            kinds = {name: TENSOR if isinstance(value, Tensor) else value for name, value in bound.arguments.items()}
+            self._planned += 1
+            run = self._plan(kinds)
+            if run is not None:
+                self._runs = [run, *self._runs]
+                out = run(module, *args, **kwargs)
+                if out is not MISS:
+                    return out
+        return type(module).forward(module, *args, **kwargs)
+
+    def _plan(self, arguments: dict[str, Any]) -> Any:
+        try:
+            plan = block_plan(self.module, self.options, self.skip)
+            return (plan or make_plan(self.module, arguments, self.options, self.skip)).run
+        except Untraceable:
+            return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (FusedForward, (self.module, self.options, self.skip))
+
+    def __getattr__(self, name: str) -> Any:
+        """Signature, name, code, … of the stock method, for those who introspect ``model.forward``."""
+        if name in ("module", "options", "skip", "_runs", "_planned"):  # not there yet while being unpickled
+            raise AttributeError(name)
+        stock = types.MethodType(type(self.module).forward, self.module)
+        return stock if name == "__wrapped__" else getattr(stock, name)
+
+    def __repr__(self) -> str:
+        return f"<fused forward of {type(self.module).__name__}>"

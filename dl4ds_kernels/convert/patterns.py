@@ -1,0 +1,242 @@
+"""Find conv -> bn -> add -> act chains in a traced forward, by dataflow.
+
+A *candidate* is a maximal line of such operations, each fed by the one before. Links that cannot be fused (the value is used
+elsewhere, something between might change it) cut a candidate into pieces; the pieces that are still a known pattern are what
+``plan`` replaces.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..modules._run import NO_ACT, ActSpec, act_spec
+
+CONV, BN, ADD, ACT = "conv", "bn", "add", "act"
+_FUNCTION_ACTS = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
+}  # fmt: skip
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_IN_PLACE_ADDS = (operator.iadd, "add_")
+# The known patterns, longest first; a piece of a candidate is fused if it is one of them.
+PATTERNS = {
+    (CONV, BN, ADD, ACT): "conv_bn_add_act",
+    (CONV, BN, ACT): "conv_bn_act",
+    (CONV, BN, ADD): "conv_bn_add",
+    (CONV, BN): "conv_bn",
+    (BN, ADD, ACT): "bn_add_act",
+    (BN, ACT): "bn_act",
+    (BN, ADD): "bn_add",
+    (ADD, ACT): "add_act",
+}
+
+
+@dataclass
+class Element:
+    """One operation of a chain. ``path``: of its module inside the container, empty for a function."""
+
+    kind: str
+    node: fx.Node
+    path: str = ""
+    module: nn.Module | None = None
+    act: ActSpec = NO_ACT
+    problem: tuple[str, str] | None = None  # (reason code, detail): this operation stays stock
+
+    def label(self) -> str:
+        """Its module's path, or the function's name with ``()``."""
+        return self.path or str(getattr(self.node.target, "__name__", self.node.target)) + "()"
+
+
+@dataclass
+class Candidate:
+    """Elements in dataflow order; ``cuts[i]`` says why element i cannot be fused with element i + 1."""
+
+    elements: list[Element]
+    cuts: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> str:
+        return PATTERNS[tuple(e.kind for e in self.elements)]
+
+    def problems(self) -> list[tuple[str, str]]:
+        return [e.problem for e in self.elements if e.problem] + list(self.cuts.values())
+
+    def pieces(self) -> Iterator[list[Element]]:
+        """The parts between problems that are a pattern of their own."""
+        run: list[Element] = []
+        for i, element in enumerate(self.elements):
+            if not element.problem:
+                run.append(element)
+            if element.problem or i in self.cuts or i == len(self.elements) - 1:
+                if tuple(e.kind for e in run) in PATTERNS:
+                    yield run
+                run = []
+
+
+def find_candidates(graph: fx.Graph, container: nn.Module) -> list[Candidate]:
+    """Every candidate of the graph, in the order of its last operation; no operation is in two of them."""
+    matcher = _Matcher(graph, container)
+    claimed: set[fx.Node] = set()
+    found = []
+    for node in reversed(graph.nodes):
+        if node in claimed:
+            continue
+        elements = matcher.line_ending_at(node, claimed)
+        if tuple(e.kind for e in elements) in PATTERNS:
+            claimed.update(e.node for e in elements)
+            found.append(Candidate(elements, matcher.cuts(elements)))
+    return found[::-1]
+
+
+class _Matcher:
+    def __init__(self, graph: fx.Graph, container: nn.Module) -> None:
+        self.container = container
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.nodes = list(graph.nodes)
+
+    def line_ending_at(self, node: fx.Node, claimed: set[fx.Node]) -> list[Element]:
+        line: list[Element] = []
+        allowed = (ACT, ADD, BN)
+        while isinstance(node, fx.Node) and node not in claimed:
+            element = self.element(node)
+            if element is None or element.kind not in allowed:
+                break
+            line.insert(0, element)
+            node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
+            allowed = {ACT: (ADD, BN), ADD: (BN,), BN: (CONV,), CONV: ()}[element.kind]
+        return line
+
+    def _chain_operand(self, add: Element, claimed: set[fx.Node]) -> fx.Node | None:
+        """The operand that continues the chain: a BatchNorm's output, of two the one computed last."""
+        a, b = add.node.args
+        if a is b:
+            return None
+        from_bn = [n for n in (a, b) if n not in claimed and (e := self.element(n)) is not None and e.kind == BN]
+        return max(from_bn, key=lambda n: (len(n.users) == 1, self.order[n]), default=None)
+
+    def element(self, node: fx.Node) -> Element | None:
+        if node.op == "call_module":
+            module = self.container.get_submodule(node.target)
+            if len(node.args) + len(node.kwargs) != 1 or not isinstance(_first_argument(node), fx.Node):
+                return None
+            if isinstance(module, nn.Conv2d):
+                return Element(CONV, node, node.target, module)
+            if is_batch_norm(module):
+                return Element(BN, node, node.target, module)
+            act = act_spec(module)
+            return Element(ACT, node, node.target, module, act) if act is not None else None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        if node.target in _ADDS:
+            plain = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+            kwargs_fine = not node.kwargs or (set(node.kwargs) == {"alpha"} and node.kwargs["alpha"] == 1)
+            return Element(ADD, node) if plain and kwargs_fine else None
+        act = _function_act(node)
+        return Element(ACT, node, act=act) if act is not None else None
+
+    def cuts(self, elements: list[Element]) -> dict[int, tuple[str, str]]:
+        cuts: dict[int, tuple[str, str]] = {}
+        for i, (here, following) in enumerate(zip(elements, elements[1:], strict=False)):
+            if len(here.node.users) > 1:
+                cuts[i] = ("MULTIPLE_USERS", f"the output of {here.label()} is used {len(here.node.users)} times")
+            elif blocker := self._blocker(here, following, elements[0]):
+                cuts[i] = ("REORDERED", f"{blocker} in between may change an input of {here.label()}")
+        for element in elements:
+            if element.kind == ADD and element.node.target in _IN_PLACE_ADDS and not self._may_overwrite(element, elements):
+                element.problem = ("INPLACE", "adds in place into a tensor that is visible elsewhere")
+        return cuts
+
+    def _may_overwrite(self, add: Element, elements: list[Element]) -> bool:
+        """Whether nobody else can see the tensor that an in-place addition writes."""
+        target = add.node.args[0]
+        return len(target.users) == 1 and self._is_fresh(target)
+
+    def _blocker(self, here: Element, following: Element, first: Element) -> str:
+        """An operation between two elements that may write to what the earlier ones read (they move behind it)."""
+        source = _first_argument(first.node) if first.kind != ADD else None
+        for node in self.nodes[self.order[here.node] + 1 : self.order[following.node]]:
+            if node.op == "call_module":
+                touches = source in node.all_input_nodes or not (source is None or self._is_fresh(source))
+                if touches and self._may_write_input(self.container.get_submodule(node.target)):
+                    return node.target
+            elif _writes(node):
+                return str(node.target)
+        return ""
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        """Whether the node's output is certainly new memory."""
+        if node.op == "call_module":
+            module = self.container.get_submodule(node.target)
+            return type(module) in _ALWAYS_NEW or (
+                act_spec(module) is not None and (not module.inplace or self._is_fresh(_first_argument(node)))
+            )
+        if node.op == "call_function" and node.target in (operator.add, torch.add, torch.cat, torch.relu):
+            return "out" not in node.kwargs
+        act = _function_act(node)
+        if act is not None or (node.op == "call_function" and node.target is operator.iadd):
+            return (act is not None and not _writes(node)) or self._is_fresh(_first_argument(node))
+        return False
+
+    def _may_write_input(self, module: nn.Module) -> bool:
+        if type(module) is nn.Sequential:
+            for child in module:
+                if self._may_write_input(child):
+                    return True
+                if type(child) in _ALWAYS_NEW:
+                    return False
+            return False
+        if type(module) in _ALWAYS_NEW or type(module) in (nn.Identity, nn.MaxPool2d):
+            return False
+        return bool(getattr(module, "inplace", True))
+
+
+# Exact types whose output is new memory and whose input is only read.
+_ALWAYS_NEW = frozenset(
+    (
+        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.AvgPool2d,
+        nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    )
+)  # fmt: skip
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Any module that normalises like BatchNorm, the foreign ones (frozen, synchronised, subclassed) included."""
+    return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
+
+
+def _first_argument(node: fx.Node) -> fx.Node | None:
+    if node.args:
+        return node.args[0]
+    return node.kwargs.get("input")
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a function or method call writes to one of its inputs."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
+    in_place_operator &= name not in ("inv", "invert", "is_", "is_not", "indexOf", "itemgetter")
+    flagged = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
+    positional_flag = node.target in _FUNCTION_ACTS and any(a is True for a in node.args[1:])
+    return in_place_operator or flagged or positional_flag or (name.endswith("_") and not name.endswith("__"))
+
+
+def _function_act(node: fx.Node) -> ActSpec | None:
+    """The activation that a function or method call computes, None for another call."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = _FUNCTION_ACTS.get(node.target)
+    if name is None or not isinstance(_first_argument(node), fx.Node):
+        return None
+    slope = 0.0
+    if name == "leaky_relu":
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+    return ActSpec(name, float(slope)) if isinstance(slope, (int, float)) else None
