@@ -2,15 +2,13 @@
 
 _C     csrc/bindings.cpp and every csrc/**/*_cpu.cpp: pybind11 host facts and the CPU kernels (libtorch stable ABI).
 _cuda  every csrc/**/*_cuda.cpp (host compiler) and csrc/**/*.cu (nvcc): only where torch is a CUDA build.
-
-DL4DS_BUILD_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX: see README.md.
 """
 
 import importlib.util
 import json
 import os
-import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,8 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TARGET = "0x020b000000000000"  # torch 2.11: the oldest libtorch stable ABI with from_blob and a deleter
 RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
-WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
-CXX_FLAGS = f"-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong {WARNINGS}"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -Wall -Wextra -Wno-psabi"
 NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
 LINK_FLAGS = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
 
@@ -34,19 +31,14 @@ def sources(*patterns):
 
 
 def nvcc_version(home):
-    """ "major.minor" of a toolkit that can compile and link, None for an incomplete one."""
-    if not ((home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()):
-        return None
-    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", text)
-    return found and found.group(1)
+    """Release (major.minor) of a toolkit that can compile, None for an incomplete one."""
+    if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+        text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+        return re.search(r"release (\d+\.\d+)|$", text).group(1)
 
 
 def cuda_plan():
-    """(toolkit or None, its version, why CUDA is skipped). CUDA_HOME if complete, else nvcc from PyPI, else the system's.
-
-    Exits where DL4DS_BUILD_CUDA=1 can't be honoured.
-    """
+    """(toolkit or None, its version, why CUDA is skipped): CUDA_HOME if complete, else nvcc from PyPI, else the system's."""
     choice, cuda = os.environ.get("DL4DS_BUILD_CUDA", "auto"), torch.version.cuda
     if choice not in ("0", "1", "auto"):
         sys.exit(f"DL4DS_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
@@ -112,14 +104,18 @@ class NinjaBuild(build_ext):
                 libraries += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
                 extra = f"-DUSE_CUDA -isystem {home}/include"
                 self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), extra, libraries)
-        print(f"dl4ds_kernels: CUDA {cuda_version} for {archs}" if home else f"dl4ds_kernels: CUDA part skipped: {skipped}")
+        print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
             sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
         info = {
             "version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
-            "python": f"CPython {platform.python_version()}", "cuda_archs": home and archs, "cuda_skipped": skipped,
+            "python": f"CPython {sys.version.split()[0]}", "cuda_archs": home and archs, "cuda_skipped": skipped,
         }  # fmt: skip
-        self.install_parts(build, home, info)
+        self.built = build, home, info
+        self.install_parts(Path(self.get_ext_fullpath("dl4ds_kernels._C")).parent)
+
+    def copy_extensions_to_source(self):
+        self.install_parts(ROOT / "dl4ds_kernels")
 
     def part(self, n, build, name, files, extra, libraries):
         rules = {f: "nvcc" if f.endswith(".cu") else "cxx" for f in files}
@@ -128,26 +124,26 @@ class NinjaBuild(build_ext):
 
     def cudart_link(self, build, home):
         """The linker wants libcudart.so; PyPI has libcudart.so.13 only, and site-packages is not ours to write to."""
-        found = next((p for d in ("lib64", "lib") for p in sorted((home / d).glob("libcudart.so*"))), None)
-        if found is None:
+        found = [p for d in ("lib64", "lib") for p in sorted((home / d).glob("libcudart.so*"))]
+        if not found:
             sys.exit(f"dl4ds_kernels: no libcudart.so in {home}: `pip install nvidia-cuda-runtime`, or set CUDA_HOME")
-        link = build / "link"
-        link.mkdir(exist_ok=True)
-        (link / "libcudart.so").unlink(missing_ok=True)
-        (link / "libcudart.so").symlink_to(found)
-        return link
+        link = build / "link/libcudart.so"
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(found[0])
+        return link.parent
 
-    def install_parts(self, build, home, info):
-        """Copy the parts beside the package (in place) or into the wheel; a CUDA part of an earlier build must not stay."""
-        package = Path(self.get_ext_fullpath("dl4ds_kernels._C")).parent
+    def install_parts(self, package):
+        """Copy what was built into the wheel or beside the sources; a CUDA part of an earlier build must not stay."""
+        build, home, info = self.built
         package.mkdir(parents=True, exist_ok=True)
-        for name in ("_C", "_cuda"):
+        for name, wanted in (("_C", True), ("_cuda", home)):
             built, target = build / f"{name}.so", package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-            wanted = name == "_C" or home
-            if not wanted or not target.exists() or target.stat().st_mtime_ns != built.stat().st_mtime_ns:
-                target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
-                if wanted:
-                    self.copy_file(str(built), str(target))
+            if wanted and target.exists() and target.stat().st_mtime_ns == built.stat().st_mtime_ns:
+                continue
+            target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
+            if wanted:
+                shutil.copy2(built, target)
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
 

@@ -11,7 +11,9 @@ that needs the part, and ``python -m dl4ds_kernels info`` prints it.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import json
+import struct
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,19 @@ def _find(stem: str) -> Path | None:
     return candidates[0] if candidates else None
 
 
+def _check_whole(path: Path) -> None:
+    """Raise ImportError for an ELF file that ends before its section table does: loading one kills the process (SIGBUS)."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:5] != b"\x7fELF\x02" or len(head) < 64:  # not 64-bit ELF: left to the loader's own message
+        if head[:4] == b"\x7fELF" or not head:
+            raise ImportError(f"{path.name} is truncated")
+        return
+    table, entry, count = struct.unpack_from("<Q", head, 0x28)[0], *struct.unpack_from("<HH", head, 0x3A)
+    if table + entry * count > path.stat().st_size:
+        raise ImportError(f"{path.name} is truncated")
+
+
 def _load_cpu() -> None:
     global _module
     path = _find("_C")
@@ -77,6 +92,7 @@ def _load_cpu() -> None:
         _cpu.cure = "upgrade torch"
         return
     try:
+        _check_whole(path)
         _module = importlib.import_module("dl4ds_kernels._C")
         _cpu.loaded = True
     except Exception as error:  # a torn, foreign or mismatched file must not break `import dl4ds_kernels`
@@ -103,6 +119,7 @@ def _load_cuda() -> None:
         _cuda.cure = f"{_REBUILD}; until then the Triton backend serves CUDA tensors"
         return
     try:
+        _check_whole(path)
         torch.ops.load_library(str(path.resolve()))
         _cuda.loaded = True
     except Exception as error:

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -18,6 +19,7 @@ namespace dl4ds {
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxDims = 5;
+constexpr int64_t kMaxElementwiseDims = 16;
 
 /// torch's dtype codes, asked for once.
 struct DTypeCodes {
@@ -174,8 +176,8 @@ inline bool is_dense(const TensorInfo& x) {
         return true;
     }
     int64_t expected = 1;
-    bool used[16] = {};
-    if (x.dim > 16) {
+    bool used[kMaxElementwiseDims] = {};
+    if (x.dim > kMaxElementwiseDims) {
         return false;
     }
     for (int64_t round = 0; round < x.dim; ++round) {
@@ -192,6 +194,35 @@ inline bool is_dense(const TensorInfo& x) {
         expected *= x.sizes[found];
     }
     return true;
+}
+
+/// C-order strides for x's sizes.
+inline std::array<int64_t, kMaxElementwiseDims> contiguous_strides(const TensorInfo& x) {
+    DL4DS_CHECK(x.dim <= kMaxElementwiseDims, "expected at most ", kMaxElementwiseDims, " dims, got ", x.dim);
+    std::array<int64_t, kMaxElementwiseDims> strides{};
+    int64_t step = 1;
+    for (int64_t d = x.dim - 1; d >= 0; --d) {
+        strides[d] = step;
+        step *= x.sizes[d] > 1 ? x.sizes[d] : 1;
+    }
+    return strides;
+}
+
+/// Strides of an elementwise result over dense operands that lie like x, as torch's own ops give them: C order where x is
+/// contiguous, channels last where it is that, x's strides otherwise. Dims of size 1 get the format's stride, not x's.
+inline std::array<int64_t, kMaxElementwiseDims> elementwise_strides(const TensorInfo& x) {
+    auto strides = contiguous_strides(x);
+    if (x.numel == 0 || is_contiguous(x.sizes, x.strides, x.dim)) {
+        return strides;
+    }
+    std::copy(x.strides, x.strides + x.dim, strides.begin());
+    if (x.dim == 4 || x.dim == 5) {
+        const auto channels_last = dense_strides(x.sizes, x.dim, Format::kChannelsLast);
+        if (same_strides(x.strides, channels_last.data(), x.sizes, x.dim)) {
+            std::copy(channels_last.begin(), channels_last.end(), strides.begin());
+        }
+    }
+    return strides;
 }
 
 /// A copy of x with the given strides, in torch's own memory.

@@ -22,7 +22,7 @@ def load_vector(vector, c, valid, DEFAULT: tl.constexpr):
     if vector is None:
         return tl.full(c.shape, DEFAULT, tl.float64)
     else:
-        values = tl.load(vector + c, valid, 0.0)
+        values = tl.load(vector + c, valid, DEFAULT)
         if vector.dtype.element_ty == tl.bfloat16:  # Triton's interpreter converts bf16 from and to fp32 only
             values = values.to(tl.float32)
         return values.to(tl.float64)

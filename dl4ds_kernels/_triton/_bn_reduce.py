@@ -120,6 +120,11 @@ def bn_stats_partial_kernel(
         CHANNELS_LAST, LAYOUT, BLOCK_COLS,
     )  # fmt: skip
     first = tl.load(x + at, valid, 0.0).to(acc)
+    # The first tile's mean stands in for the first value of slots that have none (a plane's end); slots are merged around it.
+    seen = tl.maximum(reduce_tile(valid.to(acc), CHANNELS_LAST), 1.0)
+    pivot = reduce_tile(first / (seen[None, :] if CHANNELS_LAST else seen), CHANNELS_LAST)
+    pivot_tile = pivot[None, :] if CHANNELS_LAST else pivot
+    first = tl.where(valid, first, pivot_tile)
     # What a slot has counted: all its lines, but for the columns beyond a plane's end in the plane's last piece.
     whole = (line < stop).to(acc)
     last = ((line < stop) & (line % blocks == blocks - 1)).to(acc)
@@ -140,17 +145,11 @@ def bn_stats_partial_kernel(
     width = C - group * BLOCK_COLS if CHANNELS_LAST else S - (blocks - 1) * BLOCK_COLS
     count = tl.where(lane < width, whole, whole - last)
 
-    # Slots merged around the chunk's first value, so that the mean keeps full precision far from zero.
     total = reduce_tile(count, CHANNELS_LAST)
-    at_start = tl.arange(0, BLOCK_LINES)[:, None] == 0
-    if CHANNELS_LAST:
-        pivot = tl.sum(tl.where(at_start, first, 0.0), 0)
-    else:
-        pivot = reduce_tile(tl.where(at_start & (lane == 0), first, 0.0), CHANNELS_LAST)
     filled = count > 0
     slot_mean = sum1 / tl.where(filled, count, 1.0)
     sum2 = sum2 - sum1 * slot_mean
-    slot_mean = tl.where(filled, first - (pivot[None, :] if CHANNELS_LAST else pivot) + slot_mean, 0.0)
+    slot_mean = tl.where(filled, first - pivot_tile + slot_mean, 0.0)
     mean = reduce_tile(count * slot_mean, CHANNELS_LAST) / tl.maximum(total, 1.0)
     deviation = slot_mean - (mean[None, :] if CHANNELS_LAST else mean)
     m2 = reduce_tile(sum2 + count * deviation * deviation, CHANNELS_LAST)

@@ -52,7 +52,9 @@ def optimize(
 
     Modules whose own forward contains such chains get an instance attribute ``forward`` that runs them fused, in train and
     eval. Everything that is not exactly the stock layer, or cannot be followed, stays as it is; ``model.dl4ds_report`` lists
-    every chain with the reason. A hook or submodule changed later switches the chain back to the stock modules.
+    every chain with the reason. A hook or submodule changed later switches the chain back to the stock modules. The model
+    can be compiled, exported, traced, copied and pickled; for ``torch.jit.script``, which reads source code, ``restore`` it
+    first.
 
     Args:
         model: any ``nn.Module``, on any device.

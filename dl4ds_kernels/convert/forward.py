@@ -21,7 +21,8 @@ class FusedForward:
     """A module's forward with its chains fused; set as an instance attribute, so the class and the state_dict stay untouched.
 
     Holds plans for the argument kinds and attribute values seen so far (train and eval may differ); a call that no plan fits
-    makes one, or runs the stock forward. Copies and pickles carry the options only and plan again at their first call.
+    makes one, or runs the stock forward. Copies and pickles carry the options only and plan again at their first call. Like a
+    bound method it keeps its module alive, so the two form a cycle, which Python's garbage collector frees.
     """
 
     def __init__(self, module: nn.Module, options: Options, skip: Collection[str] = (), plan: Plan | None = None) -> None:

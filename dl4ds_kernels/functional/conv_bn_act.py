@@ -13,7 +13,7 @@ from .. import reference
 from .._activation import ACTIVATION_CODES, activation_code, apply_activation
 from .._backend import REFERENCE, STOCK, select
 from .._define import op
-from ._common import call, check_floating, check_tensor, check_vector, eps_mode_flag, fail, needs_grad
+from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
 from .bn_act import bn_act
 
 
@@ -95,7 +95,10 @@ def conv_bn_act(
         )  # fmt: skip
         return out.squeeze(0) if unbatched else out
     except Exception:
-        _explain(x, weight, bias, residual, groups, activation, running_mean, running_var, bn_weight, bn_bias)
+        _explain(
+            x, weight, bias, residual, stride, padding, dilation, groups, activation,
+            running_mean, running_var, bn_weight, bn_bias,
+        )  # fmt: skip
         raise
 
 
@@ -143,7 +146,10 @@ def out_shape(
     return (x.shape[0], weight.shape[0], *spatial)
 
 
-def _explain(x: Any, weight: Any, bias: Any, residual: Any, groups: int, activation: Any, *vectors: Any) -> None:
+def _explain(
+    x: Any, weight: Any, bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any, groups: int, activation: Any,
+    *vectors: Any,
+) -> None:  # fmt: skip
     """Raise the clear error for bad input; return where the input is fine and the error has another cause."""
     activation_code("conv_bn_act", activation)
     check_floating("conv_bn_act", "x", x)
@@ -167,4 +173,5 @@ def _explain(x: Any, weight: Any, bias: Any, residual: Any, groups: int, activat
     for name, vector in zip(("bias", "running_mean", "running_var", "bn_weight", "bn_bias"), (bias, *vectors), strict=True):
         check_vector("conv_bn_act", name, vector, x, channels_out)
     if residual is not None:
-        check_tensor("conv_bn_act", "residual", residual)
+        shape = torch.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape
+        check_residual("conv_bn_act", residual, shape, x.device)

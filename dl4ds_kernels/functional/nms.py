@@ -1,7 +1,7 @@
 """Non-maximum suppression: ``nms``, ``batched_nms`` and the fixed-size ``nms_padded``.
 
 On the CPU they run our C++ kernel. On CUDA tensors they run torchvision's own kernel for now (the reference where torchvision
-is not installed), class by class for ``batched_nms`` and image by image for ``nms_padded``, so those two wait for the GPU there.
+is not installed), class by class for ``batched_nms`` and image by image for ``nms_padded``: there those two wait for the GPU.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     True per-class arithmetic, as in torchvision's class-by-class loop. Up to 1,000 boxes (on the CPU)
     ``torchvision.ops.batched_nms`` instead moves the classes apart by an offset, which loses digits of the coordinates: a pair
-    whose IoU lies within that rounding of the threshold may be decided otherwise there. Equal scores come out by index; torchvision's loop leaves their order to
-    an unstable sort.
+    whose IoU lies within that rounding of the threshold may be decided otherwise there. Equal scores come out by index;
+    torchvision's loop leaves their order to an unstable sort.
 
     Args:
         boxes, scores, iou_threshold, backend: as in :func:`nms`.

@@ -27,7 +27,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(mask)
     ctx.scalars = (alpha, activation, negative_slope)
     ctx.out_strides = out.stride()
-    needs_inputs = activation != 0 and mask.numel() == 0 and x.numel() > 0
+    needs_inputs = activation != 0 and mask.numel() == 0
     ctx.save_for_backward(mask if mask.numel() else None, x if needs_inputs else None, residual if needs_inputs else None)
 
 

@@ -49,8 +49,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, mean, rstd, mask, _, _ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    masked = mask.numel() > 0 or x.numel() == 0
-    saved_residual = None if activation == 0 or masked else residual
+    saved_residual = None if activation == 0 or mask.numel() else residual
     # In eval the statistics are the caller's tensors: saving them lets autograd notice a change in between.
     first, second = (mean, rstd) if training else (running_mean, running_var)
     ctx.save_for_backward(x, weight, bias, first, second, saved_residual, mask if mask.numel() else None)

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alp
     const bool with_mask = save_mask && activation_has_mask(act);
     Tensor mask = empty_vector_cpu(with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
     const bool flat = same_strides(xi.strides, ri.strides, xi.sizes, xi.dim) && is_dense(xi);
-    Tensor out = flat ? empty_cpu(xi.sizes, xi.strides, xi.dim, xi.dtype) : torch_add(x, residual);
+    Tensor out = flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
     const TensorInfo oi = tensor_info(out);
     AddActArgs p{};
     p.x = flat ? xi.data : oi.data;
@@ -128,17 +128,7 @@ Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Te
     }
     // dx has the strides of the forward's output: x's where x is given (and dense), else dout's own.
     const TensorInfo& like = xi.present && is_dense(xi) ? xi : di;
-    std::array<int64_t, 16> strides{};
-    DL4DS_CHECK(like.dim <= 16, kOp, ": dout: expected at most 16 dims, got ", like.dim);
-    if (is_dense(like)) {
-        std::copy(like.strides, like.strides + like.dim, strides.begin());
-    } else {
-        int64_t step = 1;
-        for (int64_t d = like.dim - 1; d >= 0; --d) {
-            strides[d] = step;
-            step *= std::max<int64_t>(1, like.sizes[d]);
-        }
-    }
+    const auto strides = is_dense(like) ? elementwise_strides(like) : contiguous_strides(like);
     const auto in_order = [&](const Tensor& t, const TensorInfo& info) {
         return same_strides(info.strides, strides.data(), info.sizes, info.dim)
                    ? t

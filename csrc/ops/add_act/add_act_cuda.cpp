@@ -29,12 +29,16 @@ bool same_order(const TensorInfo& x, const TensorInfo& residual) {
     return same_strides(x.strides, residual.strides, x.sizes, x.dim) && is_dense(x);
 }
 
-/// x + residual with torch's strides for operands in different orders.
+/// x + residual with torch's strides for operands in different orders. (The dispatcher's C interface does not take
+/// aten::add's Scalar.)
 Tensor torch_add(const Tensor& x, const Tensor& residual) {
-    StableIValue stack[3] = {torch::stable::detail::from(x), torch::stable::detail::from(residual),
-                             torch::stable::detail::from(1.0)};
-    shim_check(torch_call_dispatcher("aten::add", "Tensor", stack, TORCH_ABI_VERSION), "aten::add");
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    using AddFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
+    static AddFn* const add = find_shim<AddFn>("aoti_torch_cuda_add_Tensor");
+    DL4DS_CHECK(add != nullptr, "add_act: this torch has no aoti_torch_cuda_add_Tensor: pass x and residual with ",
+                "equal, dense strides");
+    AtenTensorHandle sum = nullptr;
+    shim_check(add(x.get(), residual.get(), 1.0, &sum), "aten::add");
+    return Tensor(sum);
 }
 
 }  // namespace
@@ -50,7 +54,7 @@ std::tuple<Tensor, Tensor> add_act_fwd_cuda(Tensor x, Tensor residual, double al
     const bool with_mask = save_mask && activation_has_mask(p.activation);
     Tensor mask = empty_vector_cuda(xi, with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
     const bool flat = same_order(xi, ri);
-    Tensor out = flat ? empty_cuda(xi, xi.sizes, xi.strides, xi.dim, xi.dtype) : torch_add(x, residual);
+    Tensor out = flat ? empty_cuda(xi, xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
     p.dtype = xi.dtype;
     p.numel = xi.numel;
     p.out = tensor_info(out).data;
@@ -92,7 +96,7 @@ Tensor add_act_bwd_cuda(Tensor dout_tensor, std::optional<Tensor> mask, std::opt
     if (both && !flat) {
         sum = torch_add(*x, *residual);
     }
-    Tensor dx = flat ? empty_cuda(xi, xi.sizes, xi.strides, xi.dim, xi.dtype)
+    Tensor dx = flat ? empty_cuda(xi, xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype)
                      : torch::stable::empty_like(sum ? *sum : dout_tensor);
     const TensorInfo dxi = tensor_info(dx);
     if (!same_strides(di.strides, dxi.strides, di.sizes, di.dim)) {

@@ -212,7 +212,7 @@ struct BnActBwdFinalizeArgs {
 
 /// Sums the partials of each channel in fp64, in a fixed order. dx = scale * dz + factor * x + offset.
 template <typename acc_t>
-__global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups)
+__global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     bn_act_bwd_finalize_kernel(const BnActBwdFinalizeArgs a) {
     __shared__ double shared[2][kFinalizeGroups][kFinalizeChannels];
     const int64_t c = int64_t(blockIdx.x) * kFinalizeChannels + threadIdx.x % kFinalizeChannels;

@@ -19,16 +19,17 @@ Walk walk_of(const BnActFwdParams& p, bool& readable) {
     return walk;
 }
 
-/// scale and shift, then partial results, then their counts; the first does not depend on the vector width.
+/// scale and shift, first values, partial results, their counts. The first two do not depend on the vector width.
 struct StatsWorkspace {
     ReducePlan plan;
-    int64_t table_stride, partial_offset, counts_offset, bytes;
+    int64_t table_stride, origin_offset, partial_offset, counts_offset, bytes;
 
     StatsWorkspace(const BnActFwdParams& p, const Walk& walk, bool vectors)
         : plan(plan_reduce(walk, p.size.c, vectors ? vector_width(p.dtype) : 1)) {
         const int64_t acc_size = dtype_size(acc_dtype(p.dtype));
         table_stride = round_up(p.size.c, 4);
-        partial_offset = 2 * table_stride * acc_size;
+        origin_offset = 2 * table_stride * acc_size;
+        partial_offset = 3 * table_stride * acc_size;
         counts_offset = partial_offset + round_up(plan.parts * 2 * p.size.c * acc_size, 16);
         bytes = counts_offset + round_up(plan.parts * acc_size, 16);
     }
@@ -45,6 +46,7 @@ int launch_statistics(const BnActFwdParams& p, const Walk& walk, bool vectors, v
     stats.x_planes = walk.plane_strides[0];
     stats.channels = p.size.c;
     stats.plan = workspace.plan;
+    stats.origin = static_cast<char*>(p.workspace) + workspace.origin_offset;
     stats.partial = static_cast<char*>(p.workspace) + workspace.partial_offset;
     stats.counts = static_cast<char*>(p.workspace) + workspace.counts_offset;
     int error = dispatch_vec(p.dtype, vectors, [&](auto type, auto vec) {
@@ -60,6 +62,7 @@ int launch_statistics(const BnActFwdParams& p, const Walk& walk, bool vectors, v
     BnActFinalizeArgs final{};
     final.channels = p.size.c;
     final.parts = empty ? 0 : stats.plan.parts;
+    final.origin = stats.origin;
     final.partial = stats.partial;
     final.counts = stats.counts;
     final.eps_std = p.eps_std;

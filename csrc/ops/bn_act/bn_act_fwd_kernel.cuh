@@ -13,13 +13,19 @@ struct BnActStatsArgs {
     PlaneStrides x_planes;
     int64_t channels;
     ReducePlan plan;
-    void* partial;  // [parts][2][channels]: mean, sum of squared deviations
+    // Means are kept relative to the channel's first value, so that rounding a partial mean costs nothing where
+    // the mean is large beside the spread.
+    void* origin;   // [channels]: that first value
+    void* partial;  // [parts][2][channels]: mean - origin, sum of squared deviations
     void* counts;   // [parts]
 };
 
 template <typename acc_t>
-__device__ __forceinline__ void store_moments(const BnActStatsArgs& a, int64_t part, int64_t c,
+__device__ __forceinline__ void store_moments(const BnActStatsArgs& a, int64_t part, int64_t c, acc_t origin,
                                               const Moments<acc_t>& m) {
+    if (part == 0) {
+        static_cast<acc_t*>(a.origin)[c] = origin;
+    }
     acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * a.channels + c;
     partial[0] = m.v[1];
     partial[a.channels] = m.v[2];
@@ -74,15 +80,17 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
         for (; row < a.rows.count; row += step, ++count) {
             add(load_pack<T, kVec>(x + row_offset(a.rows, a.x_rows, row)));
         }
+        const Pack<T, kVec> origin = load_pack<T, kVec>(x);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-            own[k] = Moments<acc_t>::from_shifted(static_cast<acc_t>(count), shift[k], sum[k], squares[k]);
+            own[k] = Moments<acc_t>::from_shifted(static_cast<acc_t>(count), shift[k] - to_acc(origin.v[k]), sum[k],
+                                                  squares[k]);
         }
     }
     const Moments<acc_t> merged = column_merge<Moments<acc_t>, acc_t, kVec>(own, width, height, shared);
     const int64_t channel = tile * width * kVec + threadIdx.x;
     if (threadIdx.x < width * kVec && channel < a.channels) {
-        store_moments(a, part, channel, merged);
+        store_moments(a, part, channel, to_acc(static_cast<const T*>(a.x)[channel]), merged);
     }
 }
 
@@ -99,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const Bn
     const int64_t item = part * kThreads + threadIdx.x;
     int64_t n = item / a.plan.windows;
     int64_t window = item - n * a.plan.windows;
+    const acc_t origin = to_acc(x[c * a.x_planes.c]);
     acc_t count = 0, shift = 0, sum = 0, squares = 0;
     while (n < a.planes.batch) {
         const int64_t start = (n * a.planes.channels + c) * length;  // of the plane, in a dense tensor
@@ -126,16 +135,16 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const Bn
             ++n;
         }
     }
-    const auto own = Moments<acc_t>::from_shifted(count, shift, sum, squares);
+    const auto own = Moments<acc_t>::from_shifted(count, shift - origin, sum, squares);
     const Moments<acc_t> merged = block_merge(own, shared);
     if (threadIdx.x == 0) {
-        store_moments(a, part, c, merged);
+        store_moments(a, part, c, origin, merged);
     }
 }
 
 struct BnActFinalizeArgs {
     int64_t channels, parts;  // parts 0: x has no elements
-    const void *partial, *counts;
+    const void *origin, *partial, *counts;
     bool eps_std;
     double eps, momentum;
     void *mean, *rstd;
@@ -148,7 +157,7 @@ struct BnActFinalizeArgs {
 
 /// Merges the partials of each channel in fp64, in a fixed order, and derives what the later passes read.
 template <typename acc_t>
-__global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups)
+__global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     bn_act_finalize_kernel(const BnActFinalizeArgs a) {
     __shared__ double shared[3][kFinalizeGroups][kFinalizeChannels];
     const int64_t c = int64_t(blockIdx.x) * kFinalizeChannels + threadIdx.x % kFinalizeChannels;
@@ -175,7 +184,8 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups)
     const double n = value[0] > 0 ? value[0] : 1, offset = value[1] / n;
     double m2 = value[2] - value[1] * offset;
     m2 = m2 < 0 ? 0 : m2;  // NaN stays NaN
-    const double mean = shift + offset, var = m2 / n;
+    const double origin = a.parts > 0 ? static_cast<const acc_t*>(a.origin)[c] : acc_t(0);
+    const double mean = origin + (shift + offset), var = m2 / n;
     const double rstd = a.eps_std ? 1 / (::sqrt(var) + a.eps) : 1 / ::sqrt(var + a.eps);
     static_cast<acc_t*>(a.mean)[c] = static_cast<acc_t>(mean);
     static_cast<acc_t*>(a.rstd)[c] = static_cast<acc_t>(rstd);

@@ -8,7 +8,7 @@ namespace DL4DS_ISA {
 constexpr int kRowGroup = 8;
 /// Rows that they read side by side, so that sums are loaded and stored once for all of them. Side by side is more
 /// streams than a hardware prefetcher follows (half the bandwidth), hence prefetch_ahead().
-constexpr int kFront = 2;
+constexpr int kFront = 4;
 constexpr int64_t kPrefetchBytes = 8 << 10;
 /// Rows that share one shift in the statistics. With the shift the mean of kRowGroup of n rows, the squared distance
 /// of shift and mean is at most n / kRowGroup variances, which bounds the cancellation in the variance.

@@ -1,0 +1,8 @@
+"""``python -m dl4ds_kernels {info, demo, bench}``."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The typer application: one command a file."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import bench
+from .demo import demo
+from .info import info
+
+app = typer.Typer(
+    help="Fused conv + BatchNorm + activation, residual and NMS kernels for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(info)
+app.command()(demo)
+app.command()(bench)
