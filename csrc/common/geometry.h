@@ -138,7 +138,7 @@ inline bool as_planes(const Dims& size, int operands, const Dims* strides, Plane
     }
     const int levels = detail::merge_dims(3, sizes, operands, stride);
     planes = Planes{size.n, size.c, size.plane(), Divider(), levels == 2};
-    if (levels > 2 || size.plane() > INT32_MAX) {
+    if (levels > 2 || size.plane() > INT32_MAX - 64) {  // positions are ints, and a vector may reach beyond
         return false;
     }
     planes.width = Divider(planes.pitched ? static_cast<uint32_t>(sizes[1]) : 1);

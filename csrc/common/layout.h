@@ -116,9 +116,9 @@ inline bool is_contiguous(const int64_t* sizes, const int64_t* strides, int64_t 
     return true;
 }
 
-/// The memory format of a normalisation's output, as torch's batch_norm decides it: contiguous if the input is (an
-/// ambiguous one too: C = 1, H = W = 1), else what Tensor.suggest_memory_format says: channels last for 4 and 5 dims
-/// whose strides grow in the order C, W, H, (D,) N, contiguous for everything else.
+/// The memory format of a normalisation's output, as torch's batch_norm decides it: contiguous if the input
+/// is (an ambiguous one too: C = 1, H = W = 1), else what Tensor.suggest_memory_format says: channels last
+/// for 4 and 5 dims whose strides grow in the order C, W, H, (D,) N, contiguous for everything else.
 inline Format suggest_format(const int64_t* sizes, const int64_t* strides, int64_t dim) {
     if ((dim != 4 && dim != 5) || strides[1] == 0 || is_contiguous(sizes, strides, dim)) {
         return Format::kContiguous;
@@ -208,8 +208,9 @@ inline std::array<int64_t, kMaxElementwiseDims> contiguous_strides(const TensorI
     return strides;
 }
 
-/// Strides of an elementwise result over dense operands that lie like x, as torch's own ops give them: C order where x is
-/// contiguous, channels last where it is that, x's strides otherwise. Dims of size 1 get the format's stride, not x's.
+/// Strides of an elementwise result over dense operands that lie like x, as torch's own ops give them: C
+/// order where x is contiguous, channels last where it is that, x's strides otherwise. Dims of size 1 get the
+/// format's stride, not x's.
 inline std::array<int64_t, kMaxElementwiseDims> elementwise_strides(const TensorInfo& x) {
     auto strides = contiguous_strides(x);
     if (x.numel == 0 || is_contiguous(x.sizes, x.strides, x.dim)) {

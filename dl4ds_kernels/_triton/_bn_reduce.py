@@ -16,6 +16,7 @@ from ._common import (
     activate_bwd,
     masked_bwd,
     offset_of,
+    program_index,
     unpack_bits,
 )
 
@@ -105,15 +106,13 @@ def bn_stats_partial_kernel(
     Each slot of the tile subtracts its own first value, so what cancels is bounded by the data's own spread: the error of the
     squared deviations is at most steps * epsilon relative, whatever the mean.
     """
-    group = tl.program_id(0) % groups
-    chunk = tl.program_id(0) // groups
+    group = program_index(WIDE) % groups
+    chunk = program_index(WIDE) // groups
     acc: tl.constexpr = partial.dtype.element_ty
     start = chunk * lines_per_chunk
     stop = tl.minimum(start + lines_per_chunk, lines)
     line = start + tl.arange(0, BLOCK_LINES)[:, None]
     lane = tl.arange(0, BLOCK_COLS)[None, :]
-    if WIDE:
-        line = line.to(tl.int64)
 
     _, at, valid = line_indices(
         line, lane, stop, group, blocks, C, S, H, W, stride_n, stride_c, stride_d, stride_h, stride_w,
@@ -179,8 +178,8 @@ def bn_bwd_partial_kernel(
     BLOCK_LINES: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """partial (2, chunks, C): sum of dz and of dz * (x - mean), dz = dout * act'(z)."""
-    group = tl.program_id(0) % groups
-    chunk = tl.program_id(0) // groups
+    group = program_index(WIDE) % groups
+    chunk = program_index(WIDE) // groups
     acc: tl.constexpr = partial.dtype.element_ty
     dtype: tl.constexpr = dout.dtype.element_ty
     center = channel_value(mean, group, C, CHANNELS_LAST, BLOCK_COLS)
@@ -194,8 +193,6 @@ def bn_bwd_partial_kernel(
     stop = tl.minimum(start + lines_per_chunk, lines)
     line = start + tl.arange(0, BLOCK_LINES)[:, None]
     lane = tl.arange(0, BLOCK_COLS)[None, :]
-    if WIDE:
-        line = line.to(tl.int64)
     sum1 = tl.zeros([BLOCK_LINES, BLOCK_COLS], acc)
     sum2 = tl.zeros([BLOCK_LINES, BLOCK_COLS], acc)
     for _ in tl.range(start, stop, BLOCK_LINES, num_stages=3):

@@ -216,46 +216,49 @@ def elementwise_programs(config: dict[str, Any]) -> int:
 
 
 @triton.jit
-def tile_program():
+def program_index(WIDE: tl.constexpr):
+    """This program's number; 64 bits wide where indices derived from it may be."""
+    if WIDE:
+        return tl.program_id(0).to(tl.int64)
+    else:
+        return tl.program_id(0)
+
+
+@triton.jit
+def tile_program(WIDE: tl.constexpr):
     """Programs run backwards: after a statistics pass the end of the tensor is what the L2 cache still holds."""
-    return tl.num_programs(0) - 1 - tl.program_id(0)
+    return tl.num_programs(0) - 1 - program_index(WIDE)
 
 
 @triton.jit
 def tile_indices(
     numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
+):  # fmt: skip
     """(index in memory order, row, column, validity) of this program's (BLOCK_ROWS, BLOCK_COLS) elements."""
-    program = tile_program()
+    program = tile_program(WIDE)
     if TILED:
         column_blocks = tl.cdiv(cols, BLOCK_COLS)
         row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
         col = (program % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-        if WIDE:
-            row = row.to(tl.int64)
         return row * cols + col, row, col, (row < rows) & (col < cols)
     else:
-        if WIDE:
-            program = program.to(tl.int64)
         index = program * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         row = index // cols
         return index, row, index - row * cols, index < numel
 
 
 @triton.jit
-def tile_bytes(numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+def tile_bytes(
+    numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):  # fmt: skip
     """(byte index, validity) of the (BLOCK_ROWS, BLOCK_COLS / 8) mask bytes that belong to :func:`tile_indices`."""
-    program = tile_program()
+    program = tile_program(WIDE)
     if TILED:
         column_blocks = tl.cdiv(cols, BLOCK_COLS)
         row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
         byte = (program % column_blocks) * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
-        if WIDE:
-            row = row.to(tl.int64)
         return row * (cols // 8) + byte, (row < rows) & (byte < cols // 8)
     else:
-        if WIDE:
-            program = program.to(tl.int64)
         byte = program * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
         return byte, byte * 8 < numel
 
@@ -269,10 +272,10 @@ def tile_channels(
     if TILED:
         column_blocks = tl.cdiv(cols, BLOCK_COLS)
         if CHANNELS_LAST:
-            channel = (tile_program() % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+            channel = (tile_program(False) % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
             return channel, channel < cols
         else:
-            plane = (tile_program() // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            plane = (tile_program(False) // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
             return plane % C, plane < rows
     elif CHANNELS_LAST:
         return col, valid

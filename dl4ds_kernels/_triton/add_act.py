@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import activate, activate_bwd, check, masked_bwd, pack_bits, positive_side, unpack_bits
+from ._common import activate, activate_bwd, check, masked_bwd, pack_bits, positive_side, program_index, unpack_bits
 
 
 def add_act_launch_config(numel: int) -> dict[str, Any]:
@@ -19,9 +19,7 @@ def add_act_launch_config(numel: int) -> dict[str, Any]:
 @triton.jit
 def flat_indices(numel, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """(element index, validity, byte index, validity) of this program as rows of 8 elements and one byte."""
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
+    program = program_index(WIDE)
     index = program * BLOCK + tl.arange(0, BLOCK)[None, :]
     byte = program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     return index, index < numel, byte, byte * 8 < numel

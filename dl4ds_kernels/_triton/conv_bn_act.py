@@ -15,7 +15,7 @@ from torch import Tensor
 from .._define import triton_interpreted
 from ..ops._layout import suggested_format
 from . import _common
-from ._common import Matrix, activate, check, slope_of
+from ._common import Matrix, activate, check, program_index, slope_of
 from .bn_act import apply_statistics, fold_statistics
 
 
@@ -52,11 +52,11 @@ def conv_bn_act_kernel(
     (K, C) by (C, pixels). Indices are made two-dimensional here, so that all else is written once for both.
     """
     k_blocks = tl.cdiv(K, BLOCK_K)
-    pixel = (tl.program_id(0) // k_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    k = (tl.program_id(0) % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pixel = (program_index(WIDE) // k_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    k = (program_index(WIDE) % k_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     lane = tl.arange(0, BLOCK_C)
     if WIDE:
-        pixel = pixel.to(tl.int64)
+        lane = lane.to(tl.int64)
     if CHANNELS_LAST:
         pixel, k, x_lane, weight_lane = pixel[:, None], k[None, :], lane[None, :], lane[:, None]
         acc = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)

@@ -176,7 +176,7 @@ def _run_packed(
         or type(x) is not Tensor
         or not _packing.supported(x, weight)
         or x.shape[1] != conv.in_channels
-        or x.numel() == 0
+        or x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * weight.numel() < _packing.MIN_MACS
         or not _extension.status()["_C"].loaded
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()

@@ -5,8 +5,8 @@
 
 namespace dl4ds {
 
-/// Writes bits one after the other, starting at bit 0 of a byte. finish() writes what is pending; call it once, at
-/// the end of the stretch of memory that this writer owns.
+/// Writes bits one after the other, starting at bit 0 of a byte. finish() writes what is pending; call it
+/// once, at the end of the stretch of memory that this writer owns.
 struct BitWriter {
     uint8_t* to = nullptr;
     uint64_t pending = 0;

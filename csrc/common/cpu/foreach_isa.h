@@ -1,10 +1,11 @@
 // Compiles one kernel source for several instruction sets in one translation unit. A *_cpu.cpp says
 //     #define DL4DS_ISA_SOURCE "ops/add_act/add_act_kernels_cpu.h"
 //     #include "common/cpu/foreach_isa.h"
-// and the source is included once per ISA, inside namespace dl4ds::<isa> by means of DL4DS_ISA and under that ISA's
-// code generation flags. isa.h chooses at run time. Rules for such a source:
+// and the source is included once per ISA, inside namespace dl4ds::<isa> by means of DL4DS_ISA and under that
+// ISA's code generation flags. isa.h chooses at run time. Rules for such a source:
 //   * it defines everything in namespace dl4ds::DL4DS_ISA and has no include guard;
-//   * it includes nothing (standard headers come first, below): an inline function of the standard library compiled
+//   * it includes nothing (standard headers come first, below): an inline function of the standard library
+//   compiled
 //     under AVX-512 flags could be the copy that the linker keeps for everyone;
 //   * no lambdas on the hot path: they do not inherit the flags on every compiler.
 #include <cstdint>

@@ -7,8 +7,8 @@ namespace dl4ds {
 
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-/// The best ISA of this machine that the kernels are compiled for; DL4DS_CPU_ISA=baseline|avx2|avx512 forces one (an
-/// ISA the machine lacks is refused with an exception). Read once.
+/// The best ISA of this machine that the kernels are compiled for; DL4DS_CPU_ISA=baseline|avx2|avx512 forces
+/// one (an ISA the machine lacks is refused with an exception). Read once.
 Isa active_isa();
 
 /// "avx512", "avx2", or the name of the 16-byte baseline: "sse2", "neon", "baseline".
@@ -26,9 +26,9 @@ const CacheSizes& cache_sizes();
 
 /// The table `name` (same type for every ISA) of the active ISA: DL4DS_ISA_TABLE(kBnActKernels).
 #if defined(__x86_64__)
-#define DL4DS_ISA_TABLE(name)                                           \
-    (::dl4ds::active_isa() == ::dl4ds::Isa::kAvx512 ? avx512::name      \
-     : ::dl4ds::active_isa() == ::dl4ds::Isa::kAvx2 ? avx2::name        \
+#define DL4DS_ISA_TABLE(name)                                      \
+    (::dl4ds::active_isa() == ::dl4ds::Isa::kAvx512 ? avx512::name \
+     : ::dl4ds::active_isa() == ::dl4ds::Isa::kAvx2 ? avx2::name   \
                                                     : baseline::name)
 #else
 #define DL4DS_ISA_TABLE(name) (baseline::name)

@@ -1,14 +1,18 @@
-#include "common/cpu/isa.h"
-
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <string_view>
 
 #include "common/checks.h"
+#include "common/cpu/isa.h"
 
 namespace dl4ds {
 namespace {
+
+constexpr int64_t kMaxLlcBytes = int64_t{64} << 20;
 
 bool cpu_has(Isa isa) {
 #if defined(__x86_64__)
@@ -39,18 +43,37 @@ Isa choose_isa() {
     return cpu_has(Isa::kAvx512) ? Isa::kAvx512 : cpu_has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
 }
 
-CacheSizes read_cache_sizes() {
-    CacheSizes sizes{1 << 20, 16 << 20};
-#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
-    const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (l2 > 0) {
-        sizes.l2_bytes = l2;
+/// Bytes of cpu0's largest cache of this level by sysfs; 0 where it does not say.
+int64_t sysfs_cache_bytes(int wanted_level) {
+    int64_t bytes = 0;
+    for (int index = 0; index < 8; ++index) {
+        const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+        std::ifstream level_file(folder + "level"), size_file(folder + "size");
+        int level = 0;
+        int64_t size = 0;
+        char unit = ' ';
+        if (level_file >> level && size_file >> size >> unit && level == wanted_level) {
+            bytes = std::max(bytes, size << (unit == 'M' ? 20 : 10));
+        }
     }
-    if (l3 > 0) {
-        sizes.llc_bytes = l3;
+    return bytes;
+}
+
+/// sysfs first: the C library's figure for the last level can be the sum over all of a server's caches.
+CacheSizes read_cache_sizes() {
+    CacheSizes sizes{sysfs_cache_bytes(2), sysfs_cache_bytes(3)};
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+    if (sizes.l2_bytes == 0) {
+        sizes.l2_bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    }
+    if (sizes.llc_bytes == 0) {
+        sizes.llc_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
     }
 #endif
+    sizes.l2_bytes = sizes.l2_bytes > 0 ? sizes.l2_bytes : int64_t{1} << 20;
+    sizes.llc_bytes = sizes.llc_bytes > 0 ? sizes.llc_bytes : int64_t{16} << 20;
+    // A core shares the last level with others, and often with other machines: count on no more than this.
+    sizes.llc_bytes = std::min(sizes.llc_bytes, kMaxLlcBytes);
     return sizes;
 }
 

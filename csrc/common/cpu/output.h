@@ -27,8 +27,8 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
     }
     PoolBlock* block = pool_acquire(static_cast<size_t>(bytes));
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
-    const auto error = torch_from_blob(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1, &handle,
-                                       strided, nullptr, 0, release, block);
+    const auto error = torch_from_blob(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
+                                       &handle, strided, nullptr, 0, release, block);
     if (error != 0) {
         pool_release(block);
         shim_check(error, "torch_from_blob");
@@ -44,7 +44,7 @@ inline Tensor empty_vector_cpu(int64_t n, DType dtype) {
 
 /// Uninitialised, 64-byte aligned working memory that lives as long as this object.
 class Scratch {
- public:
+  public:
     explicit Scratch(int64_t bytes) {
         if (bytes > kInlineBytes) {
             block_ = pool_acquire(static_cast<size_t>(bytes));
@@ -63,7 +63,7 @@ class Scratch {
         return static_cast<T*>(block_ != nullptr ? block_->data : inline_);
     }
 
- private:
+  private:
     static constexpr int64_t kInlineBytes = 16 << 10;
     alignas(64) unsigned char inline_[kInlineBytes];
     PoolBlock* block_ = nullptr;

@@ -1,6 +1,6 @@
-// Loops on torch's own thread pool (so torch.set_num_threads, OMP_NUM_THREADS and nesting rules hold), through the
-// C shim. A reduction must not depend on the number of threads: cut its range into blocks by shape alone
-// (fixed_blocks), let parallel_for hand the blocks out, and merge the blocks' results in order.
+// Loops on torch's own thread pool (so torch.set_num_threads, OMP_NUM_THREADS and nesting rules hold),
+// through the C shim. A reduction must not depend on the number of threads: cut its range into blocks by
+// shape alone (fixed_blocks), let parallel_for hand the blocks out, and merge the blocks' results in order.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -15,8 +15,8 @@ namespace dl4ds {
 /// Below this many bytes of memory traffic a second thread costs more than it brings.
 constexpr int64_t kSerialBytes = 128 << 10;
 
-/// Calls fn(begin, end) on disjoint ranges that cover [0, items), in parallel unless the whole work moves fewer than
-/// kSerialBytes. fn must not throw.
+/// Calls fn(begin, end) on disjoint ranges that cover [0, items), in parallel unless the whole work moves
+/// fewer than kSerialBytes. fn must not throw.
 template <typename Fn>
 void parallel_for(int64_t items, int64_t total_bytes, const Fn& fn) {
     if (items <= 0) {
@@ -29,8 +29,8 @@ void parallel_for(int64_t items, int64_t total_bytes, const Fn& fn) {
     const auto call = [](int64_t begin, int64_t end, void* context) {
         (*static_cast<const Fn*>(context))(begin, end);
     };
-    const auto error =
-        torch_parallel_for(0, items, /*grain_size=*/1, call, const_cast<void*>(static_cast<const void*>(&fn)));
+    const auto error = torch_parallel_for(0, items, /*grain_size=*/1, call,
+                                          const_cast<void*>(static_cast<const void*>(&fn)));
     DL4DS_CHECK(error == 0, "dl4ds_kernels: torch_parallel_for failed");
 }
 

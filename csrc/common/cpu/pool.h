@@ -1,11 +1,11 @@
-// A caching pool for op outputs. Fresh pages from the operating system cost more than an elementwise kernel does
-// (every page faults and is zeroed), so blocks of freed outputs are kept and handed out again.
+// A caching pool for op outputs. Fresh pages from the operating system cost more than an elementwise kernel
+// does (every page faults and is zeroed), so blocks of freed outputs are kept and handed out again.
 //
-// Memory: the pool never holds more than what was in use at once at some time (in use + idle <= the peak of in use),
-// and idle blocks never exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory; 0 turns the pool
-// off). Oldest idle blocks go first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes (NaN) at hand-out, so
-// that a test sees an element that a kernel forgot to write.
-// Thread-safe; survives fork and interpreter exit (nothing is freed at exit; a block may be released from any thread).
+// Memory: the pool never holds more than what was in use at once at some time (in use + idle <= the peak of
+// in use), and idle blocks never exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory;
+// 0 turns the pool off). Oldest idle blocks go first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes
+// (NaN) at hand-out, so that a test sees an element that a kernel forgot to write. Thread-safe; survives fork
+// and interpreter exit (nothing is freed at exit; a block may be released from any thread).
 #pragma once
 
 #include <cstddef>
@@ -17,11 +17,11 @@ namespace dl4ds {
 constexpr int64_t kPoolMinBytes = 64 << 10;
 
 struct PoolBlock {
-    void* data;          // at least 64-byte aligned
-    size_t bytes;        // the block's size, at least what was asked for
-    void* mapping;       // what the operating system gave
+    void* data;     // at least 64-byte aligned
+    size_t bytes;   // the block's size, at least what was asked for
+    void* mapping;  // what the operating system gave
     size_t mapped_bytes;
-    uint64_t released;   // order of release, while idle
+    uint64_t released;  // order of release, while idle
 };
 
 /// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined.

@@ -1,5 +1,3 @@
-#include "common/cpu/pool.h"
-
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,6 +9,8 @@
 #include <map>
 #include <mutex>
 #include <new>
+
+#include "common/cpu/pool.h"
 
 namespace dl4ds {
 namespace {
@@ -59,7 +59,7 @@ int64_t default_limit() {
 }
 
 class Pool {
- public:
+  public:
     /// Leaked on purpose: tensors may be freed after static destructors have run.
     static Pool& get() {
         static Pool* const pool = [] {
@@ -131,7 +131,7 @@ class Pool {
         return {limit(), used_, idle_, peak_, hits_, misses_, evictions_};
     }
 
- private:
+  private:
     /// An idle block of this class or one slightly larger; otherwise null, after making room under the peak.
     PoolBlock* take_idle(size_t bytes) {
         PoolBlock* evicted = nullptr;
@@ -169,8 +169,8 @@ class Pool {
         idle_ -= static_cast<int64_t>(block->bytes);
     }
 
-    /// Takes the oldest idle blocks out until at most `target` idle bytes are left. They are returned as a chain
-    /// (for unmap_chain), so that munmap runs without the lock.
+    /// Takes the oldest idle blocks out until at most `target` idle bytes are left. They are returned as a
+    /// chain (for unmap_chain), so that munmap runs without the lock.
     PoolBlock* evict_to(int64_t target) {
         PoolBlock* chain = nullptr;
         while (idle_ > target && !by_age_.empty()) {

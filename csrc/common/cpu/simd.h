@@ -1,6 +1,6 @@
-// Vectors for the CPU kernels, on the compilers' vector extensions. Included once per ISA by foreach_isa.h, so there
-// is no include guard. Vec<T> is one native register of T (float or double); +, -, *, /, comparisons and
-// `mask ? a : b` are the language's own. A comparison gives a vector of integers, all ones for true.
+// Vectors for the CPU kernels, on the compilers' vector extensions. Included once per ISA by foreach_isa.h,
+// so there is no include guard. Vec<T> is one native register of T (float or double); +, -, *, /, comparisons
+// and `mask ? a : b` are the language's own. A comparison gives a vector of integers, all ones for true.
 // 16-bit floats exist in memory only: load<half_t> gives Vec<float>.
 namespace dl4ds {
 namespace DL4DS_ISA {
@@ -54,7 +54,8 @@ DL4DS_INLINE T multiply_add(T a, T b, T c) {
     return a * b + c;
 }
 
-// ---- 16-bit floats ----------------------------------------------------------------------------------------------
+// ---- 16-bit floats
+// ----------------------------------------------------------------------------------------------
 
 using Bits16 = VecTypes<float>::Bits16;
 using Bits32 = VecTypes<float>::Unsigned;
@@ -71,9 +72,12 @@ DL4DS_INLINE Bits16 narrow(Vec<float> value, bfloat16_t) {
 }
 
 #if defined(__x86_64__) && DL4DS_VEC_BYTES == 64
-DL4DS_INLINE Vec<float> widen(Bits16 bits, half_t) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
+DL4DS_INLINE Vec<float> widen(Bits16 bits, half_t) {
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+}
 DL4DS_INLINE Bits16 narrow(Vec<float> value, half_t) {
-    return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value,
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__x86_64__) && DL4DS_VEC_BYTES == 32
 DL4DS_INLINE Vec<float> widen(Bits16 bits, half_t) { return (Vec<float>)_mm256_cvtph_ps((__m128i)bits); }
@@ -93,12 +97,12 @@ DL4DS_INLINE Vec<float> widen(Bits16 bits16, half_t) {
     const Bits32 bits = __builtin_convertvector(bits16, Bits32);
     const Bits32 sign = (bits & 0x8000u) << 16;
     const Bits32 magnitude = bits & 0x7fffu;
-    // Below 2^-14 a half is an integer multiple of 2^-24; above, the exponent is moved (twice for inf and NaN).
+    // Below 2^-14 a half is an integer multiple of 2^-24; above, the exponent is moved (twice for inf and
+    // NaN).
     const Vec<float> subnormal =
         __builtin_convertvector(bit_cast_vec<Mask<float>>(magnitude), Vec<float>) * 0x1p-24f;
     const Bits32 shift = magnitude >= 0x7c00u ? Bits32{} + 0x70000000u : Bits32{} + 0x38000000u;
-    const Bits32 result =
-        magnitude < 0x0400u ? bit_cast_vec<Bits32>(subnormal) : (magnitude << 13) + shift;
+    const Bits32 result = magnitude < 0x0400u ? bit_cast_vec<Bits32>(subnormal) : (magnitude << 13) + shift;
     return bit_cast_vec<Vec<float>>(result | sign);
 }
 DL4DS_INLINE Bits16 narrow(Vec<float> value, half_t) {
@@ -114,7 +118,8 @@ DL4DS_INLINE Bits16 narrow(Vec<float> value, half_t) {
 }
 #endif
 
-// ---- memory -----------------------------------------------------------------------------------------------------
+// ---- memory
+// -----------------------------------------------------------------------------------------------------
 
 template <typename scalar_t>
 DL4DS_INLINE Vec<acc_t<scalar_t>> load(const scalar_t* from) {
@@ -225,7 +230,8 @@ DL4DS_INLINE void store_lanes(scalar_t* to, Vec<acc_t<scalar_t>> value, int64_t 
 template <typename scalar_t>
 DL4DS_INLINE int64_t elements_to_alignment(const scalar_t* to, int64_t n) {
     const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kStreamAlign<scalar_t>);
-    const int64_t head = past == 0 ? 0 : (kStreamAlign<scalar_t> - past) / static_cast<int64_t>(sizeof(scalar_t));
+    const int64_t head =
+        past == 0 ? 0 : (kStreamAlign<scalar_t> - past) / static_cast<int64_t>(sizeof(scalar_t));
     return head < n ? head : n;
 }
 
@@ -246,7 +252,8 @@ DL4DS_INLINE Vec<acc_t<scalar_t>> round_to(Vec<acc_t<scalar_t>> value) {
     }
 }
 
-// ---- lanes and bits ---------------------------------------------------------------------------------------------
+// ---- lanes and bits
+// ---------------------------------------------------------------------------------------------
 
 template <typename T>
 struct LaneTables {
@@ -331,48 +338,6 @@ DL4DS_INLINE void add_to_doubles(double* sums, Vec<T> value) {
         double* upper = sums + kLanes<double>;
         store(upper, load(upper) + __builtin_convertvector(high, Vec<double>));
     }
-}
-
-// ---- exp --------------------------------------------------------------------------------------------------------
-
-template <typename T>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-    static constexpr float kLow = -104.0f, kHigh = 89.0f, kRound = 12582912.0f;  // 1.5 * 2^23
-    static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-    static constexpr int kDegree = 7;
-};
-template <>
-struct ExpConstants<double> {
-    static constexpr double kLow = -746.0, kHigh = 710.0, kRound = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
-    static constexpr int kDegree = 13;
-};
-
-/// exp(x) to about one unit in the last place; NaN stays, overflow gives inf.
-template <typename T>
-DL4DS_INLINE Vec<T> exp_vec(Vec<T> x) {
-    using C = ExpConstants<T>;
-    using Int = Mask<T>;
-    x = x < C::kLow ? broadcast<T>(C::kLow) : x;
-    x = x > C::kHigh ? broadcast<T>(C::kHigh) : x;
-    // x = n ln 2 + r. Adding kRound leaves the integer n in the low bits of the sum.
-    const Vec<T> sum = multiply_add(x, broadcast<T>(T(1.4426950408889634)), broadcast<T>(C::kRound));
-    const Vec<T> n = sum - C::kRound;
-    const Int n_int = bit_cast_vec<Int>(sum) - bit_cast_vec<Int>(broadcast<T>(C::kRound));
-    const Vec<T> r = (x - n * C::kLn2High) - n * C::kLn2Low;
-    // Taylor's series by Horner's rule, from the smallest term: p = 1 + r/1 (1 + r/2 (1 + r/3 (...))).
-    Vec<T> p = broadcast<T>(T(1));
-    for (int k = C::kDegree; k >= 1; --k) {
-        p = multiply_add(p * r, broadcast<T>(T(1) / T(k)), broadcast<T>(T(1)));
-    }
-    // 2^n in two factors, since n may pass either end of the exponent's range.
-    const Int half = n_int >> 1;
-    const Int bias = Int{} + VecTypes<T>::kExponentBias;
-    const Vec<T> scale_a = bit_cast_vec<Vec<T>>((half + bias) << VecTypes<T>::kMantissaBits);
-    const Vec<T> scale_b = bit_cast_vec<Vec<T>>((n_int - half + bias) << VecTypes<T>::kMantissaBits);
-    return p * scale_a * scale_b;
 }
 
 }  // namespace DL4DS_ISA

@@ -1,4 +1,5 @@
-// The element types of CPU tensors. The 16-bit floats are plain bits here; simd.h converts them to float vectors.
+// The element types of CPU tensors. The 16-bit floats are plain bits here; simd.h converts them to float
+// vectors.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +22,10 @@ template <typename scalar_t>
 using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <DType kDType>
-using storage_t = std::conditional_t<
-    kDType == DType::kFloat64, double,
-    std::conditional_t<kDType == DType::kFloat16, half_t,
-                       std::conditional_t<kDType == DType::kBFloat16, bfloat16_t, float>>>;
+using storage_t =
+    std::conditional_t<kDType == DType::kFloat64, double,
+                       std::conditional_t<kDType == DType::kFloat16, half_t,
+                                          std::conditional_t<kDType == DType::kBFloat16, bfloat16_t, float>>>;
 
 /// A 16-bit float as a float; other types as they are. For the few scalar reads outside the vector kernels.
 inline float to_float(bfloat16_t value) {

@@ -1,5 +1,5 @@
-// What the CUDA host functions share: device and stream, memory from torch's caching allocator, launch errors.
-// Includes torch's stable headers, so never include it from a .cu or .cuh file.
+// What the CUDA host functions share: device and stream, memory from torch's caching allocator, launch
+// errors. Includes torch's stable headers, so never include it from a .cu or .cuh file.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -42,13 +42,14 @@ inline void check_cuda(const char* op, const TensorInfo& x) {
 }
 
 inline Activation checked_activation(const char* op, int64_t code) {
-    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ", kNumActivations,
-                "), got ", code);
+    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ",
+                kNumActivations, "), got ", code);
     return static_cast<Activation>(code);
 }
 
 /// Uninitialised memory on x's device.
-inline Tensor empty_cuda(const TensorInfo& x, const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype) {
+inline Tensor empty_cuda(const TensorInfo& x, const int64_t* sizes, const int64_t* strides, int64_t dim,
+                         DType dtype) {
     AtenTensorHandle handle = nullptr;
     shim_check(aoti_torch_empty_strided(dim, sizes, strides, DTypeCodes::get().to_torch(dtype), x.device_type,
                                         x.device_index, &handle),
@@ -82,7 +83,8 @@ struct Operand {
 };
 
 /// A checked (C,) vector without gaps.
-inline Operand channel_operand(const char* op, const char* name, const std::optional<Tensor>& t, const TensorInfo& x) {
+inline Operand channel_operand(const char* op, const char* name, const std::optional<Tensor>& t,
+                               const TensorInfo& x) {
     Operand v(t);
     check_channel_vector(op, name, v.info, x);
     if (v.info.present && v.info.numel > 1 && v.info.strides[0] != 1) {

@@ -13,7 +13,8 @@
 namespace dl4ds {
 
 constexpr int kThreads = 256;
-// Enough blocks of 256 threads to fill any GPU of today about twice; more would only repeat each thread's set-up.
+// Enough blocks of 256 threads to fill any GPU of today about twice; more would only repeat each thread's
+// set-up.
 constexpr int64_t kMaxBlocks = 2048;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,8 +51,8 @@ struct TypeTag {
     using type = T;
 };
 
-/// Calls fn(TypeTag<T>{}, constant vector width) for x's dtype; width 1 where 16-byte accesses are not possible,
-/// and always for fp64, whose single elements fill a warp's sectors anyway.
+/// Calls fn(TypeTag<T>{}, constant vector width) for x's dtype; width 1 where 16-byte accesses are not
+/// possible, and always for fp64, whose single elements fill a warp's sectors anyway.
 template <typename Fn>
 int dispatch_vec(DType dtype, bool vectors, Fn&& fn) {
     using One = std::integral_constant<int, 1>;
@@ -71,6 +72,8 @@ int dispatch_vec(DType dtype, bool vectors, Fn&& fn) {
     }
 }
 
-constexpr int vector_width(DType dtype) { return dtype == DType::kFloat64 ? 1 : static_cast<int>(16 / dtype_size(dtype)); }
+constexpr int vector_width(DType dtype) {
+    return dtype == DType::kFloat64 ? 1 : static_cast<int>(16 / dtype_size(dtype));
+}
 
 }  // namespace dl4ds

@@ -12,7 +12,8 @@ struct Moments {
     acc_t v[kFields] = {0, 0, 0};
 
     /// From `count` values summed relative to `shift`.
-    __device__ __forceinline__ static Moments from_shifted(acc_t count, acc_t shift, acc_t sum, acc_t squares) {
+    __device__ __forceinline__ static Moments from_shifted(acc_t count, acc_t shift, acc_t sum,
+                                                           acc_t squares) {
         Moments m;
         if (count > 0) {
             const acc_t offset = sum / count;
@@ -75,7 +76,8 @@ __device__ __forceinline__ State block_merge(State state, State* shared) {
 /// (at most blockDim.x of them). Merges over the rows; thread j < width * kVec gets channel j's state.
 /// `shared` holds State::kFields * height * width * kVec values, 16-byte aligned.
 template <typename State, typename acc_t, int kVec>
-__device__ __forceinline__ State column_merge(const State (&own)[kVec], int width, int height, acc_t* shared) {
+__device__ __forceinline__ State column_merge(const State (&own)[kVec], int width, int height,
+                                              acc_t* shared) {
     const int channels = width * kVec, plane = height * channels;
     const int tx = threadIdx.x % width, ty = threadIdx.x / width;
     const auto at = [&](int field, int row, int channel) -> acc_t& {

@@ -1,3 +1,5 @@
+#include "ops/add_act/add_act_cpu.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -5,7 +7,6 @@
 #include "common/cpu/isa.h"
 #include "common/cpu/output.h"
 #include "common/cpu/parallel.h"
-#include "ops/add_act/add_act_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -13,8 +14,8 @@ namespace {
 constexpr int64_t kBlockElements = 16 << 10;  // a multiple of 8: blocks own whole mask bytes
 
 Activation checked_activation(const char* op, int64_t code) {
-    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ", kNumActivations,
-                "), got ", code);
+    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ",
+                kNumActivations, "), got ", code);
     return static_cast<Activation>(code);
 }
 
@@ -68,7 +69,8 @@ void backward_all(DType dtype, Activation act, const AddActBwdArgs& whole) {
 Tensor torch_add(const Tensor& x, const Tensor& residual) {
     using AddFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
     static AddFn* const add = find_shim<AddFn>("aoti_torch_cpu_add_Tensor");
-    DL4DS_CHECK(add != nullptr, "add_act: this torch has no aoti_torch_cpu_add_Tensor: pass x and residual with equal, ",
+    DL4DS_CHECK(add != nullptr,
+                "add_act: this torch has no aoti_torch_cpu_add_Tensor: pass x and residual with equal, ",
                 "dense strides");
     AtenTensorHandle sum = nullptr;
     shim_check(add(x.get(), residual.get(), 1.0, &sum), "aten::add");
@@ -90,7 +92,8 @@ std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alp
     const bool with_mask = save_mask && activation_has_mask(act);
     Tensor mask = empty_vector_cpu(with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
     const bool flat = same_strides(xi.strides, ri.strides, xi.sizes, xi.dim) && is_dense(xi);
-    Tensor out = flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
+    Tensor out =
+        flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
     const TensorInfo oi = tensor_info(out);
     AddActArgs p{};
     p.x = flat ? xi.data : oi.data;
@@ -105,12 +108,14 @@ std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alp
 }
 
 Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Tensor> x,
-                       std::optional<Tensor> residual, double alpha, int64_t activation, double negative_slope) {
+                       std::optional<Tensor> residual, double alpha, int64_t activation,
+                       double negative_slope) {
     constexpr const char* kOp = "add_act_bwd";
-    const TensorInfo di = tensor_info(dout), mi = tensor_info(mask), xi = tensor_info(x), ri = tensor_info(residual);
+    const TensorInfo di = tensor_info(dout), mi = tensor_info(mask), xi = tensor_info(x),
+                     ri = tensor_info(residual);
     const Activation act = checked_activation(kOp, activation);
-    DL4DS_CHECK(is_floating(di.dtype), kOp, ": dout: expected dtype float32, float64, float16 or bfloat16, got ",
-                dtype_name(di.dtype));
+    DL4DS_CHECK(is_floating(di.dtype), kOp,
+                ": dout: expected dtype float32, float64, float16 or bfloat16, got ", dtype_name(di.dtype));
     const bool from_mask = mi.present && activation_has_mask(act);
     const bool recompute = !from_mask && act != Activation::kNone;
     DL4DS_CHECK(!recompute || (xi.present && ri.present), kOp, ": expected a mask, or x and residual");
@@ -118,7 +123,8 @@ Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Te
         check_dtype(kOp, "mask", mi, DType::kUInt8);
         const int64_t bytes = (di.numel + 7) / 8;
         DL4DS_CHECK(mi.dim == 1 && mi.numel == bytes && (bytes <= 1 || mi.strides[0] == 1), kOp,
-                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ", mi.shape());
+                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ",
+                    mi.shape());
     }
     if (xi.present) {
         check_pair(kOp, "x", xi, di);

@@ -14,8 +14,8 @@ constexpr const char* kOp = "add_act";
 constexpr const char* kBwdOp = "add_act_bwd";
 
 void check_first(const char* op, const char* name, const TensorInfo& x) {
-    DL4DS_CHECK(is_floating(x.dtype), op, ": ", name, ": expected dtype float32, float64, float16 or bfloat16, got ",
-                dtype_name(x.dtype));
+    DL4DS_CHECK(is_floating(x.dtype), op, ": ", name,
+                ": expected dtype float32, float64, float16 or bfloat16, got ", dtype_name(x.dtype));
     DL4DS_CHECK(x.device_type == aoti_torch_device_type_cuda(), op, ": ", name, ": expected a CUDA tensor");
 }
 
@@ -29,12 +29,13 @@ bool same_order(const TensorInfo& x, const TensorInfo& residual) {
     return same_strides(x.strides, residual.strides, x.sizes, x.dim) && is_dense(x);
 }
 
-/// x + residual with torch's strides for operands in different orders. (The dispatcher's C interface does not take
-/// aten::add's Scalar.)
+/// x + residual with torch's strides for operands in different orders. (The dispatcher's C interface does not
+/// take aten::add's Scalar.)
 Tensor torch_add(const Tensor& x, const Tensor& residual) {
     using AddFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
     static AddFn* const add = find_shim<AddFn>("aoti_torch_cuda_add_Tensor");
-    DL4DS_CHECK(add != nullptr, "add_act: this torch has no aoti_torch_cuda_add_Tensor: pass x and residual with ",
+    DL4DS_CHECK(add != nullptr,
+                "add_act: this torch has no aoti_torch_cuda_add_Tensor: pass x and residual with ",
                 "equal, dense strides");
     AtenTensorHandle sum = nullptr;
     shim_check(add(x.get(), residual.get(), 1.0, &sum), "aten::add");
@@ -54,7 +55,8 @@ std::tuple<Tensor, Tensor> add_act_fwd_cuda(Tensor x, Tensor residual, double al
     const bool with_mask = save_mask && activation_has_mask(p.activation);
     Tensor mask = empty_vector_cuda(xi, with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
     const bool flat = same_order(xi, ri);
-    Tensor out = flat ? empty_cuda(xi, xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
+    Tensor out = flat ? empty_cuda(xi, xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype)
+                      : torch_add(x, residual);
     p.dtype = xi.dtype;
     p.numel = xi.numel;
     p.out = tensor_info(out).data;
@@ -68,7 +70,8 @@ std::tuple<Tensor, Tensor> add_act_fwd_cuda(Tensor x, Tensor residual, double al
 }
 
 Tensor add_act_bwd_cuda(Tensor dout_tensor, std::optional<Tensor> mask, std::optional<Tensor> x,
-                        std::optional<Tensor> residual, double alpha, int64_t activation, double negative_slope) {
+                        std::optional<Tensor> residual, double alpha, int64_t activation,
+                        double negative_slope) {
     Operand dout(dout_tensor);
     const TensorInfo di = dout.info, mi = tensor_info(mask), xi = tensor_info(x), ri = tensor_info(residual);
     check_first(kBwdOp, "dout", di);
@@ -83,7 +86,8 @@ Tensor add_act_bwd_cuda(Tensor dout_tensor, std::optional<Tensor> mask, std::opt
         check_dtype(kBwdOp, "mask", mi, DType::kUInt8);
         check_same_device(kBwdOp, "mask", mi, di);
         DL4DS_CHECK(mi.dim == 1 && mi.numel == bytes && (bytes <= 1 || mi.strides[0] == 1), kBwdOp,
-                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ", mi.shape());
+                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ",
+                    mi.shape());
     }
     if (both) {
         check_like(kBwdOp, "x", xi, di);

@@ -1,8 +1,8 @@
 // Kernels of add_act: one grid-stride loop over vectors, whatever the layout.
 #pragma once
 
+#include "common/cuda/activation.cuh"
 #include "common/cuda/launch.cuh"
-#include "common/cuda/vec.cuh"
 #include "ops/add_act/add_act.h"
 
 namespace dl4ds {
@@ -27,7 +27,8 @@ __device__ __forceinline__ void scaled_sum(acc_type<T> (&z)[kVec], const Pack<T,
     }
 }
 
-/// out may be x or residual, hence no read-only loads. All lanes of a warp stay in the loop for the mask's sake.
+/// out may be x or residual, hence no read-only loads. All lanes of a warp stay in the loop for the mask's
+/// sake.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads) add_act_fwd_kernel(const AddActFwdParams a) {
     using acc_t = acc_type<T>;
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(kThreads) add_act_fwd_kernel(const AddActFwdPa
             if (f < vecs) {
                 value[u] = load_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, a.numel - f * kVec);
                 if (a.residual != nullptr) {
-                    add[u] = load_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, a.numel - f * kVec);
+                    add[u] =
+                        load_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, a.numel - f * kVec);
                 }
             }
         }

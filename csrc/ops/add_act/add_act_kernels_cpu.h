@@ -92,17 +92,13 @@ void add_act_bwd(const AddActBwdArgs& args) {
     }
 }
 
-#define DL4DS_ALL_ACTIVATIONS(kernel, scalar_t)                                                   \
-    {                                                                                             \
-        &kernel<scalar_t, Activation::kNone>, &kernel<scalar_t, Activation::kRelu>,               \
-            &kernel<scalar_t, Activation::kLeakyRelu>, &kernel<scalar_t, Activation::kRelu6>,     \
-            &kernel<scalar_t, Activation::kSilu>, &kernel<scalar_t, Activation::kHardswish>       \
-    }
-#define DL4DS_ALL_DTYPES(kernel)                                                              \
-    {                                                                                         \
-        DL4DS_ALL_ACTIVATIONS(kernel, float), DL4DS_ALL_ACTIVATIONS(kernel, double),          \
-            DL4DS_ALL_ACTIVATIONS(kernel, half_t), DL4DS_ALL_ACTIVATIONS(kernel, bfloat16_t)  \
-    }
+#define DL4DS_ALL_ACTIVATIONS(kernel, scalar_t)                                        \
+    {&kernel<scalar_t, Activation::kNone>,      &kernel<scalar_t, Activation::kRelu>,  \
+     &kernel<scalar_t, Activation::kLeakyRelu>, &kernel<scalar_t, Activation::kRelu6>, \
+     &kernel<scalar_t, Activation::kSilu>,      &kernel<scalar_t, Activation::kHardswish>}
+#define DL4DS_ALL_DTYPES(kernel)                                                  \
+    {DL4DS_ALL_ACTIVATIONS(kernel, float), DL4DS_ALL_ACTIVATIONS(kernel, double), \
+     DL4DS_ALL_ACTIVATIONS(kernel, half_t), DL4DS_ALL_ACTIVATIONS(kernel, bfloat16_t)}
 
 const AddActKernels kAddActKernels = {DL4DS_ALL_DTYPES(add_act_fwd), DL4DS_ALL_DTYPES(add_act_bwd)};
 

@@ -63,7 +63,8 @@ bool bn_act_bwd_reads(const BnActBwdParams& params);
 int64_t bn_act_fwd_workspace(const BnActFwdParams& params);
 int64_t bn_act_bwd_workspace(const BnActBwdParams& params);
 
-/// Enqueues the kernels on a cudaStream_t and returns a cudaError_t as int (0: success). Nothing to do is fine.
+/// Enqueues the kernels on a cudaStream_t and returns a cudaError_t as int (0: success). Nothing to do is
+/// fine.
 int launch_bn_act_fwd(const BnActFwdParams& params, void* stream);
 int launch_bn_act_bwd(const BnActBwdParams& params, void* stream);
 

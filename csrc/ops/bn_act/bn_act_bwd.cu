@@ -100,8 +100,9 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         constexpr int kVec = decltype(vec)::value;
         reduce.in.row_vecs = p.size.c / kVec;
         const int64_t blocks = sums ? reduce.plan.tiles * reduce.plan.parts : 0;
-        return walk.use_rows ? launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce)
-                             : launch(bn_act_bwd_reduce_kernel_nchw<T, kVec>, blocks, kThreads, stream, reduce);
+        return walk.use_rows
+                   ? launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce)
+                   : launch(bn_act_bwd_reduce_kernel_nchw<T, kVec>, blocks, kThreads, stream, reduce);
     });
     if (error != 0) {
         return error;

@@ -39,7 +39,8 @@ void check_arguments(const Backward& b) {
         check_same_device(kOp, "mask", b.mask, b.x);
         const int64_t bytes = (b.x.numel + 7) / 8;
         DL4DS_CHECK(b.mask.dim == 1 && b.mask.numel == bytes && (bytes <= 1 || b.mask.strides[0] == 1), kOp,
-                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ", b.mask.shape());
+                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ",
+                    b.mask.shape());
         DL4DS_CHECK(activation_has_mask(b.activation), kOp, ": mask: expected None for activation ",
                     activation_name(b.activation));
     }
@@ -58,8 +59,8 @@ void set_constants(const Backward& b, ChannelArrays<T>& arrays, int64_t c) {
 
 /// From a channel's sums to dx's constants (training) and the parameter gradients.
 template <typename T>
-void set_gradients(const Backward& b, ChannelArrays<T>& arrays, T* dweight, T* dbias, int64_t count, int64_t c,
-                   double s1, double s2) {
+void set_gradients(const Backward& b, ChannelArrays<T>& arrays, T* dweight, T* dbias, int64_t count,
+                   int64_t c, double s1, double s2) {
     const double rstd = channel_entry<double>(b.rstd, c, 1.0);
     if (b.need_dparams) {
         dweight[c] = static_cast<T>(s2 * rstd);
@@ -72,7 +73,8 @@ void set_gradients(const Backward& b, ChannelArrays<T>& arrays, T* dweight, T* d
         double k = rstd * rstd;
         if (b.eps_std) {
             const double sigma = 1.0 / rstd - b.eps;
-            k = sigma > 0 ? rstd / sigma : 0.0;  // a constant channel: x - mean is zero, so is the term with k
+            k = sigma > 0 ? rstd / sigma
+                          : 0.0;  // a constant channel: x - mean is zero, so is the term with k
         }
         arrays.array(kFactorX)[c] = static_cast<T>(-factor * k * s2 / n);
         arrays.array(kOffset)[c] = static_cast<T>(-factor * s1 / n);
@@ -86,9 +88,10 @@ void apply_per_element(const BnPlan& plan, Activation act, const BnBwdArgs& whol
     parallel_for(blocks.count, 3 * plan.bytes(), [&](int64_t begin, int64_t end) {
         // From the last block to the first: the reduction left the end of the range in cache.
         for (int64_t block = end - 1; block >= begin; --block) {
-            for_each_run(plan, blocks.begin(block), blocks.end(block), [&](int64_t row, int64_t rows, int64_t x_at) {
-                kernel(bwd_rows(plan, whole, row * plan.len, x_at, rows, plan.len, pitch));
-            });
+            for_each_run(plan, blocks.begin(block), blocks.end(block),
+                         [&](int64_t row, int64_t rows, int64_t x_at) {
+                             kernel(bwd_rows(plan, whole, row * plan.len, x_at, rows, plan.len, pitch));
+                         });
         }
     });
     if (plan.tail > 0) {
@@ -110,8 +113,8 @@ void apply_channel(const BnPlan& plan, Activation act, const BnBwdArgs& whole, i
 
 /// Both passes over contiguous tensors: channel by channel where a channel stays in cache in between.
 template <typename T>
-void run_per_row(const Backward& b, const BnPlan& plan, const BnBwdArgs& whole, ChannelArrays<T>& arrays, T* dweight,
-                 T* dbias) {
+void run_per_row(const Backward& b, const BnPlan& plan, const BnBwdArgs& whole, ChannelArrays<T>& arrays,
+                 T* dweight, T* dbias) {
     const bool apply = b.need_dx || b.need_dresidual;
     const int64_t channel_bytes = 2 * plan.count() * dtype_size(plan.dtype);
     if (plan.channels >= 16 && (channel_bytes <= cache_sizes().l2_bytes || !apply)) {
@@ -139,7 +142,8 @@ void run_per_row(const Backward& b, const BnPlan& plan, const BnBwdArgs& whole, 
         }
     }
     if (apply) {
-        const auto kernel = bn_kernels().bwd_apply[static_cast<int>(plan.dtype)][1][static_cast<int>(b.activation)];
+        const auto kernel =
+            bn_kernels().bwd_apply[static_cast<int>(plan.dtype)][1][static_cast<int>(b.activation)];
         parallel_for(plan.n * plan.channels, 3 * plan.bytes(), [&](int64_t begin, int64_t end) {
             for (int64_t plane = end - 1; plane >= begin; --plane) {
                 kernel(bwd_planes(plan, whole, plane / plan.channels, plane % plan.channels));
@@ -184,15 +188,26 @@ void run(const Backward& b, const BnPlan& plan, BnBwdArgs whole, T* dweight, T* 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(Tensor dout, Tensor x, std::optional<Tensor> weight,
-                                                          std::optional<Tensor> bias, Tensor mean, Tensor rstd,
-                                                          std::optional<Tensor> residual, std::optional<Tensor> mask,
-                                                          bool training, double eps, bool eps_std, int64_t activation,
-                                                          double negative_slope, bool need_dx, bool need_dparams,
-                                                          bool need_dresidual) {
-    Backward b{tensor_info(dout), tensor_info(x), tensor_info(weight), tensor_info(bias), tensor_info(mean),
-               tensor_info(rstd), tensor_info(residual), tensor_info(mask), training, eps, negative_slope, eps_std,
-               activation_from_code(kOp, activation), need_dx, need_dparams, need_dresidual};
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(
+    Tensor dout, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor rstd,
+    std::optional<Tensor> residual, std::optional<Tensor> mask, bool training, double eps, bool eps_std,
+    int64_t activation, double negative_slope, bool need_dx, bool need_dparams, bool need_dresidual) {
+    Backward b{tensor_info(dout),
+               tensor_info(x),
+               tensor_info(weight),
+               tensor_info(bias),
+               tensor_info(mean),
+               tensor_info(rstd),
+               tensor_info(residual),
+               tensor_info(mask),
+               training,
+               eps,
+               negative_slope,
+               eps_std,
+               activation_from_code(kOp, activation),
+               need_dx,
+               need_dparams,
+               need_dresidual};
     check_arguments(b);
     const BnPlan plan = bn_plan_or_copy(x, b.x);
     const Tensor dout_dense = in_plan_order(dout, b.dout, plan);
@@ -202,7 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(Tensor dout, Tensor x,
     }
     const auto strides = dense_strides(b.x.sizes, b.x.dim, plan.format);
     const auto like_x = [&](bool needed) {
-        return needed ? empty_cpu(b.x.sizes, strides.data(), b.x.dim, b.x.dtype) : empty_vector_cpu(0, b.x.dtype);
+        return needed ? empty_cpu(b.x.sizes, strides.data(), b.x.dim, b.x.dtype)
+                      : empty_vector_cpu(0, b.x.dtype);
     };
     Tensor dx = like_x(need_dx), dresidual = like_x(need_dresidual);
     const DType acc = acc_dtype(b.x.dtype);

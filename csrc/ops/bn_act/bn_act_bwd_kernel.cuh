@@ -31,9 +31,9 @@ struct BnActReduceArgs {
 /// dz = dout * act'(z) for kCount neighbouring values, in place.
 template <typename T, int kVec, int kCount>
 __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (&dz)[kCount],
-                                      const acc_type<T> (&x)[kCount], const Pack<T, kVec>& residual, int first,
-                                      const acc_type<T> (&scale)[kCount], const acc_type<T> (&shift)[kCount],
-                                      unsigned bits) {
+                                      const acc_type<T> (&x)[kCount], const Pack<T, kVec>& residual,
+                                      int first, const acc_type<T> (&scale)[kCount],
+                                      const acc_type<T> (&shift)[kCount], unsigned bits) {
     using acc_t = acc_type<T>;
     const acc_t slope = static_cast<acc_t>(in.slope);
     if (in.mask != nullptr) {
@@ -54,8 +54,8 @@ __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (
     }
 }
 
-/// Where a table of `channels` entries keeps channel c: groups of four, first those that begin a vector of eight,
-/// then the others, so that neighbouring threads read neighbouring groups.
+/// Where a table of `channels` entries keeps channel c: groups of four, first those that begin a vector of
+/// eight, then the others, so that neighbouring threads read neighbouring groups.
 template <int kVec>
 __host__ __device__ __forceinline__ int64_t group_index(int64_t c, int64_t channels) {
     return kVec == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
@@ -96,14 +96,15 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         for (int64_t row = part * height + ty; row < in.rows.count; row += a.plan.row_step) {
             const auto value =
                 load_pack<T, kVec>(static_cast<const T*>(in.x) + c + row_offset(in.rows, in.x_rows, row));
-            const auto gradient =
-                load_pack<T, kVec>(static_cast<const T*>(in.dout) + c + row_offset(in.rows, in.dout_rows, row));
+            const auto gradient = load_pack<T, kVec>(static_cast<const T*>(in.dout) + c +
+                                                     row_offset(in.rows, in.dout_rows, row));
             Pack<T, kVec> add;
             if (in.reads_residual()) {
                 add = load_pack<T, kVec>(static_cast<const T*>(in.residual) + c +
                                          row_offset(in.rows, in.residual_rows, row));
             }
-            const unsigned bits = in.mask != nullptr ? load_mask<kVec>(in.mask, row * in.row_vecs + column) : 0;
+            const unsigned bits =
+                in.mask != nullptr ? load_mask<kVec>(in.mask, row * in.row_vecs + column) : 0;
 #pragma unroll
             for (int g = 0; g < kVec; g += kGroup) {
                 acc_t v[kGroup], dz[kGroup], scale[kGroup], shift[kGroup], mean[kGroup];
@@ -239,7 +240,8 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     acc_t scale[1], shift[1], factor = 0, offset = 0;
     load_affine<acc_t, 1>(a.affine, c, scale, shift);
     if (a.training) {
-        // With rstd = 1 / (sigma + eps) the variance's gradient divides by sigma; a constant channel has none.
+        // With rstd = 1 / (sigma + eps) the variance's gradient divides by sigma; a constant channel has
+        // none.
         const double sigma = 1 / rstd - a.eps;
         const double k = !a.eps_std ? rstd * rstd : sigma > 0 ? rstd / sigma : 0;
         factor = static_cast<acc_t>(-scale[0] * k * sum[1] / a.count);
@@ -339,7 +341,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnAc
         }
         const int64_t left = in.numel - f * kVec;
         auto gradient = load_upto<T, kVec>(
-            static_cast<const T*>(in.dout) + plane_offset(in.planes, in.dout_planes, at.n, at.c, at.pos), left);
+            static_cast<const T*>(in.dout) + plane_offset(in.planes, in.dout_planes, at.n, at.c, at.pos),
+            left);
         Pack<T, kVec> value, add;
         if (a.reads_x()) {
             value = load_upto<T, kVec>(
@@ -378,7 +381,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnAc
             set_values<T, kVec, kGroup>(gradient, g, dz);
 #pragma unroll
             for (int k = 0; k < kGroup; ++k) {
-                const acc_t factor = g + k < here ? own[1] : next[1], offset = g + k < here ? own[2] : next[2];
+                const acc_t factor = g + k < here ? own[1] : next[1],
+                            offset = g + k < here ? own[2] : next[2];
                 dz[k] = scale[k] * dz[k] + (a.training ? fma(factor, v[k], offset) : acc_t(0));
             }
             set_values<T, kVec, kGroup>(value, g, dz);

@@ -35,8 +35,8 @@ void check_arguments(const Forward& f) {
 
 /// Channel c's constants: scale = weight * rstd and shift = bias, rounded as the backward pass rounds them.
 template <typename T>
-void set_channel(ChannelArrays<T>& arrays, const TensorInfo& weight, const TensorInfo& bias, int64_t c, T mean,
-                 T rstd) {
+void set_channel(ChannelArrays<T>& arrays, const TensorInfo& weight, const TensorInfo& bias, int64_t c,
+                 T mean, T rstd) {
     arrays.array(0)[c] = mean;
     arrays.array(1)[c] = channel_entry<T>(weight, c, T(1)) * rstd;
     arrays.array(2)[c] = channel_entry<T>(bias, c, T(0));
@@ -92,7 +92,8 @@ bool channel_fits_cache(const BnPlan& plan, int64_t tensors) {
 }
 
 template <typename T>
-void train(const Forward& f, const BnPlan& plan, BnApplyArgs apply, uint8_t* mask, const TrainOutputs<T>& outputs) {
+void train(const Forward& f, const BnPlan& plan, BnApplyArgs apply, uint8_t* mask,
+           const TrainOutputs<T>& outputs) {
     if (plan.numel == 0) {
         return;
     }
@@ -173,10 +174,19 @@ void bn_apply_eval(const BnPlan& plan, const BnEvalArgs& args) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cpu(
     Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum, double eps,
-    bool eps_std, int64_t activation, double negative_slope, bool save_mask) {
-    Forward f{tensor_info(x), tensor_info(weight), tensor_info(bias), tensor_info(running_mean),
-              tensor_info(running_var), tensor_info(residual), training, momentum, eps, negative_slope, eps_std,
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum,
+    double eps, bool eps_std, int64_t activation, double negative_slope, bool save_mask) {
+    Forward f{tensor_info(x),
+              tensor_info(weight),
+              tensor_info(bias),
+              tensor_info(running_mean),
+              tensor_info(running_var),
+              tensor_info(residual),
+              training,
+              momentum,
+              eps,
+              negative_slope,
+              eps_std,
               activation_from_code(kOp, activation)};
     check_arguments(f);
     const BnPlan plan = bn_plan_or_copy(x, f.x);

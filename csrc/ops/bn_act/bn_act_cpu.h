@@ -1,11 +1,14 @@
-// What the CPU kernels of bn_act work on: plain structs and the table of kernels that each ISA fills. No torch header.
+// What the CPU kernels of bn_act work on: plain structs and the table of kernels that each ISA fills. No
+// torch header.
 //
 // A tensor is a sequence of rows, each `len` elements without gaps. Two cases:
-//   per element (channels last): a row holds all channels of one or more pixels; the channel vectors have `len`
+//   per element (channels last): a row holds all channels of one or more pixels; the channel vectors have
+//   `len`
 //                                entries (padded to a multiple of kPadElements);
-//   per row (contiguous):        a row is a part of one channel's plane; the channel vectors are single values.
-// Row r starts at r * x_pitch in x and at r * pitch in every other tensor. pitch is len, except where the rows are
-// the planes of one channel in the images of a batch.
+//   per row (contiguous):        a row is a part of one channel's plane; the channel vectors are single
+//   values.
+// Row r starts at r * x_pitch in x and at r * pitch in every other tensor. pitch is len, except where the
+// rows are the planes of one channel in the images of a batch.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
 // bn_act and bn_act_bwd on CUDA: checks, output memory, and the launchers of bn_act.h. The op contract is in
 // dl4ds_kernels/ops/bn_act.py.
+#include "ops/bn_act/bn_act_cuda.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-
-#include "ops/bn_act/bn_act_cuda.h"
 
 namespace dl4ds {
 namespace {
@@ -33,7 +33,8 @@ void check_mask(const TensorInfo& mask, const TensorInfo& x) {
         check_dtype(kBwdOp, "mask", mask, DType::kUInt8);
         check_same_device(kBwdOp, "mask", mask, x);
         DL4DS_CHECK(mask.dim == 1 && mask.numel == bytes && (bytes <= 1 || mask.strides[0] == 1), kBwdOp,
-                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ", mask.shape());
+                    ": mask: expected shape (ceil(numel / 8),) = (", bytes, ",) without gaps, got ",
+                    mask.shape());
     }
 }
 
@@ -61,15 +62,17 @@ void read_or_copy(BnActFwdParams& p, Operand& x, Operand& residual, Format forma
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
-    Tensor x_tensor, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var, std::optional<Tensor> residual_tensor, bool training, double momentum,
-    double eps, bool eps_std, int64_t activation, double negative_slope, bool save_mask) {
+    Tensor x_tensor, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    std::optional<Tensor> residual_tensor, bool training, double momentum, double eps, bool eps_std,
+    int64_t activation, double negative_slope, bool save_mask) {
     Operand x(x_tensor), residual(residual_tensor);
     check_batched(kOp, x.info);
     check_cuda(kOp, x.info);
     check_residual(kOp, residual.info, x.info);
     const CudaScope scope(x.info);
-    const Operand w = channel_operand(kOp, "weight", weight, x.info), b = channel_operand(kOp, "bias", bias, x.info);
+    const Operand w = channel_operand(kOp, "weight", weight, x.info),
+                  b = channel_operand(kOp, "bias", bias, x.info);
     const Operand rm = channel_operand(kOp, "running_mean", running_mean, x.info);
     const Operand rv = channel_operand(kOp, "running_var", running_var, x.info);
     DL4DS_CHECK(rm.info.present == rv.info.present, kOp,
@@ -111,9 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cuda(
-    Tensor dout_tensor, Tensor x_tensor, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean,
-    Tensor rstd, std::optional<Tensor> residual_tensor, std::optional<Tensor> mask_tensor, bool training, double eps,
-    bool eps_std, int64_t activation, double negative_slope, bool need_dx, bool need_dparams, bool need_dresidual) {
+    Tensor dout_tensor, Tensor x_tensor, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    Tensor mean, Tensor rstd, std::optional<Tensor> residual_tensor, std::optional<Tensor> mask_tensor,
+    bool training, double eps, bool eps_std, int64_t activation, double negative_slope, bool need_dx,
+    bool need_dparams, bool need_dresidual) {
     Operand dout(dout_tensor), x(x_tensor), residual(residual_tensor);
     check_batched(kBwdOp, x.info);
     check_cuda(kBwdOp, x.info);
@@ -138,13 +142,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cuda(
     };
     Tensor dx = optional_output(need_dx), dresidual = optional_output(need_dresidual);
     const int64_t channels = need_dparams ? x.info.sizes[1] : 0;
-    Tensor dweight = empty_vector_cuda(x.info, channels, acc), dbias = empty_vector_cuda(x.info, channels, acc);
+    Tensor dweight = empty_vector_cuda(x.info, channels, acc),
+           dbias = empty_vector_cuda(x.info, channels, acc);
 
     p.dtype = x.info.dtype;
     p.channels_last = format == Format::kChannelsLast;
     p.size = as_dims(x.info.sizes, x.info.dim);
     p.dout_strides = p.x_strides = p.residual_strides = dense_dims(p.size, p.channels_last);
-    const bool with_residual = p.mask == nullptr && p.activation != Activation::kNone && residual.info.present;
+    const bool with_residual =
+        p.mask == nullptr && p.activation != Activation::kNone && residual.info.present;
     p.residual = with_residual ? residual.info.data : nullptr;
     // One after the other takes its own strides, if the kernels can read it beside those before it.
     const auto settle = [&](Operand& operand, Dims& strides, const void*& data) {

@@ -19,7 +19,8 @@ Walk walk_of(const BnActFwdParams& p, bool& readable) {
     return walk;
 }
 
-/// scale and shift, first values, partial results, their counts. The first two do not depend on the vector width.
+/// scale and shift, first values, partial results, their counts. The first two do not depend on the vector
+/// width.
 struct StatsWorkspace {
     ReducePlan plan;
     int64_t table_stride, origin_offset, partial_offset, counts_offset, bytes;
@@ -99,7 +100,8 @@ int64_t bn_act_fwd_workspace(const BnActFwdParams& p) {
     bool readable;
     const Walk walk = walk_of(p, readable);
     // Whether vectors apply depends on addresses too, so provide for both.
-    const int64_t vectors = StatsWorkspace(p, walk, true).bytes, single = StatsWorkspace(p, walk, false).bytes;
+    const int64_t vectors = StatsWorkspace(p, walk, true).bytes,
+                  single = StatsWorkspace(p, walk, false).bytes;
     return vectors > single ? vectors : single;
 }
 

@@ -13,8 +13,8 @@ struct BnActStatsArgs {
     PlaneStrides x_planes;
     int64_t channels;
     ReducePlan plan;
-    // Means are kept relative to the channel's first value, so that rounding a partial mean costs nothing where
-    // the mean is large beside the spread.
+    // Means are kept relative to the channel's first value, so that rounding a partial mean costs nothing
+    // where the mean is large beside the spread.
     void* origin;   // [channels]: that first value
     void* partial;  // [parts][2][channels]: mean - origin, sum of squared deviations
     void* counts;   // [parts]
@@ -34,8 +34,8 @@ __device__ __forceinline__ void store_moments(const BnActStatsArgs& a, int64_t p
     }
 }
 
-/// A block takes one channel tile and every parts-th group of `height` rows, so that all blocks move through x
-/// together and its end is in the L2 cache when the elementwise pass begins there.
+/// A block takes one channel tile and every parts-th group of `height` rows, so that all blocks move through
+/// x together and its end is in the L2 cache when the elementwise pass begins there.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const BnActStatsArgs a) {
     using acc_t = acc_type<T>;
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
         const Pack<T, kVec> origin = load_pack<T, kVec>(x);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-            own[k] = Moments<acc_t>::from_shifted(static_cast<acc_t>(count), shift[k] - to_acc(origin.v[k]), sum[k],
-                                                  squares[k]);
+            own[k] = Moments<acc_t>::from_shifted(static_cast<acc_t>(count), shift[k] - to_acc(origin.v[k]),
+                                                  sum[k], squares[k]);
         }
     }
     const Moments<acc_t> merged = column_merge<Moments<acc_t>, acc_t, kVec>(own, width, height, shared);
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
     }
 }
 
-/// A block takes one channel and every parts-th group of kThreads vectors. Planes of a dense x need not begin at
-/// a vector: aligned windows of kVec values cover each plane, and values of the neighbours are left out.
+/// A block takes one channel and every parts-th group of kThreads vectors. Planes of a dense x need not begin
+/// at a vector: aligned windows of kVec values cover each plane, and values of the neighbours are left out.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const BnActStatsArgs a) {
     using acc_t = acc_type<T>;
@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     const bool active = c < a.channels;
     const acc_t* partial = static_cast<const acc_t*>(a.partial) + c;
     const acc_t* counts = static_cast<const acc_t*>(a.counts);
-    // Relative to the first partial mean: its own part of the data bounds the cancellation by a factor `parts`.
+    // Relative to the first partial mean: its own part of the data bounds the cancellation by a factor
+    // `parts`.
     const double shift = active && a.parts > 0 ? double(partial[0]) : 0;
     double value[3] = {0, 0, 0};  // count, sum, sum of squares
     if (active) {
@@ -196,11 +197,13 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     static_cast<acc_t*>(a.table)[a.table_stride + c] = static_cast<acc_t>(bias - mean * scale);
     if (a.new_running_mean != nullptr) {
         const double old = load_channel<double>(a.running_mean, c);
-        store_channel(a.new_running_mean, a.running_mean.dtype, c, (1 - a.momentum) * old + a.momentum * mean);
+        store_channel(a.new_running_mean, a.running_mean.dtype, c,
+                      (1 - a.momentum) * old + a.momentum * mean);
     }
     if (a.new_running_var != nullptr) {
         const double old = load_channel<double>(a.running_var, c), unbiased = n > 1 ? m2 / (n - 1) : m2;
-        store_channel(a.new_running_var, a.running_var.dtype, c, (1 - a.momentum) * old + a.momentum * unbiased);
+        store_channel(a.new_running_var, a.running_var.dtype, c,
+                      (1 - a.momentum) * old + a.momentum * unbiased);
     }
 }
 
@@ -219,8 +222,8 @@ struct BnActApplyArgs {
     PlaneStep plane_step;                     // planes: the grid's stride
 };
 
-/// From the statistics' end backwards (its tail is in the L2 cache). The grid's stride is a multiple of a row, so
-/// a thread keeps its channels; out may be x, hence no read-only loads.
+/// From the statistics' end backwards (its tail is in the L2 cache). The grid's stride is a multiple of a
+/// row, so a thread keeps its channels; out may be x, hence no read-only loads.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nhwc(const BnActApplyArgs a) {
     using acc_t = acc_type<T>;
@@ -307,7 +310,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nchw(const BnAc
             }
             acc_t scale[1], shift[1], next_scale[1], next_shift[1];
             load_affine<acc_t, 1>(a.affine, at.c, scale, shift);
-            const int here = static_cast<int>(a.planes.length) - at.pos;  // values of the vector in this plane
+            const int here =
+                static_cast<int>(a.planes.length) - at.pos;  // values of the vector in this plane
             if (here < kVec) {
                 const int next = at.c + 1 < a.planes.channels ? at.c + 1 : 0;
                 load_affine<acc_t, 1>(a.affine, next, next_scale, next_shift);
@@ -316,7 +320,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nchw(const BnAc
 #pragma unroll
             for (int k = 0; k < kVec; ++k) {
                 const bool same = k < here;
-                z[k] = fma(to_acc(value.v[k]), same ? scale[0] : next_scale[0], same ? shift[0] : next_shift[0]);
+                z[k] =
+                    fma(to_acc(value.v[k]), same ? scale[0] : next_scale[0], same ? shift[0] : next_shift[0]);
             }
             if (a.residual != nullptr) {
 #pragma unroll

@@ -10,15 +10,13 @@ namespace dl4ds {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cpu(
     Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum, double eps,
-    bool eps_std, int64_t activation, double negative_slope, bool save_mask);
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum,
+    double eps, bool eps_std, int64_t activation, double negative_slope, bool save_mask);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(Tensor dout, Tensor x, std::optional<Tensor> weight,
-                                                          std::optional<Tensor> bias, Tensor mean, Tensor rstd,
-                                                          std::optional<Tensor> residual, std::optional<Tensor> mask,
-                                                          bool training, double eps, bool eps_std, int64_t activation,
-                                                          double negative_slope, bool need_dx, bool need_dparams,
-                                                          bool need_dresidual);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(
+    Tensor dout, Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor mean, Tensor rstd,
+    std::optional<Tensor> residual, std::optional<Tensor> mask, bool training, double eps, bool eps_std,
+    int64_t activation, double negative_slope, bool need_dx, bool need_dparams, bool need_dresidual);
 
 /// 1/sqrt(var + eps), or 1/(sqrt(var) + eps) with eps_std.
 inline double bn_rstd(double var, double eps, bool eps_std) {
@@ -26,13 +24,13 @@ inline double bn_rstd(double var, double eps, bool eps_std) {
 }
 
 inline Activation activation_from_code(const char* op, int64_t code) {
-    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ", kNumActivations,
-                "), got ", code);
+    DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ",
+                kNumActivations, "), got ", code);
     return static_cast<Activation>(code);
 }
 
-/// Eval mode on raw pointers: out = act((x - running_mean) * weight * rstd + bias [+ residual]). out may be x.
-/// x follows the plan, residual and out are dense in its order. mask: the mask's bytes, or null.
+/// Eval mode on raw pointers: out = act((x - running_mean) * weight * rstd + bias [+ residual]). out may be
+/// x. x follows the plan, residual and out are dense in its order. mask: the mask's bytes, or null.
 struct BnEvalArgs {
     const void* x;
     const void* residual;

@@ -1,9 +1,9 @@
 // What the forward and backward kernels of bn_act share: how operands are walked and normalised.
 #pragma once
 
+#include "common/cuda/activation.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/reduce.cuh"
-#include "common/cuda/vec.cuh"
 #include "common/geometry.h"
 
 namespace dl4ds {
@@ -17,8 +17,8 @@ struct Walk {
     PlaneStrides plane_strides[kMaxOperands];
 };
 
-/// Where the per-channel scale and shift of z = x * scale + shift come from: a table that an earlier kernel wrote,
-/// or (table null) the vectors themselves.
+/// Where the per-channel scale and shift of z = x * scale + shift come from: a table that an earlier kernel
+/// wrote, or (table null) the vectors themselves.
 struct Affine {
     const void* table = nullptr;  // [2][table_stride] in the accumulator type: scale, shift
     int64_t table_stride = 0;
@@ -36,8 +36,10 @@ __device__ __forceinline__ int64_t row_offset(const Rows& rows, const RowStrides
     if (!rows.sliced) {
         return row * s.inner;
     }
-    const uint32_t r = static_cast<uint32_t>(row), line = divide(r, rows.inner), outer = divide(line, rows.mid);
-    return outer * s.outer + (line - outer * rows.mid.divisor) * s.mid + (r - line * rows.inner.divisor) * s.inner;
+    const uint32_t r = static_cast<uint32_t>(row), line = divide(r, rows.inner),
+                   outer = divide(line, rows.mid);
+    return outer * s.outer + (line - outer * rows.mid.divisor) * s.mid +
+           (r - line * rows.inner.divisor) * s.inner;
 }
 
 __device__ __forceinline__ int64_t plane_offset(const Planes& planes, const PlaneStrides& s, int64_t n, int c,
@@ -97,10 +99,11 @@ __device__ __forceinline__ acc_t root(acc_t v) {
     }
 }
 
-/// kVec channels' scale = weight * rstd and shift = bias - mean * scale, the latter with one rounding: its error
-/// is no larger than that of a mean rounded to the accumulator type.
+/// kVec channels' scale = weight * rstd and shift = bias - mean * scale, the latter with one rounding: its
+/// error is no larger than that of a mean rounded to the accumulator type.
 template <typename acc_t, int kVec>
-__device__ __forceinline__ void load_affine(const Affine& a, int64_t c, acc_t (&scale)[kVec], acc_t (&shift)[kVec]) {
+__device__ __forceinline__ void load_affine(const Affine& a, int64_t c, acc_t (&scale)[kVec],
+                                            acc_t (&shift)[kVec]) {
     if (a.table != nullptr) {
         const acc_t* table = static_cast<const acc_t*>(a.table) + c;
         load_channels_as<acc_t, acc_t, kVec>(table, scale);

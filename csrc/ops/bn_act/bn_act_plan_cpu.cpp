@@ -7,7 +7,7 @@
 namespace dl4ds {
 namespace {
 
-constexpr int64_t kGroupElements = 256;     // rows of a dense tensor are at least this long ...
+constexpr int64_t kGroupElements = 256;      // rows of a dense tensor are at least this long ...
 constexpr int64_t kMaxGroupElements = 4096;  // ... unless a whole number of vectors would need more than this
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kMaxBlocks = 256;
@@ -85,8 +85,8 @@ bool plan_per_row(const TensorInfo& x, BnPlan& plan) {
 }
 
 /// Arguments of the rows [first, first + count) of a per-element plan, x at x_offset.
-BnApplyArgs apply_rows(const BnPlan& plan, const BnApplyArgs& whole, int64_t element, int64_t x_offset, int64_t count,
-                       int64_t len, int64_t x_pitch) {
+BnApplyArgs apply_rows(const BnPlan& plan, const BnApplyArgs& whole, int64_t element, int64_t x_offset,
+                       int64_t count, int64_t len, int64_t x_pitch) {
     const int64_t size = dtype_size(plan.dtype);
     BnApplyArgs p = whole;
     p.x = byte_offset(whole.x, x_offset * size);
@@ -99,7 +99,8 @@ BnApplyArgs apply_rows(const BnPlan& plan, const BnApplyArgs& whole, int64_t ele
     return p;
 }
 
-void apply_per_element(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask, bool backwards) {
+void apply_per_element(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask,
+                       bool backwards) {
     const auto kernel = bn_kernels().apply[static_cast<int>(plan.dtype)][0][static_cast<int>(act)];
     const Blocks blocks = row_blocks(plan);
     const int64_t pitch = plan.outer_strides[plan.outer_dims - 1];
@@ -107,11 +108,12 @@ void apply_per_element(const BnPlan& plan, Activation act, const BnApplyArgs& wh
         for (int64_t i = begin; i < end; ++i) {
             const int64_t block = backwards ? begin + (end - 1 - i) : i;
             BitWriter bits{mask == nullptr ? nullptr : mask + blocks.begin(block) * plan.len / 8};
-            for_each_run(plan, blocks.begin(block), blocks.end(block), [&](int64_t row, int64_t count, int64_t x_at) {
-                BnApplyArgs p = apply_rows(plan, whole, row * plan.len, x_at, count, plan.len, pitch);
-                p.mask = mask == nullptr ? nullptr : &bits;
-                kernel(p);
-            });
+            for_each_run(
+                plan, blocks.begin(block), blocks.end(block), [&](int64_t row, int64_t count, int64_t x_at) {
+                    BnApplyArgs p = apply_rows(plan, whole, row * plan.len, x_at, count, plan.len, pitch);
+                    p.mask = mask == nullptr ? nullptr : &bits;
+                    kernel(p);
+                });
             bits.finish();
         }
     });
@@ -126,11 +128,12 @@ void apply_per_element(const BnPlan& plan, Activation act, const BnApplyArgs& wh
 }
 
 /// One plane (n, c) of the per-row layout.
-void apply_plane(const BnPlan& plan, Activation act, const BnApplyArgs& whole, BitWriter* bits, int64_t n, int64_t c) {
+void apply_plane(const BnPlan& plan, Activation act, const BnApplyArgs& whole, BitWriter* bits, int64_t n,
+                 int64_t c) {
     const int64_t acc_size = dtype_size(acc_dtype(plan.dtype));
-    BnApplyArgs p = apply_rows(plan, whole, (n * plan.channels + c) * plan.spatial,
-                               n * plan.stride_n + c * plan.stride_c, plan.plane_rows, plan.plane_len,
-                               plan.plane_pitch);
+    BnApplyArgs p =
+        apply_rows(plan, whole, (n * plan.channels + c) * plan.spatial, n * plan.stride_n + c * plan.stride_c,
+                   plan.plane_rows, plan.plane_len, plan.plane_pitch);
     p.mask = bits;
     p.mean = byte_offset(whole.mean, c * acc_size);
     p.scale = byte_offset(whole.scale, c * acc_size);
@@ -187,7 +190,8 @@ Blocks row_blocks(const BnPlan& plan) {
 
 bool use_streaming(int64_t output_bytes) { return output_bytes > cache_sizes().llc_bytes / 2; }
 
-void bn_apply_channel(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask, int64_t c) {
+void bn_apply_channel(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask,
+                      int64_t c) {
     if (mask == nullptr && plan.single_plane_row()) {
         const int64_t acc_size = dtype_size(acc_dtype(plan.dtype));
         BnApplyArgs p = apply_rows(plan, whole, c * plan.spatial, c * plan.stride_c, plan.n, plan.plane_len,
@@ -207,7 +211,8 @@ void bn_apply_channel(const BnPlan& plan, Activation act, const BnApplyArgs& who
     }
 }
 
-void bn_apply_all(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask, bool backwards) {
+void bn_apply_all(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask,
+                  bool backwards) {
     if (plan.numel == 0) {
         return;
     }

@@ -19,8 +19,8 @@ struct BnPlan {
     int64_t n = 0, channels = 0, spatial = 0;
     int64_t numel = 0;
 
-    // Per element: pixels in memory order, `group` of them in a row where x is dense (so that a row is long and a
-    // whole number of vectors); `tail` pixels are left and form rows of one pixel each.
+    // Per element: pixels in memory order, `group` of them in a row where x is dense (so that a row is long
+    // and a whole number of vectors); `tail` pixels are left and form rows of one pixel each.
     int64_t group = 1, rows = 0, len = 0, tail = 0;
     int64_t outer_dims = 0;  // dims over pixels after merging, outermost first
     int64_t outer_sizes[kMaxDims] = {}, outer_strides[kMaxDims] = {};
@@ -44,10 +44,11 @@ BnPlan bn_plan_or_copy(Tensor& x, TensorInfo& info);
 /// t as it is if it is dense in the plan's order, else a copy that is.
 Tensor in_plan_order(const Tensor& t, const TensorInfo& info, const BnPlan& plan);
 
-/// Channel vectors in the accumulator dtype as the kernels read them: `count` arrays of plan.vector_entries().
+/// Channel vectors in the accumulator dtype as the kernels read them: `count` arrays of
+/// plan.vector_entries().
 template <typename T>
 class ChannelArrays {
- public:
+  public:
     ChannelArrays(const BnPlan& plan, int64_t count)
         : plan_(plan), entries_(plan.vector_entries()), memory_(count * entries_ * int64_t{sizeof(T)}) {}
     T* array(int64_t k) { return memory_.as<T>() + k * entries_; }
@@ -68,7 +69,7 @@ class ChannelArrays {
         }
     }
 
- private:
+  private:
     const BnPlan& plan_;
     int64_t entries_;
     Scratch memory_;
@@ -93,17 +94,19 @@ T channel_entry(const TensorInfo& v, int64_t c, T absent) {
     }
 }
 
-/// The row blocks of the per-element layout: the same in both passes of an op, so that a thread meets its own data
-/// again. A block is a multiple of 8 rows, hence whole mask bytes.
+/// The row blocks of the per-element layout: the same in both passes of an op, so that a thread meets its own
+/// data again. A block is a multiple of 8 rows, hence whole mask bytes.
 Blocks row_blocks(const BnPlan& plan);
 
 /// True if the outputs of an op (their total size) should be stored past the caches.
 bool use_streaming(int64_t output_bytes);
 
-/// Runs the apply kernel over a whole tensor. `whole` has the pointers to the tensors' first elements and the channel
-/// arrays; rows, len, pitches and mask are filled in here. mask: the mask's bytes, or null. backwards: from the last
-/// block to the first, for a second pass over data of which the first pass left the end in cache.
-void bn_apply_all(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask, bool backwards);
+/// Runs the apply kernel over a whole tensor. `whole` has the pointers to the tensors' first elements and the
+/// channel arrays; rows, len, pitches and mask are filled in here. mask: the mask's bytes, or null.
+/// backwards: from the last block to the first, for a second pass over data of which the first pass left the
+/// end in cache.
+void bn_apply_all(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask,
+                  bool backwards);
 
 /// The part of bn_apply_all that belongs to one channel of the per-row layout. A mask needs spatial % 8 == 0.
 void bn_apply_channel(const BnPlan& plan, Activation act, const BnApplyArgs& whole, uint8_t* mask, int64_t c);

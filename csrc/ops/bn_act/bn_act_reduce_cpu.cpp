@@ -19,12 +19,12 @@ void merge(double& count, double& mean, double& m2, double count_b, double mean_
 
 /// Two arrays of `entries` doubles for every block, in one piece of scratch memory.
 class BlockSums {
- public:
+  public:
     BlockSums(int64_t blocks, int64_t entries) : entries_(entries), memory_(2 * blocks * entries * 8) {}
     double* first(int64_t block) { return memory_.as<double>() + 2 * block * entries_; }
     double* second(int64_t block) { return first(block) + entries_; }
 
- private:
+  private:
     int64_t entries_;
     Scratch memory_;
 };
@@ -45,25 +45,28 @@ void stats_block(const BnPlan& plan, const void* x, const ElementBlocks& blocks,
     Scratch scratch(bn_stats_scratch_bytes(plan.len));
     if (block == blocks.rows.count) {
         const int64_t at = plan.rows * plan.len;
-        kernel({byte_offset(x, at * size), plan.tail, plan.channels, plan.channels, mean, m2, scratch.as<void>()});
+        kernel({byte_offset(x, at * size), plan.tail, plan.channels, plan.channels, mean, m2,
+                scratch.as<void>()});
         return;
     }
     Scratch run_sums(2 * 8 * plan.len);
     double count = 0;
     const int64_t pitch = plan.outer_strides[plan.outer_dims - 1];
-    for_each_run(plan, blocks.rows.begin(block), blocks.rows.end(block), [&](int64_t, int64_t rows, int64_t x_at) {
-        double* run_mean = count == 0 ? mean : run_sums.as<double>();
-        double* run_m2 = count == 0 ? m2 : run_mean + plan.len;
-        kernel({byte_offset(x, x_at * size), rows, plan.len, pitch, run_mean, run_m2, scratch.as<void>()});
-        const double added = static_cast<double>(rows);
-        if (count > 0) {
-            for (int64_t i = 0; i < plan.len; ++i) {
-                double merged = count;
-                merge(merged, mean[i], m2[i], added, run_mean[i], run_m2[i]);
+    for_each_run(
+        plan, blocks.rows.begin(block), blocks.rows.end(block), [&](int64_t, int64_t rows, int64_t x_at) {
+            double* run_mean = count == 0 ? mean : run_sums.as<double>();
+            double* run_m2 = count == 0 ? m2 : run_mean + plan.len;
+            kernel(
+                {byte_offset(x, x_at * size), rows, plan.len, pitch, run_mean, run_m2, scratch.as<void>()});
+            const double added = static_cast<double>(rows);
+            if (count > 0) {
+                for (int64_t i = 0; i < plan.len; ++i) {
+                    double merged = count;
+                    merge(merged, mean[i], m2[i], added, run_mean[i], run_m2[i]);
+                }
             }
-        }
-        count += added;
-    });
+            count += added;
+        });
 }
 
 void stats_per_element(const BnPlan& plan, const void* x, double* mean, double* m2) {
@@ -81,8 +84,7 @@ void stats_per_element(const BnPlan& plan, const void* x, double* mean, double* 
             mean[c] = m2[c] = 0;
             for (int64_t block = 0; block < blocks.count(); ++block) {
                 const bool is_tail = block == blocks.rows.count;
-                const int64_t rows =
-                    is_tail ? plan.tail : blocks.rows.end(block) - blocks.rows.begin(block);
+                const int64_t rows = is_tail ? plan.tail : blocks.rows.end(block) - blocks.rows.begin(block);
                 for (int64_t g = 0; g < (is_tail ? 1 : plan.group); ++g) {
                     const int64_t at = g * plan.channels + c;
                     merge(count, mean[c], m2[c], static_cast<double>(rows), sums.first(block)[at],
@@ -95,8 +97,13 @@ void stats_per_element(const BnPlan& plan, const void* x, double* mean, double* 
 
 void stats_planes(const BnPlan& plan, const void* x, int64_t n, int64_t c, double& mean, double& m2) {
     const int64_t at = (n < 0 ? 0 : n * plan.stride_n) + c * plan.stride_c;
-    BnStatsArgs p{byte_offset(x, at * dtype_size(plan.dtype)), plan.plane_rows, plan.plane_len, plan.plane_pitch,
-                  &mean, &m2, nullptr};
+    BnStatsArgs p{byte_offset(x, at * dtype_size(plan.dtype)),
+                  plan.plane_rows,
+                  plan.plane_len,
+                  plan.plane_pitch,
+                  &mean,
+                  &m2,
+                  nullptr};
     if (n < 0) {
         p.rows = plan.n;
         p.x_pitch = plan.stride_n;
@@ -122,9 +129,10 @@ void reduce_block(const BnPlan& plan, Activation act, const BnBwdArgs& whole, co
         return;
     }
     const int64_t pitch = plan.outer_strides[plan.outer_dims - 1];
-    for_each_run(plan, blocks.rows.begin(block), blocks.rows.end(block), [&](int64_t row, int64_t rows, int64_t x_at) {
-        run(bwd_rows(plan, whole, row * plan.len, x_at, rows, plan.len, pitch));
-    });
+    for_each_run(plan, blocks.rows.begin(block), blocks.rows.end(block),
+                 [&](int64_t row, int64_t rows, int64_t x_at) {
+                     run(bwd_rows(plan, whole, row * plan.len, x_at, rows, plan.len, pitch));
+                 });
 }
 
 void reduce_per_element(const BnPlan& plan, Activation act, const BnBwdArgs& whole, double* s1, double* s2) {
@@ -190,13 +198,14 @@ void bn_stats_all(const BnPlan& plan, const void* x, double* mean, double* m2) {
         double count = 0;
         mean[c] = m2[c] = 0;
         for (int64_t n = 0; n < plan.n; ++n) {
-            merge(count, mean[c], m2[c], static_cast<double>(plan.spatial), sums.first(n)[c], sums.second(n)[c]);
+            merge(count, mean[c], m2[c], static_cast<double>(plan.spatial), sums.first(n)[c],
+                  sums.second(n)[c]);
         }
     }
 }
 
-BnBwdArgs bwd_rows(const BnPlan& plan, const BnBwdArgs& whole, int64_t element, int64_t x_offset, int64_t count,
-                   int64_t len, int64_t x_pitch) {
+BnBwdArgs bwd_rows(const BnPlan& plan, const BnBwdArgs& whole, int64_t element, int64_t x_offset,
+                   int64_t count, int64_t len, int64_t x_pitch) {
     const int64_t size = dtype_size(plan.dtype);
     BnBwdArgs p = whole;
     p.dout = byte_offset(whole.dout, element * size);

@@ -1,6 +1,6 @@
-// Eval-mode act(bn(conv(x)) [+ residual]) on the CPU: the library's convolution, then one pass of ours over its output,
-// in place. The weight is an ordinary tensor (aten::convolution) or one prepacked by oneDNN (an opaque tensor; then
-// oneDNN's primitive is called directly and x is read as channels_last).
+// Eval-mode act(bn(conv(x)) [+ residual]) on the CPU: the library's convolution, then one pass of ours over
+// its output, in place. The weight is an ordinary tensor (aten::convolution) or one prepacked by oneDNN (an
+// opaque tensor; then oneDNN's primitive is called directly and x is read as channels_last).
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 
@@ -34,18 +34,20 @@ AtenTensorHandle* optional_handle(const std::optional<Tensor>& tensor, AtenTenso
 }
 
 /// aten::convolution (not transposed).
-Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Convolution& conv) {
-    using ConvolutionFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t,
-                                         const int64_t*, int64_t, const int64_t*, int64_t, int32_t, const int64_t*,
-                                         int64_t, int64_t, AtenTensorHandle*);
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Convolution& conv) {
+    using ConvolutionFn = AOTITorchError(
+        AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
+        int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);
     static ConvolutionFn* const convolution = find_shim<ConvolutionFn>("aoti_torch_cpu_convolution");
     DL4DS_CHECK(convolution != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution");
     const std::vector<int64_t> output_padding(conv.stride.size(), 0);
     const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
     AtenTensorHandle bias_handle = nullptr, out = nullptr;
     shim_check(convolution(x.get(), weight.get(), optional_handle(bias, bias_handle), conv.stride.data(),
-                           length(conv.stride), conv.padding.data(), length(conv.padding), conv.dilation.data(),
-                           length(conv.dilation), 0, output_padding.data(), length(output_padding), conv.groups, &out),
+                           length(conv.stride), conv.padding.data(), length(conv.padding),
+                           conv.dilation.data(), length(conv.dilation), 0, output_padding.data(),
+                           length(output_padding), conv.groups, &out),
                "conv_bn_act: aten::convolution");
     return Tensor(out);
 }
@@ -53,13 +55,15 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 /// oneDNN's convolution with a prepacked weight.
 Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Convolution& conv) {
-    using PointwiseFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t,
-                                       const int64_t*, int64_t, const int64_t*, int64_t, int64_t, const char*,
-                                       const double**, int64_t, const char**, AtenTensorHandle*);
-    static PointwiseFn* const pointwise = find_shim<PointwiseFn>("aoti_torch_cpu_mkldnn__convolution_pointwise");
-    DL4DS_CHECK(pointwise != nullptr, kOp,
-                ": weight: this torch is built without oneDNN (aoti_torch_cpu_mkldnn__convolution_pointwise is "
-                "missing), so a prepacked weight cannot be used: pass the ordinary weight");
+    using PointwiseFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*,
+                                       int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int64_t,
+                                       const char*, const double**, int64_t, const char**, AtenTensorHandle*);
+    static PointwiseFn* const pointwise =
+        find_shim<PointwiseFn>("aoti_torch_cpu_mkldnn__convolution_pointwise");
+    DL4DS_CHECK(
+        pointwise != nullptr, kOp,
+        ": weight: this torch is built without oneDNN (aoti_torch_cpu_mkldnn__convolution_pointwise is "
+        "missing), so a prepacked weight cannot be used: pass the ordinary weight");
     const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
     AtenTensorHandle bias_handle = nullptr, out = nullptr;
     shim_check(pointwise(x.get(), weight.get(), optional_handle(bias, bias_handle), conv.padding.data(),
@@ -83,10 +87,11 @@ Tensor as_channels_last(const Tensor& x, const TensorInfo& info) {
 
 }  // namespace
 
-Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean, Tensor running_var,
-                       std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> residual,
-                       std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                       int64_t groups, double eps, bool eps_std, int64_t activation, double negative_slope) {
+Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
+                       Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                       std::optional<Tensor> residual, std::vector<int64_t> stride,
+                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                       double eps, bool eps_std, int64_t activation, double negative_slope) {
     const Activation act = activation_from_code(kOp, activation);
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
@@ -95,8 +100,18 @@ Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
                                       : convolve(x, weight, bias, conv);
     TensorInfo oi = tensor_info(out);
     const BnPlan plan = bn_plan_or_copy(out, oi);
-    BnEvalArgs args{oi.data, nullptr, oi.data, nullptr, tensor_info(bn_weight), tensor_info(bn_bias),
-                    tensor_info(running_mean), tensor_info(running_var), eps, eps_std, act, negative_slope};
+    BnEvalArgs args{oi.data,
+                    nullptr,
+                    oi.data,
+                    nullptr,
+                    tensor_info(bn_weight),
+                    tensor_info(bn_bias),
+                    tensor_info(running_mean),
+                    tensor_info(running_var),
+                    eps,
+                    eps_std,
+                    act,
+                    negative_slope};
     check_channel_vector(kOp, "bn_weight", args.weight, oi);
     check_channel_vector(kOp, "bn_bias", args.bias, oi);
     check_channel_vector(kOp, "running_mean", args.running_mean, oi);

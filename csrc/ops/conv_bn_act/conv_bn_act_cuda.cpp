@@ -1,5 +1,6 @@
-// Eval-mode act(bn(conv(x)) [+ residual]) on CUDA: the library's convolution (cuDNN through the dispatcher), then one
-// pass of bn_act's kernel over its output, in place. The op contract is in dl4ds_kernels/ops/conv_bn_act.py.
+// Eval-mode act(bn(conv(x)) [+ residual]) on CUDA: the library's convolution (cuDNN through the dispatcher),
+// then one pass of bn_act's kernel over its output, in place. The op contract is in
+// dl4ds_kernels/ops/conv_bn_act.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -18,18 +19,19 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 const std::vector<int64_t>& dilation, int64_t groups) {
     using torch::stable::detail::from;
     const std::vector<int64_t> output_padding(stride.size(), 0);
-    StableIValue stack[9] = {from(x),       from(weight), from(bias),           from(stride), from(padding),
-                             from(dilation), from(false), from(output_padding), from(groups)};
+    StableIValue stack[9] = {from(x),        from(weight), from(bias),           from(stride), from(padding),
+                             from(dilation), from(false),  from(output_padding), from(groups)};
     shim_check(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION), "aten::convolution");
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
 
-Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean, Tensor running_var,
-                        std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> residual,
-                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                        int64_t groups, double eps, bool eps_std, int64_t activation, double negative_slope) {
+Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
+                        Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                        std::optional<Tensor> residual, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        double eps, bool eps_std, int64_t activation, double negative_slope) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     check_cuda(kOp, xi);
