@@ -68,7 +68,7 @@ def define_op(
     for namespace, library in _libraries.items():
         qualified = f"{namespace}::{name}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))
-        torch.library.register_fake(qualified, fake, lib=library)
+        torch.library.register_fake(qualified, partial(_run_fake, name, fake), lib=library)
         if name.endswith("_bwd"):
             # Without a formula torch would only warn and leave second-order gradients out.
             torch.library.register_autograd(qualified, partial(_no_second_derivative, name), lib=library)
@@ -79,6 +79,14 @@ def define_op(
                 library.impl(name, partial(_run_autocast, qualified, device, key, autocast), key)
         for key in ("CPU", "CUDA"):
             _register_kernel(library, namespace, name, stem, key, triton)
+
+
+def _run_fake(name: str, fake: Callable[..., Any], *args: Any) -> Any:
+    """One meta tensor among CPU tensors makes the dispatcher take the fake kernel: an error, not an uninitialised result."""
+    devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"{name}: expected all tensors on one device, got {', '.join(sorted(map(str, devices)))}")
+    return fake(*args)
 
 
 def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> Any:

@@ -17,19 +17,12 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
-def call(overload: Any, differentiable: bool, x: Tensor, *args: Any) -> Any:
-    """Call an op; without gradients the Python autograd kernel (tens of microseconds) is stepped over.
-
-    A meta tensor among the other arguments makes the dispatcher run the fake kernel: its result is an error, not an output.
-    """
+def call(overload: Any, differentiable: bool, *args: Any) -> Any:
+    """Call an op; without gradients the Python autograd kernel (tens of microseconds) is stepped over."""
     if differentiable or torch.compiler.is_compiling():
-        result = overload(x, *args)
-    else:
-        with _below_autograd():
-            result = overload(x, *args)
-    if (result[0] if type(result) is tuple else result).is_meta and not x.is_meta:
-        raise RuntimeError(f"{overload}: expected every tensor on {x.device} like x, got one on meta")
-    return result
+        return overload(*args)
+    with _below_autograd():
+        return overload(*args)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

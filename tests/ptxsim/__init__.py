@@ -1,6 +1,7 @@
 """Runs compiled GPU kernels (PTX) without a GPU, with checks and traffic counts. See README.md.
 
-report = Module("kernel.ptx").launch("add_act", grid=4, block=256, args=[Arr(x, "x", read_only=True), Arr(y, "y", output=True), n])
+args = [Arr(x, "x", read_only=True), Arr(y, "y", output=True), n]
+report = Module("kernel.ptx").launch("add_act", grid=4, block=256, args=args)
 report.check()          # no finding
 print(report.profile()) # per source line
 """

@@ -1,4 +1,7 @@
-"""Command line: `python -m tests.ptxsim run kernel.ptx --kernel add --grid 4 --block 256 --arg f32:1024:rand --arg f32:1024:out --arg i32:1024`."""
+"""Command line, for a person who debugs a kernel.
+
+`python -m tests.ptxsim run kernel.ptx --kernel add --grid 4 --block 256 --arg f32:1024:rand --arg f32:1024:out --arg i32:1024`
+"""
 
 from __future__ import annotations
 

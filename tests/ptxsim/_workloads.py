@@ -120,7 +120,8 @@ def bn_act_cases(dtype: torch.dtype) -> list[Case]:
                     options=options,
                 )
 
-            label = f"{str(dtype)[6:]}-{shape_name}-{'nhwc' if channels_last else 'nchw'}-{'train' if training else 'eval'}-act{activation}"
+            layout, mode = "nhwc" if channels_last else "nchw", "train" if training else "eval"
+            label = f"{str(dtype)[6:]}-{shape_name}-{layout}-{mode}-act{activation}"
             cases += [Case(f"bn_act_fwd-{label}", forward), Case(f"bn_act_bwd-{label}", backward)]
             if masks:
                 bits = torch.randint(

@@ -212,7 +212,8 @@ def wrong_thread(statement: str) -> Iterator[str]:
     """Every thread believes to be its neighbour on the left (thread 0 itself)."""
     match = re.match(r"mov\.u32(\s+)(%r\d+), %tid\.x;", statement)
     if match:
-        yield f"mov.u32 {match.group(2)}, %tid.x; max.u32 {match.group(2)}, {match.group(2)}, 1; sub.u32 {match.group(2)}, {match.group(2)}, 1;"
+        r = match.group(2)
+        yield f"mov.u32 {r}, %tid.x; max.u32 {r}, {r}, 1; sub.u32 {r}, {r}, 1;"
 
 
 def kernel_text(ptx: str, kernel: str) -> str:

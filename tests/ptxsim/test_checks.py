@@ -106,7 +106,11 @@ def test_local_out_of_bounds():
     assert kinds(".local .align 4 .b8 mine[16];\nst.local.u32 [mine+16], 1;\n" + COPY) == {"LOCAL-OUT-OF-BOUNDS"}
 
 
-REVERSE = "ld.global.f32 %f0, [%q3];\nst.shared.f32 [%r2], %f0;\n{barrier}\nmov.u32 %r3, 63;\nsub.u32 %r3, %r3, %r0;\nmad.lo.u32 %r4, %r3, 4, %r1;\nld.shared.f32 %f1, [%r4];\nst.global.f32 [%q4], %f1;"
+REVERSE = (
+    "ld.global.f32 %f0, [%q3];\nst.shared.f32 [%r2], %f0;\n{barrier}\nmov.u32 %r3, 63;\n"
+    "sub.u32 %r3, %r3, %r0;\nmad.lo.u32 %r4, %r3, 4, %r1;\nld.shared.f32 %f1, [%r4];\n"
+    "st.global.f32 [%q4], %f1;"
+)
 
 
 @pytest.mark.parametrize("schedule", range(4))
@@ -124,7 +128,10 @@ def test_write_after_read_race():
 
 
 def test_race_inside_a_warp():
-    swap = "ld.global.f32 %f0, [%q3];\nst.shared.f32 [%r2], %f0;\n{sync}\nxor.b32 %r3, %r0, 1;\nmad.lo.u32 %r4, %r3, 4, %r1;\nld.shared.f32 %f1, [%r4];\nst.global.f32 [%q4], %f1;"
+    swap = (
+        "ld.global.f32 %f0, [%q3];\nst.shared.f32 [%r2], %f0;\n{sync}\nxor.b32 %r3, %r0, 1;\n"
+        "mad.lo.u32 %r4, %r3, 4, %r1;\nld.shared.f32 %f1, [%r4];\nst.global.f32 [%q4], %f1;"
+    )
     assert kinds(swap.format(sync="bar.warp.sync 0xffffffff;")) == set()
     assert kinds(swap.format(sync="")) == {"WARP-RACE"}
 
@@ -184,7 +191,10 @@ def test_atomics_do_not_race_with_each_other():
     )
 
 
-ASYNC = "cp.async.ca.shared.global [%r2], [%q3], 4;\ncp.async.commit_group;\n{wait}\n{barrier}\nld.shared.f32 %f1, [%r2];\nst.global.f32 [%q4], %f1;\ncp.async.wait_all;"
+ASYNC = (
+    "cp.async.ca.shared.global [%r2], [%q3], 4;\ncp.async.commit_group;\n{wait}\n{barrier}\n"
+    "ld.shared.f32 %f1, [%r2];\nst.global.f32 [%q4], %f1;\ncp.async.wait_all;"
+)
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -259,7 +269,8 @@ def test_exited_threads_do_not_count():
 
 @pytest.mark.parametrize(
     "operation",
-    ["shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;", "vote.sync.ballot.b32 %r3, %p1, -1;", "redux.sync.add.u32 %r3, %r0, -1;", "bar.warp.sync -1;",
+    ["shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;", "vote.sync.ballot.b32 %r3, %p1, -1;", "redux.sync.add.u32 %r3, %r0, -1;",
+     "bar.warp.sync -1;",
      "match.any.sync.b32 %r3, %r0, -1;", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r3}, [%r1];"],
 )  # fmt: skip
 def test_divergence_at_warp_wide_operations(operation):
@@ -275,8 +286,8 @@ def test_divergence_at_warp_wide_operations(operation):
 
 def test_shuffle_from_an_absent_lane():
     body = (
-        "and.b32 %r4, %r0, 1;\nsetp.eq.u32 %p0, %r4, 0;\n@%p0 bra SKIP;\nshfl.sync.bfly.b32 %r3, %r0, 1, 31, 0xaaaaaaaa;\nSKIP:\n"
-        + COPY
+        "and.b32 %r4, %r0, 1;\nsetp.eq.u32 %p0, %r4, 0;\n@%p0 bra SKIP;\n"
+        "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 0xaaaaaaaa;\nSKIP:\n" + COPY
     )
     assert kinds(body) == {"SHFL-INACTIVE"}
 
@@ -288,7 +299,10 @@ def test_use_after_free():
     address = Arr(x, "gone").register()
     core.library().ptxsim_unregister(address)
     body = "ld.global.f32 %f0, [%q0];"
-    source = f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n.reg .b64 %q<2>; .reg .f32 %f<2>;\nld.param.u64 %q0, [p];\n{body}\nret;\n}}\n"
+    source = (
+        f".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p)\n{{\n"
+        f".reg .b64 %q<2>; .reg .f32 %f<2>;\nld.param.u64 %q0, [p];\n{body}\nret;\n}}\n"
+    )
     assert Module(source).launch("k", 1, 1, [address]).kinds == {"USE-AFTER-FREE"}
 
 
@@ -301,8 +315,10 @@ def test_endless_loop_and_bad_launches():
 
 @pytest.mark.parametrize(
     "instruction",
-    ["wmma.load.a.sync.aligned.row.m16n16k16.global.f16 {%r1, %r2}, [%q0], %r0;", "add.rn.rz.quick.f32 %f0, %f1, %f2;", "frobnicate.b32 %r1, %r2;", "ld.global.v3.f32 {%f0, %f1, %f2}, [%q0];",
-     "shfl.up.b32 %r1, %r2, 1, 0;", "add.f32 %f0, %r1, %f2, %f3;", "cvt.pack.sat.s16.s32.b32 %r1, %r2, %r3, %r4;", "mov.b32 %r1, %nosuch;", "cp.async.bulk.commit_group;"],
+    ["wmma.load.a.sync.aligned.row.m16n16k16.global.f16 {%r1, %r2}, [%q0], %r0;", "add.rn.rz.quick.f32 %f0, %f1, %f2;", 
+     "frobnicate.b32 %r1, %r2;", "ld.global.v3.f32 {%f0, %f1, %f2}, [%q0];",
+     "shfl.up.b32 %r1, %r2, 1, 0;", "add.f32 %f0, %r1, %f2, %f3;", "cvt.pack.sat.s16.s32.b32 %r1, %r2, %r3, %r4;",
+     "mov.b32 %r1, %nosuch;", "cp.async.bulk.commit_group;"],
 )  # fmt: skip
 def test_unsupported_instructions_stop_when_reached(instruction):
     """…with their text and line; where they are not reached they only appear in the list."""
@@ -339,7 +355,11 @@ def test_counters():
     n = THREADS
     x, y = aligned(np.zeros(n * 8, np.float32)), aligned(np.zeros(n, np.float32))
     args = [Arr(x, "x", read_only=True), Arr(y, "y", output=True)]
-    body = "mul.wide.u32 %q5, %r0, 32;\nadd.s64 %q5, %q0, %q5;\nld.global.f32 %f0, [%q5];\nst.global.f32 [%q4], %f0;\nshl.b32 %r3, %r0, 7;\nand.b32 %r3, %r3, 1023;\nadd.u32 %r3, %r3, %r1;\nst.shared.f32 [%r3], 0f00000000;"
+    body = (
+        "mul.wide.u32 %q5, %r0, 32;\nadd.s64 %q5, %q0, %q5;\nld.global.f32 %f0, [%q5];\n"
+        "st.global.f32 [%q4], %f0;\nshl.b32 %r3, %r0, 7;\nand.b32 %r3, %r3, 1023;\n"
+        "add.u32 %r3, %r3, %r1;\nst.shared.f32 [%r3], 0f00000000;"
+    )
     report = launch(PLACES + body, args, block=n, shared=1024).check()
     c = report.counters
     assert (c["load_requests"], c["load_sectors"], c["load_ideal_sectors"], c["load_bytes"]) == (2, 64, 8, 256)

@@ -25,7 +25,7 @@ MODES = [{}, {"schedule": 1}, {"schedule": 17}, {"lazy_copies": 0}]
 
 # Registers per thread at 256 threads: 64 lets four blocks share a multiprocessor.
 MOST_REGISTERS = 64
-# Per kernel: least load and store efficiency of 16-byte instantiations, most bank waves per ideal wave (measured on the workloads).
+# Per kernel: least load and store efficiency of its 16-byte instantiations, most bank waves per ideal wave.
 TRAFFIC = {
     "add_act_fwd_kernel": (0.99, 0.99, 1.0),
     "add_act_bwd_kernel": (0.99, 0.99, 1.0),
@@ -88,8 +88,8 @@ def test_no_findings_and_equal_results(suite):
         for mode in MODES[1 + ROTATION % 3 :][:1] if op == "bn_act" else MODES[1:]:
             results, _ = case.run(mode)  # raises on findings
             for name, tensor in expected.items():
-                same = torch.equal(results[name].view(torch.uint8), tensor.view(torch.uint8)) if tensor.is_contiguous() else torch.equal(
-                    cuda.memory_order(results[name]).view(torch.uint8), cuda.memory_order(tensor).view(torch.uint8))  # fmt: skip
+                bits = [cuda.memory_order(t).view(torch.uint8) for t in (results[name], tensor)]
+                same = torch.equal(*bits)
                 assert same, f"{case.name}: {name} depends on the schedule {mode}"
 
 

@@ -102,5 +102,5 @@ def test_predicates_of_pairs():
         [b | a << 16 for a, b in zip(column, other[::-1], strict=False)],
     )
     low, high = execute("setp.gt.f16x2 %d0|%d1, %a0, %a1;", ["f16x2", "f16x2"], ["pred", "pred"], pairs)
-    for a, b, l, h in zip(*pairs, low, high, strict=False):
-        assert l == (fmt.decode(a & 0xFFFF) > fmt.decode(b & 0xFFFF)) and h == (fmt.decode(a >> 16) > fmt.decode(b >> 16))
+    for a, b, p, q in zip(*pairs, low, high, strict=False):
+        assert p == (fmt.decode(a & 0xFFFF) > fmt.decode(b & 0xFFFF)) and q == (fmt.decode(a >> 16) > fmt.decode(b >> 16))

@@ -85,15 +85,15 @@ def test_carries(kind):
     columns = operands([kind] * 4)
     both = [kind, kind]
     low, high = execute(f"add.cc.{kind} %d0, %a0, %a2;\naddc.{kind} %d1, %a1, %a3;", [kind] * 4, both, columns)
-    for a0, a1, b0, b1, l, h in zip(*columns, low, high, strict=False):
-        assert l | h << width == ((a0 | a1 << width) + (b0 | b1 << width)) & (mask | mask << width)
+    for a0, a1, b0, b1, lo, hi in zip(*columns, low, high, strict=False):
+        assert lo | hi << width == ((a0 | a1 << width) + (b0 | b1 << width)) & (mask | mask << width)
     low, high = execute(f"sub.cc.{kind} %d0, %a0, %a2;\nsubc.{kind} %d1, %a1, %a3;", [kind] * 4, both, columns)
-    for a0, a1, b0, b1, l, h in zip(*columns, low, high, strict=False):
-        assert l | h << width == ((a0 | a1 << width) - (b0 | b1 << width)) & (mask | mask << width)
+    for a0, a1, b0, b1, lo, hi in zip(*columns, low, high, strict=False):
+        assert lo | hi << width == ((a0 | a1 << width) - (b0 | b1 << width)) & (mask | mask << width)
     chain = f"mad.lo.cc.{kind} %d0, %a0, %a1, %a2;\nmadc.hi.cc.{kind} %d1, %a0, %a1, %a3;\naddc.cc.{kind} %d2, 0, 0;"
     low, high, top = execute(chain, [kind] * 4, [kind] * 3, columns)
-    for a, b, c0, c1, l, h, t in zip(*columns, low, high, top, strict=False):
-        assert l | h << width | t << 2 * width == a * b + (c0 | c1 << width)
+    for a, b, c0, c1, lo, hi, t in zip(*columns, low, high, top, strict=False):
+        assert lo | hi << width | t << 2 * width == a * b + (c0 | c1 << width)
 
 
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
@@ -188,14 +188,14 @@ def test_funnel_shifts():
             f"shf.l.{mode}.b32 %d0, %a0, %a1, %a2;",
             ["b32", "b32", "u32"],
             "b32",
-            lambda a, b, n: ((b << 32 | a) << amount(n)) >> 32,
+            lambda a, b, n, amount=amount: ((b << 32 | a) << amount(n)) >> 32,
             columns,
         )
         check(
             f"shf.r.{mode}.b32 %d0, %a0, %a1, %a2;",
             ["b32", "b32", "u32"],
             "b32",
-            lambda a, b, n: (b << 32 | a) >> amount(n),
+            lambda a, b, n, amount=amount: (b << 32 | a) >> amount(n),
             columns,
         )
 

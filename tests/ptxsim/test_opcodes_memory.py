@@ -53,8 +53,11 @@ st.global.b64 [%q3], %q4;"""
 
 @pytest.mark.parametrize(
     "load",
-    ["ld.global.nc.b32", "ld.global.ca.b32", "ld.global.cg.b32", "ld.global.cs.b32", "ld.global.lu.b32", "ld.volatile.global.b32", "ld.global.L1::no_allocate.b32",
-     "ld.global.L1::evict_last.b32", "ld.global.nc.L1::no_allocate.L2::128B.b32", "ld.relaxed.gpu.global.b32", "ld.acquire.sys.global.b32", "ld.b32", "ldu.global.b32"],
+    ["ld.global.nc.b32", "ld.global.ca.b32", "ld.global.cg.b32", "ld.global.cs.b32", "ld.global.lu.b32",
+     "ld.volatile.global.b32", "ld.global.L1::no_allocate.b32",
+     "ld.global.L1::evict_last.b32",
+     "ld.global.nc.L1::no_allocate.L2::128B.b32", "ld.relaxed.gpu.global.b32", "ld.acquire.sys.global.b32",
+     "ld.b32", "ldu.global.b32"],
 )  # fmt: skip
 @pytest.mark.parametrize(
     "store",
@@ -261,7 +264,10 @@ st.global.f32 [%q4], %f0;"""
 
 def test_fences_are_accepted():
     out = np.zeros(1, np.uint32)
-    body = "membar.cta;\nmembar.gl;\nfence.acq_rel.gpu;\nfence.sc.sys;\nfence.proxy.async;\nnanosleep.u32 10;\ngriddepcontrol.wait;\nst.global.u32 [%q0], 1;"
+    body = (
+        "membar.cta;\nmembar.gl;\nfence.acq_rel.gpu;\nfence.sc.sys;\nfence.proxy.async;\n"
+        "nanosleep.u32 10;\ngriddepcontrol.wait;\nst.global.u32 [%q0], 1;"
+    )
     body = "setp.ne.u32 %p0, %r0, 0;\n@%p0 bra OUT;\n" + body + "\nOUT:\n"
     launch(body, [Arr(out, "out", output=True)]).check()
     assert out[0] == 1

@@ -1,4 +1,4 @@
-"""CUDA samples through nvcc: right numbers, no findings, under shuffled schedules; and the host side over the stand-in runtime."""
+"""CUDA samples through nvcc: right numbers and no findings under shuffled schedules; host code over the stand-in runtime."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_integers(kernels, rng):
     def expected(i: int, x: int, y: int) -> int:
         ux, uy = x % 2**64, y % 2**64
         quotient = abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
-        cases = [quotient, x - y * quotient, x * y >> 64, bin(ux).count("1") * 1000 + 64 - uy.bit_length(), (ux & -ux).bit_length(),
+        cases = [quotient, x - y * quotient, x * y >> 64, bin(ux).count("1") * 1000 + 64 - uy.bit_length(),
+                 (ux & -ux).bit_length(),
                  ux >> (uy & 63), min(x, y), int(f"{ux:064b}"[::-1], 2), int(float(x) * 0.5)]  # fmt: skip
         return wrap(cases[i % 9])
 

@@ -69,7 +69,8 @@ def test_matrix_product(dtype, lazy):
     """tl.dot: cp.async pipeline, ldmatrix, mma.sync."""
     m, n, k = 70, 128, 128
     blocks = {"BM": 64, "BN": 64, "BK": 32}
-    kernel = compile_triton(samples.matrix_product, {"a": f"*{dtype}", "b": f"*{dtype}", "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"}, blocks,
+    signature = {"a": f"*{dtype}", "b": f"*{dtype}", "c": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    kernel = compile_triton(samples.matrix_product, signature, blocks,
                             ("a", "b", "c", "N", "K"), num_warps=4, num_stages=3)  # fmt: skip
     torch.manual_seed(0)
     a, b, c = (

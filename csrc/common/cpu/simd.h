@@ -55,8 +55,6 @@ DL4DS_INLINE T multiply_add(T a, T b, T c) {
 }
 
 // ---- 16-bit floats
-// ----------------------------------------------------------------------------------------------
-
 using Bits16 = VecTypes<float>::Bits16;
 using Bits32 = VecTypes<float>::Unsigned;
 
@@ -119,8 +117,6 @@ DL4DS_INLINE Bits16 narrow(Vec<float> value, half_t) {
 #endif
 
 // ---- memory
-// -----------------------------------------------------------------------------------------------------
-
 template <typename scalar_t>
 DL4DS_INLINE Vec<acc_t<scalar_t>> load(const scalar_t* from) {
     if constexpr (sizeof(scalar_t) == 2) {
@@ -253,8 +249,6 @@ DL4DS_INLINE Vec<acc_t<scalar_t>> round_to(Vec<acc_t<scalar_t>> value) {
 }
 
 // ---- lanes and bits
-// ---------------------------------------------------------------------------------------------
-
 template <typename T>
 struct LaneTables {
     alignas(DL4DS_VEC_BYTES) typename std::conditional_t<sizeof(T) == 4, int32_t, int64_t> index[kLanes<T>];

@@ -3,8 +3,6 @@
 namespace dl4ds {
 namespace DL4DS_ISA {
 
-// --------------------------------------------------------------------------------------------------------
-
 template <typename T>
 struct ExpConstants;
 template <>

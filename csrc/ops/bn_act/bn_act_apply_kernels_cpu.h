@@ -3,8 +3,6 @@
 namespace dl4ds {
 namespace DL4DS_ISA {
 
-// ----------------------------------------------------------------------------
-
 /// Lanes of one row from element i on. Returns nothing; the mask bits go to `bits` if p.mask is set.
 template <typename scalar_t, Activation kAct, bool kPerRow, bool kPartial>
 DL4DS_INLINE void apply_lanes(const BnApplyArgs& p, const scalar_t* x, const scalar_t* residual,

@@ -3,8 +3,6 @@
 namespace dl4ds {
 namespace DL4DS_ISA {
 
-// ---------------------------------------------------------------------------------------------------
-
 /// dz and x - mean of the lanes of row r from element i on.
 template <typename T>
 struct Dz {

@@ -34,6 +34,15 @@ DL4DS_INLINE void prefetch_ahead(const scalar_t* first_row, int64_t i, int k) {
     __builtin_prefetch(reinterpret_cast<const char*>(now) + kPrefetchBytes);
 }
 
+/// Moves sums of the accumulator type to doubles and starts them anew. `entries` is a padded length.
+template <typename T>
+DL4DS_INLINE void flush_sums(T* sums, double* totals, int64_t entries) {
+    for (int64_t i = 0; i < entries; i += kLanes<T>) {
+        add_to_doubles<T>(totals + i, load(sums + i));
+        store(sums + i, Vec<T>{});
+    }
+}
+
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
 
@@ -43,8 +52,6 @@ DL4DS_INLINE void prefetch_ahead(const scalar_t* first_row, int64_t i, int k) {
 
 namespace dl4ds {
 namespace DL4DS_ISA {
-
-// ------------------------------------------------------------------------------------------------------
 
 #define DL4DS_ALL_ACTIVATIONS(kernel, scalar_t, per_row)                                                 \
     {&kernel<scalar_t, Activation::kNone, per_row>,      &kernel<scalar_t, Activation::kRelu, per_row>,  \

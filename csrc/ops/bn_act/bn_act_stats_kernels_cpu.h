@@ -3,8 +3,6 @@
 namespace dl4ds {
 namespace DL4DS_ISA {
 
-// -------------------------------------------------------------------------------------------------
-
 /// Merges (count_b, mean_b, m2_b) into (count, mean, m2) by Chan's formula.
 DL4DS_INLINE void merge_moments(double count, double& mean, double& m2, double count_b, double mean_b,
                                 double m2_b) {
@@ -43,15 +41,6 @@ DL4DS_INLINE void stats_rows(const scalar_t* x, int64_t pitch, int64_t len, cons
     }
     if (i < len) {
         stats_lanes<scalar_t, kRows, true>(x, pitch, i, len - i, shift, sum, square);
-    }
-}
-
-/// Moves sums of the accumulator type to doubles and starts them anew. `entries` is a padded length.
-template <typename T>
-DL4DS_INLINE void flush_sums(T* sums, double* totals, int64_t entries) {
-    for (int64_t i = 0; i < entries; i += kLanes<T>) {
-        add_to_doubles<T>(totals + i, load(sums + i));
-        store(sums + i, Vec<T>{});
     }
 }
 

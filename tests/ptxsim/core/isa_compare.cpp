@@ -100,13 +100,22 @@ template <class T>
 Handler handler(u32 comparison, bool predicates) {
 #define PTXSIM_CASE(C) \
     case C:            \
-        return predicates ? set_predicates<C, T> : set_values<C, T>;
+        return predicates ? set_predicates<C, T> : set_values<C, T>
     switch (comparison) {
-        PTXSIM_CASE(Eq)
-        PTXSIM_CASE(Ne)
-        PTXSIM_CASE(Lt) PTXSIM_CASE(Le) PTXSIM_CASE(Gt) PTXSIM_CASE(Ge) PTXSIM_CASE(Equ) PTXSIM_CASE(Neu)
-            PTXSIM_CASE(Ltu) PTXSIM_CASE(Leu) PTXSIM_CASE(Gtu) PTXSIM_CASE(Geu) PTXSIM_CASE(Num)
-                PTXSIM_CASE(Nan)
+        PTXSIM_CASE(Eq);
+        PTXSIM_CASE(Ne);
+        PTXSIM_CASE(Lt);
+        PTXSIM_CASE(Le);
+        PTXSIM_CASE(Gt);
+        PTXSIM_CASE(Ge);
+        PTXSIM_CASE(Equ);
+        PTXSIM_CASE(Neu);
+        PTXSIM_CASE(Ltu);
+        PTXSIM_CASE(Leu);
+        PTXSIM_CASE(Gtu);
+        PTXSIM_CASE(Geu);
+        PTXSIM_CASE(Num);
+        PTXSIM_CASE(Nan);
     }
 #undef PTXSIM_CASE
     return nullptr;
