@@ -324,11 +324,14 @@ def test_gpu_check_without_a_gpu_is_one_clear_line(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_a_temporary_tensor():
-    """Stock add and relu keep two new tensors of 12.5 MiB at their peak, the in-place form none."""
-    done = _script(BENCH / "membound.py", "--child", "add_act", "--size", "256x80x80", "--batch", "2", "--rounds", "1")
+    """Stock add and relu keep two new tensors at their peak, the in-place form none.
+
+    36.75 MiB each: above 32 MiB glibc maps every block and so gives every page back.
+    """
+    done = _script(BENCH / "membound.py", "--child", "add_act", "--size", "256x112x112", "--batch", "3", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     peaks = {row["provider"]: row["peak_mib"] for row in json.loads(done.stdout.splitlines()[-1])}
-    assert peaks["eager"] - peaks["eager_inplace"] == pytest.approx(25.0, abs=3.0)
+    assert peaks["eager"] - peaks["eager_inplace"] == pytest.approx(73.5, abs=3.0)
 
 
 @pytest.mark.slow

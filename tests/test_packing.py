@@ -22,6 +22,12 @@ pytestmark = pytest.mark.skipif(
 X = torch.randn(1, 8, 12, 12)
 
 
+@pytest.fixture(autouse=True)
+def prepack_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers here are small: let them take the prepacked path that real layers take."""
+    monkeypatch.setattr(_packing, "MIN_MACS", 0)
+
+
 @pytest.fixture
 def layer() -> ConvBNAct2d:
     """In eval, with a pack made."""

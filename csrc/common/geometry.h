@@ -137,16 +137,22 @@ inline bool as_planes(const Dims& size, int operands, const Dims* strides, Plane
         }
     }
     const int levels = detail::merge_dims(3, sizes, operands, stride);
-    planes = Planes{size.n, size.c, size.plane(), Divider(), levels == 2};
-    if (levels > 2 || size.plane() > INT32_MAX - 64) {  // positions are ints, and a vector may reach beyond
+    // A slice of lines of one value each: the pitch is then the only stride left.
+    bool single = false;
+    for (int k = 0; k < operands; ++k) {
+        single = single || (levels == 1 && size.w == 1 && stride[k][0] != 1);
+    }
+    planes = Planes{size.n, size.c, size.plane(), Divider(), levels == 2 || single};
+    // Positions are ints, and a vector may reach beyond the last.
+    if (levels > 2 || size.plane() > INT32_MAX - 64) {
         return false;
     }
-    planes.width = Divider(planes.pitched ? static_cast<uint32_t>(sizes[1]) : 1);
+    planes.width = Divider(levels == 2 ? static_cast<uint32_t>(sizes[1]) : 1);
     for (int k = 0; k < operands; ++k) {
-        if (levels > 0 && stride[k][levels - 1] != 1) {
+        if (levels > 0 && !single && stride[k][levels - 1] != 1) {
             return false;
         }
-        out[k] = {strides[k].n, strides[k].c, levels == 2 ? stride[k][0] : 0};
+        out[k] = {strides[k].n, strides[k].c, planes.pitched ? stride[k][0] : 0};
         // The stride of a dimension of size 1 is arbitrary: its dense value keeps "is dense" one comparison.
         if (size.c == 1) {
             out[k].c = size.plane();

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._common import (
+from ._device import (
     DENSE,
     activate,
     activate_bwd,

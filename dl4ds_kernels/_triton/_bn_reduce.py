@@ -10,9 +10,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ._common import (
+from ._common import Matrix
+from ._device import (
     DENSE,
-    Matrix,
     activate_bwd,
     masked_bwd,
     offset_of,

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import activate, activate_bwd, check, masked_bwd, pack_bits, positive_side, program_index, unpack_bits
+from ._common import check
+from ._device import activate, activate_bwd, masked_bwd, pack_bits, positive_side, program_index, unpack_bits
 
 
 def add_act_launch_config(numel: int) -> dict[str, Any]:
@@ -116,9 +117,19 @@ def _operands(x: Tensor, residual: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor
     """
     same = x.shape == residual.shape and x.dtype == residual.dtype and _common.same_order(x, residual)
     if same and torch.ops.aten.is_non_overlapping_and_dense(x):
-        return torch.empty_like(x), (x, residual)
+        return _empty_sum(x), (x, residual)
     total = torch.add(x, residual)
     return total, (total, None)
+
+
+def _empty_sum(x: Tensor) -> Tensor:
+    """Room for the sum of two tensors with the dense layout of ``x``, with torch.add's strides.
+
+    They differ from those of ``x`` where a size of 1 or 0 leaves the layout open: torch then prefers contiguous, channels_last.
+    """
+    formats = (torch.contiguous_format, torch.channels_last) if x.dim() == 4 else (torch.contiguous_format,)
+    fitting = (memory_format for memory_format in formats if x.is_contiguous(memory_format=memory_format))
+    return torch.empty_like(x, memory_format=next(fitting, torch.preserve_format))
 
 
 def _launch(kernel: Any, like: Tensor, alpha: float, activation: int, negative_slope: float, **tensors: Tensor | None) -> None:

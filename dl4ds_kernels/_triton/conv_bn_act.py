@@ -15,7 +15,8 @@ from torch import Tensor
 from .._define import triton_interpreted
 from ..ops._layout import suggested_format
 from . import _common
-from ._common import Matrix, activate, check, program_index, slope_of
+from ._common import Matrix, check, slope_of
+from ._device import activate, program_index
 from .bn_act import apply_statistics, fold_statistics
 
 

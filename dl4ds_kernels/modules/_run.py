@@ -109,7 +109,8 @@ def run_bn_act(
     bn._check_input_dim(x)
     training, momentum, running_mean, running_var = batch_statistics_choice(bn)
     return bn_act(
-        x, running_mean, running_var, bn.weight, bn.bias, residual=residual, training=training, momentum=momentum, eps=bn.eps,
+        x, running_mean, running_var, bn._parameters["weight"], bn._parameters["bias"], residual=residual, training=training,
+        momentum=momentum, eps=bn.eps,
         eps_mode=_eps_mode(bn), activation=act.name, negative_slope=_slope(act), backend=backend,
     )  # fmt: skip
 
@@ -148,16 +149,24 @@ def run_conv_bn_act(
         and x.dim() == 4
     ):
         return run_bn_act(conv(x), bn, act, residual, backend=backend)
-    if not bn.training and bn.running_mean is not None and not torch.compiler.is_compiling():
-        if not torch.is_grad_enabled() and memory_format != "preserve":
-            out = _run_packed(x, conv, bn, act, residual, backend)
-            if out is not None:
-                return out
-    elif bn.training:
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    if bn.training:
         _packing.drop(conv)
+    elif (
+        not torch.is_grad_enabled()
+        and memory_format != "preserve"
+        # Outputs of the convolution times what each of them costs, in multiply-adds.
+        and x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * weight.numel() >= _packing.MIN_MACS
+        and bn.running_mean is not None
+        and not torch.compiler.is_compiling()
+    ):
+        out = _run_packed(x, conv, bn, act, residual, backend)
+        if out is not None:
+            return out
     training, momentum, running_mean, running_var = batch_statistics_choice(bn)
     return conv_bn_act(
-        x, conv.weight, conv.bias, running_mean=running_mean, running_var=running_var, bn_weight=bn.weight, bn_bias=bn.bias,
+        x, weight, bias, running_mean=running_mean, running_var=running_var, bn_weight=bn._parameters["weight"],
+        bn_bias=bn._parameters["bias"],
         residual=residual, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
         training=training, momentum=momentum, eps=bn.eps, eps_mode=_eps_mode(bn), activation=act.name,
         negative_slope=_slope(act), exact=exact, backend=backend,
@@ -176,7 +185,7 @@ def _run_packed(
         or type(x) is not Tensor
         or not _packing.supported(x, weight)
         or x.shape[1] != conv.in_channels
-        or x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * weight.numel() < _packing.MIN_MACS
+        or x.numel() == 0
         or not _extension.status()["_C"].loaded
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()

@@ -16,14 +16,16 @@ def batch_statistics_choice(bn: nn.Module) -> tuple[bool, float, Tensor | None, 
 
     Counts the batch in ``num_batches_tracked`` like it; ``momentum=None`` is the cumulative average.
     """
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    # Straight from the dict: nn.Module's attribute lookup costs as much as a small kernel.
+    running_mean, running_var = bn._buffers["running_mean"], bn._buffers["running_var"]
+    training = bn.training or (running_mean is None and running_var is None)
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
             momentum = 1.0 / float(bn.num_batches_tracked)
     track = not bn.training or bn.track_running_stats
-    return training, momentum, bn.running_mean if track else None, bn.running_var if track else None
+    return training, momentum, running_mean if track else None, running_var if track else None
 
 
 class BNAct2d(nn.BatchNorm2d):

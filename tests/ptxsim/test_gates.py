@@ -19,6 +19,7 @@ from . import _workloads as work
 from . import compile_cuda, mutate, toolchain
 from .fixture import require_nvcc
 
+pytestmark = pytest.mark.slow
 ARCHITECTURES = ["80", "90", "100", "120"]
 ROTATION = int(os.environ.get("DL4DS_ROTATION", time.time() // 86400))
 MODES = [{}, {"schedule": 1}, {"schedule": 17}, {"lazy_copies": 0}]
@@ -146,7 +147,6 @@ def cubin(source: Path, arch: str) -> tuple[Path, dict[str, dict[str, int]]]:
 BUILDS = [(source, arch) for source in work.sources() for arch in ARCHITECTURES]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("built", rotating(BUILDS, 1))
 def test_registers_and_spills(built):
     _, facts = cubin(*built)
@@ -156,7 +156,6 @@ def test_registers_and_spills(built):
         assert f["registers"] <= MOST_REGISTERS, f"{kernel}: {f}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("built", rotating(BUILDS, 1))
 def test_sass(built):
     """128-bit loads in vector kernels and 128-bit stores where they write activations, no local memory, no float atomics."""
@@ -187,7 +186,6 @@ KERNELS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", rotating(KERNELS, 1))
 def test_mutants_are_killed(target):
     """Every operator applied to the kernel's executed code: the simulator reports it or the numbers change."""

@@ -77,6 +77,11 @@ Tensor torch_add(const Tensor& x, const Tensor& residual) {
     return Tensor(sum);
 }
 
+/// One flat loop over memory serves both operands.
+bool is_flat(const TensorInfo& x, const TensorInfo& residual) {
+    return same_strides(x.strides, residual.strides, x.sizes, x.dim) && is_dense(x);
+}
+
 bool streams(int64_t bytes) { return bytes > cache_sizes().llc_bytes / 2; }
 
 }  // namespace
@@ -91,7 +96,7 @@ std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alp
     check_pair(kOp, "residual", ri, xi);
     const bool with_mask = save_mask && activation_has_mask(act);
     Tensor mask = empty_vector_cpu(with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
-    const bool flat = same_strides(xi.strides, ri.strides, xi.sizes, xi.dim) && is_dense(xi);
+    const bool flat = is_flat(xi, ri);
     Tensor out =
         flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
     const TensorInfo oi = tensor_info(out);
@@ -132,8 +137,12 @@ Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Te
     if (ri.present) {
         check_pair(kOp, "residual", ri, di);
     }
-    // dx has the strides of the forward's output: x's where x is given (and dense), else dout's own.
-    const TensorInfo& like = xi.present && is_dense(xi) ? xi : di;
+    // dx has the strides of the forward's output: those of x + residual where both are given, else dout's own.
+    std::optional<Tensor> sum;
+    if (xi.present && ri.present && !is_flat(xi, ri)) {
+        sum = torch_add(*x, *residual);
+    }
+    const TensorInfo like = sum ? tensor_info(*sum) : xi.present && ri.present ? xi : di;
     const auto strides = is_dense(like) ? elementwise_strides(like) : contiguous_strides(like);
     const auto in_order = [&](const Tensor& t, const TensorInfo& info) {
         return same_strides(info.strides, strides.data(), info.sizes, info.dim)
