@@ -1,5 +1,5 @@
-// The pybind11 module `_C`: host facts only, no tensor crosses here. Loading it also runs the static registrations
-// of the CPU kernels (csrc/ops/*/*_cpu.cpp).
+// The pybind11 module `_C`: host facts only, no tensor crosses here. Loading it also runs the static
+// registrations of the CPU kernels (csrc/ops/*/*_cpu.cpp).
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -53,5 +53,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
     m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");
     m.def("pool_trim", &dl4ds::pool_trim, "Give idle blocks back to the operating system; returns bytes.");
-    m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"), "Most idle bytes the pool keeps; 0 = off.");
+    m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"),
+          "Most idle bytes the pool keeps; 0 = off.");
 }

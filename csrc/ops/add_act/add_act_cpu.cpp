@@ -137,7 +137,8 @@ Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Te
     if (ri.present) {
         check_pair(kOp, "residual", ri, di);
     }
-    // dx has the strides of the forward's output: those of x + residual where both are given, else dout's own.
+    // dx has the strides of the forward's output: those of x + residual where both are given, else dout's
+    // own.
     std::optional<Tensor> sum;
     if (xi.present && ri.present && !is_flat(xi, ri)) {
         sum = torch_add(*x, *residual);
