@@ -16,7 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dl4ds_kernels import _backend, _extension
+from dl4ds_kernels import _backend, _extension, _packing
 
 # torch.empty then holds NaN (floats) or the largest value (integers) instead of whatever was there.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -59,6 +59,13 @@ def _repeatable() -> object:
     yield
     _backend._default, _backend._state.name, _backend.untouched = before[:3]
     torch.set_num_threads(before[3])
+
+
+@pytest.fixture(autouse=True)
+def _prepack_small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of tests/convert are small: let them take the prepacked path that real layers take."""
+    if request.path.parent.name == "convert":
+        monkeypatch.setattr(_packing, "MIN_MACS", 0)
 
 
 @pytest.fixture

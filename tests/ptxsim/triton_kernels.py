@@ -106,7 +106,7 @@ def _serve() -> None:
     for line in sys.stdin:
         try:
             answer = _compile(json.loads(line))
-        except Exception as error:  # noqa: BLE001: any failure is the caller's answer
+        except Exception as error:  # any failure is the caller's answer
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
