@@ -1,9 +1,11 @@
-"""Prepacked convolution weights: oneDNN's blocked layout, made once and kept beside (never inside) module state.
+"""Prepacked convolution weights: made once and kept beside (never inside) module state.
 
-Only the weight is prepacked. BatchNorm stays a per-channel scale and shift that the epilogue derives from the live BN vectors
-at every call, so a changed statistic or affine parameter can never be stale. A pack is keyed on the weight's identity,
-``data_ptr`` and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and ``.to()`` are seen at the next call;
-a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs).
+A pack is the weight in the form that one algorithm reads: oneDNN's blocked layout, the panels of our direct convolution, or
+Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call, so a module that sees maps of
+different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
+epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
+is keyed on the weight's identity, ``data_ptr`` and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
+``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs).
 """
 
 from __future__ import annotations
@@ -14,26 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Multiply-adds of a call from which the prepacked primitive wins: it costs about 30 us more host time than aten's convolution
-# and saves the reordering of the weight.
+from . import _extension
+from ._define import op
+
+# Multiply-adds of a call from which the packed path wins over aten's convolution, host time included.
 MIN_MACS = 8_000_000
+
+LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
+ALGORITHMS = {LIBRARY: "oneDNN", 1: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)"}
 
 _SLOT = "_dl4ds_packed"
 
 
 class PackedWeight:
-    """Holder of one module's packed weight; copies and pickles as an empty holder."""
+    """Holder of one module's packed weights; copies and pickles as an empty holder."""
 
-    __slots__ = ("weight", "pointer", "version", "packed", "__weakref__")
+    __slots__ = ("weight", "pointer", "version", "packs", "choices", "__weakref__")
 
     def __init__(self) -> None:
         self.drop()
 
     def drop(self) -> None:
-        """Free the packed tensor; the next call packs again."""
+        """Free the packed tensors; the next call packs again."""
         self.weight: weakref.ref[Tensor] | None = None
         self.pointer = self.version = -1
-        self.packed: Tensor | None = None
+        self.packs: dict[int, Tensor] = {}  # by algorithm
+        self.choices: dict[tuple[Any, ...], int] = {}  # sizes of a call -> algorithm
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (PackedWeight, ())
@@ -42,39 +50,57 @@ class PackedWeight:
         return PackedWeight()
 
 
-def supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN prepacking applies: fp32 on the CPU, and a weight whose writes torch counts."""
+def supported(weight: Tensor) -> bool:
+    """Whether a convolution's weight can be packed: fp32 on the CPU, and one whose writes torch counts."""
     return (
-        x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and x.device.type == "cpu"
-        and x.dim() == 4
+        weight.dtype is torch.float32
+        and weight.device.type == "cpu"
         and not weight.is_inference()
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )
 
 
+def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> int:
+    """The algorithm for these sizes (and this machine, and torch's number of threads)."""
+    return _extension.host().conv_choose(
+        *x.shape, weight.shape[0], tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups,
+        torch.get_num_threads(), exact,
+    )  # fmt: skip
+
+
 def packed_weight(
-    module: torch.nn.Module, weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    """The packed form of ``weight`` (C_out, C_in/groups, kH, kW) for inputs like ``x`` (N, C_in, H, W)."""
+    module: torch.nn.Module, weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
+) -> tuple[int, Tensor]:
+    """(algorithm, packed form of ``weight`` (C_out, C_in/groups, kH, kW)) for inputs like ``x`` (N, C_in, H, W)."""
     holder = module.__dict__.get(_SLOT)
     if holder is None:
         holder = module.__dict__[_SLOT] = PackedWeight()
     if (
-        holder.packed is None
-        or holder.version != weight._version
+        holder.version != weight._version
         or holder.pointer != weight.data_ptr()
         or holder.weight is None
         or holder.weight() is not weight
     ):
-        with torch.no_grad():
-            holder.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                weight.detach(), padding, stride, dilation, groups, list(x.shape)
-            )
+        holder.drop()
         holder.weight, holder.pointer, holder.version = weakref.ref(weight), weight.data_ptr(), weight._version
-    return holder.packed
+    key = (x.shape, stride, padding, dilation, groups, exact, torch.get_num_threads())
+    algorithm = holder.choices.get(key)
+    if algorithm is None:
+        if len(holder.choices) >= 256:  # inputs of ever new sizes
+            holder.choices.clear()
+        algorithm = holder.choices[key] = choose(x, weight, stride, padding, dilation, groups, exact)
+    packed = holder.packs.get(algorithm)
+    if packed is None:
+        with torch.no_grad():
+            if algorithm == LIBRARY:
+                packed = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight.detach(), padding, stride, dilation, groups, list(x.shape)
+                )
+            else:
+                packed = op("conv_bn_act_pack")(weight.detach(), groups, algorithm)
+        holder.packs[algorithm] = packed
+    return algorithm, packed
 
 
 def drop(module: torch.nn.Module) -> None:

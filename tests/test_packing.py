@@ -35,7 +35,7 @@ def layer() -> ConvBNAct2d:
     nn.init.uniform_(made.bn.weight, 0.5, 1.5)
     made.bn.running_mean.normal_()
     infer(made)
-    assert holder(made).packed is not None
+    assert holder(made).packs
     return made
 
 
@@ -54,6 +54,13 @@ def stock(layer: ConvBNAct2d) -> Tensor:
         y = nn.functional.conv2d(x, layer.conv.weight, layer.conv.bias, padding=1)
         bn = layer.bn
         return nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps).relu()
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Within what the default algorithms may differ by: Winograd's F(4x4) is chosen without ``exact``."""
+    assert actual.dtype == expected.dtype
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * scale)
 
 
 def sgd_step(layer: ConvBNAct2d) -> None:
@@ -116,7 +123,7 @@ def test_every_counted_write_is_seen(layer: ConvBNAct2d, write: Callable[[ConvBN
     before = infer(layer)
     write(layer)
     after = infer(layer)
-    torch.testing.assert_close(after, stock(layer))
+    assert_near(after, stock(layer))
     assert after.dtype != before.dtype or not torch.allclose(after, before)
 
 
@@ -126,13 +133,14 @@ def test_raw_write_needs_a_drop(layer: ConvBNAct2d) -> None:
     layer.conv.weight.data.mul_(-1)
     assert torch.equal(infer(layer), before)
     _packing.drop(layer.conv)
-    torch.testing.assert_close(infer(layer), stock(layer))
+    assert_near(infer(layer), stock(layer))
 
 
 def test_pack_is_reused(layer: ConvBNAct2d) -> None:
-    packed = holder(layer).packed
+    before = dict(holder(layer).packs)
     infer(layer)
-    assert holder(layer).packed is packed
+    after = holder(layer).packs
+    assert before.keys() == after.keys() and all(after[key] is before[key] for key in before)
 
 
 def test_other_input_sizes_reuse_the_pack(layer: ConvBNAct2d) -> None:
@@ -143,16 +151,16 @@ def test_other_input_sizes_reuse_the_pack(layer: ConvBNAct2d) -> None:
             expected = nn.functional.batch_norm(
                 y, layer.bn.running_mean, layer.bn.running_var, layer.bn.weight, layer.bn.bias
             ).relu()
-            torch.testing.assert_close(layer(x), expected)
+            assert_near(layer(x), expected)
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_carry_no_pack(layer: ConvBNAct2d, make: Callable[[ConvBNAct2d], ConvBNAct2d]) -> None:
     copied = make(layer)
-    assert holder(copied).packed is None and holder(copied) is not holder(layer)
+    assert not holder(copied).packs and holder(copied) is not holder(layer)
     in_place(copied)
-    torch.testing.assert_close(infer(copied), stock(copied))
-    torch.testing.assert_close(infer(layer), stock(layer))
+    assert_near(infer(copied), stock(copied))
+    assert_near(infer(layer), stock(layer))
 
 
 def test_pack_is_no_state(layer: ConvBNAct2d) -> None:
@@ -163,9 +171,9 @@ def test_pack_is_no_state(layer: ConvBNAct2d) -> None:
 def test_training_frees_the_memory(layer: ConvBNAct2d) -> None:
     layer.train()
     layer(X)
-    assert holder(layer).packed is None
+    assert not holder(layer).packs
     layer.eval()
-    torch.testing.assert_close(infer(layer), stock(layer))
+    assert_near(infer(layer), stock(layer))
 
 
 def test_pack_dies_with_its_module() -> None:
@@ -184,17 +192,17 @@ def test_inference_mode_parameters_are_not_packed() -> None:
         layer(X)
         assert layer.conv.__dict__.get("_dl4ds_packed") is None
         layer.conv.weight.mul_(-1)
-        torch.testing.assert_close(layer(X), stock(layer))
+        assert_near(layer(X), stock(layer))
 
 
 def test_inference_mode_call_with_normal_parameters(layer: ConvBNAct2d) -> None:
     _packing.drop(layer.conv)
     with torch.inference_mode():
-        torch.testing.assert_close(layer(X), stock(layer))
+        assert_near(layer(X), stock(layer))
     in_place(layer)
-    torch.testing.assert_close(infer(layer), stock(layer))
+    assert_near(infer(layer), stock(layer))
     with torch.inference_mode():
-        torch.testing.assert_close(layer(X), stock(layer))
+        assert_near(layer(X), stock(layer))
 
 
 def test_half_precision_is_not_packed() -> None:
@@ -207,4 +215,4 @@ def test_forget_removes_the_holder(layer: ConvBNAct2d) -> None:
     _packing.forget(layer.conv)
     assert "_dl4ds_packed" not in layer.conv.__dict__
     _packing.forget(layer.conv)
-    torch.testing.assert_close(infer(layer), stock(layer))
+    assert_near(infer(layer), stock(layer))

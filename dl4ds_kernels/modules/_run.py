@@ -160,7 +160,7 @@ def run_conv_bn_act(
         and bn.running_mean is not None
         and not torch.compiler.is_compiling()
     ):
-        out = _run_packed(x, conv, bn, act, residual, backend)
+        out = _run_packed(x, conv, bn, act, residual, exact, backend)
         if out is not None:
             return out
     training, momentum, running_mean, running_var = batch_statistics_choice(bn)
@@ -174,16 +174,18 @@ def run_conv_bn_act(
 
 
 def _run_packed(
-    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: ActSpec, residual: Tensor | None, backend: str | None
+    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: ActSpec, residual: Tensor | None, exact: bool, backend: str | None
 ) -> Tensor | None:
-    """The inference path with a prepacked weight; None where it does not apply and the functional decides."""
-    weight, padding = conv.weight, conv.padding
+    """The inference path with a packed weight; None where it does not apply and the functional decides."""
+    weight, bias, padding = conv._parameters["weight"], conv._parameters["bias"], conv.padding
     asked = backend or _backend.current()
     if (
         asked not in ("auto", "cpu")
-        or isinstance(padding, str)
+        or type(padding) is str
         or type(x) is not Tensor
-        or not _packing.supported(x, weight)
+        or x.dtype is not torch.float32
+        or not x.is_cpu
+        or not _packing.supported(weight)
         or x.shape[1] != conv.in_channels
         or x.numel() == 0
         or not _extension.status()["_C"].loaded
@@ -191,9 +193,10 @@ def _run_packed(
         or torch.jit.is_tracing()
     ):
         return None
-    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    if any(v is not None and v.dtype is not torch.float32 for v in vectors):
-        return None
+    vectors = (bn._buffers["running_mean"], bn._buffers["running_var"], bn._parameters["weight"], bn._parameters["bias"])
+    for v in vectors:
+        if v is not None and v.dtype is not torch.float32:
+            return None
     geometry = (conv.stride, padding, conv.dilation, conv.groups)
     if residual is not None and not (
         residual.dtype is x.dtype
@@ -201,8 +204,8 @@ def _run_packed(
         and tuple(residual.shape) == out_shape(x, weight, *geometry[:3])
     ):
         return None
-    packed = _packing.packed_weight(conv, weight, x, *geometry)
-    return call(
-        op("conv_bn_act", CPP), False, x, packed, conv.bias, *vectors, residual, *geometry, bn.eps,
-        _eps_mode(bn) == "std", ACTIVATION_CODES[act.name], _slope(act),
-    )  # fmt: skip
+    algorithm, packed = _packing.packed_weight(conv, weight, x, *geometry, exact)
+    rest = (bias, *vectors, residual, *geometry, bn.eps, _eps_mode(bn) == "std", ACTIVATION_CODES[act.name], _slope(act))
+    if algorithm == _packing.LIBRARY:
+        return call(op("conv_bn_act", CPP), False, x, packed, *rest)
+    return call(op("conv_bn_act_packed", CPP), False, x, weight, packed, algorithm, *rest)

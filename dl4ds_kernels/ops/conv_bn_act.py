@@ -94,3 +94,29 @@ define_op(
     backward=_backward,
     autocast=_autocast,
 )
+
+
+def _fake_pack(weight: Tensor, groups: int, algorithm: int) -> Tensor:
+    raise RuntimeError("conv_bn_act_pack: packed weights are made outside of tracing; their size depends on the machine")
+
+
+def _fake_packed(x: Tensor, weight: Tensor, packed: Tensor, algorithm: int, bias: Tensor | None, *args: Any) -> Tensor:
+    return _convolve(x, weight, bias, args[5:9]).to(memory_format=torch.channels_last)
+
+
+define_op(
+    "conv_bn_act_pack",
+    "(Tensor weight, int groups, int algorithm) -> Tensor",
+    fake=_fake_pack,
+    stem="conv_bn_act",
+    triton=False,
+)
+define_op(
+    "conv_bn_act_packed",
+    "(Tensor x, Tensor weight, Tensor packed, int algorithm, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, float eps, "
+    "bool eps_std, int activation, float negative_slope) -> Tensor",
+    fake=_fake_packed,
+    stem="conv_bn_act",
+    triton=False,
+)

@@ -16,6 +16,7 @@ namespace dl4ds {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMostBorrowed = 16;  // times what was asked for
 constexpr size_t kHugeFrom = size_t{8} << 20;  // blocks this large ask for huge pages
 
 /// Size classes: eight steps an octave, so a block is at most 1/8 larger than asked for.
@@ -132,14 +133,18 @@ class Pool {
     }
 
   private:
-    /// An idle block of this class or one slightly larger; otherwise null, after making room under the peak.
+    /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block its
+    /// place under the peak, a much larger one will do: its pages are there already, and a model whose layers
+    /// differ in size would otherwise unmap and map again in every pass. Null: map a new block.
     PoolBlock* take_idle(size_t bytes) {
         PoolBlock* evicted = nullptr;
         PoolBlock* block = nullptr;
         {
             const std::lock_guard lock(mutex_);
             auto found = by_size_.lower_bound({bytes, 0});
-            if (found != by_size_.end() && found->second->bytes <= bytes + bytes / 4) {
+            const bool full = used_ + idle_ + static_cast<int64_t>(bytes) > peak_;
+            const size_t most = full ? kMostBorrowed * bytes : bytes + bytes / 4;
+            if (found != by_size_.end() && found->second->bytes <= most) {
                 // Of one size the youngest block is the warmest in cache.
                 found = std::prev(by_size_.upper_bound({found->second->bytes, UINT64_MAX}));
                 block = found->second;

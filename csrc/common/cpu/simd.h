@@ -45,7 +45,7 @@ DL4DS_INLINE To bit_cast_vec(const From& from) {
 
 template <typename T>
 DL4DS_INLINE Vec<T> broadcast(T value) {
-    return Vec<T>{} + value;
+    return value - Vec<T>{};  // x - 0 is x, also for -0: compilers fold it; they must keep 0 + x
 }
 
 /// a * b + c, one rounding where the ISA has fma.

@@ -4,19 +4,12 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
-
-#include "ops/bn_act/bn_act_host_cpu.h"
+#include "ops/conv_bn_act/conv_bn_act_cpu.h"
 
 namespace dl4ds {
 namespace {
 
 constexpr const char* kOp = "conv_bn_act";
-
-struct Convolution {
-    std::vector<int64_t> stride, padding, dilation;
-    int64_t groups;
-};
 
 bool is_prepacked(const Tensor& weight) {
     static const int32_t mkldnn = aoti_torch_layout__mkldnn();
@@ -73,7 +66,8 @@ Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::opti
     return Tensor(out);
 }
 
-/// x in channels_last, which is what a prepacked weight was packed for.
+}  // namespace
+
 Tensor as_channels_last(const Tensor& x, const TensorInfo& info) {
     if (suggest_format(info) == Format::kChannelsLast || info.dim < 4) {
         return x;
@@ -85,17 +79,10 @@ Tensor as_channels_last(const Tensor& x, const TensorInfo& info) {
     return copy_with_strides(x, info, strides.data());
 }
 
-}  // namespace
-
-Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
-                       Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
-                       std::optional<Tensor> residual, std::vector<int64_t> stride,
-                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                       double eps, bool eps_std, int64_t activation, double negative_slope) {
-    const Activation act = activation_from_code(kOp, activation);
+Tensor conv_bn_act_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Convolution& conv, const BnVectors& bn, const std::optional<Tensor>& residual) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
-    const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), groups};
     Tensor out = is_prepacked(weight) ? convolve_prepacked(as_channels_last(x, xi), weight, bias, conv)
                                       : convolve(x, weight, bias, conv);
     TensorInfo oi = tensor_info(out);
@@ -104,18 +91,15 @@ Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
                     nullptr,
                     oi.data,
                     nullptr,
-                    tensor_info(bn_weight),
-                    tensor_info(bn_bias),
-                    tensor_info(running_mean),
-                    tensor_info(running_var),
-                    eps,
-                    eps_std,
-                    act,
-                    negative_slope};
-    check_channel_vector(kOp, "bn_weight", args.weight, oi);
-    check_channel_vector(kOp, "bn_bias", args.bias, oi);
-    check_channel_vector(kOp, "running_mean", args.running_mean, oi);
-    check_channel_vector(kOp, "running_var", args.running_var, oi);
+                    tensor_info(bn.weight),
+                    tensor_info(bn.bias),
+                    tensor_info(bn.running_mean),
+                    tensor_info(bn.running_var),
+                    bn.running_var ? bn.eps : 0.0,
+                    bn.eps_std,
+                    bn.activation,
+                    bn.negative_slope};
+    check_bn_vectors(kOp, bn, oi);
     std::optional<Tensor> added;
     if (residual) {
         const TensorInfo ri = tensor_info(residual);
@@ -127,6 +111,17 @@ Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
     }
     bn_apply_eval(plan, args);
     return out;
+}
+
+Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
+                       Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                       std::optional<Tensor> residual, std::vector<int64_t> stride,
+                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                       double eps, bool eps_std, int64_t activation, double negative_slope) {
+    return conv_bn_act_library(x, weight, bias, {std::move(stride), std::move(padding), std::move(dilation), groups},
+                               {std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias),
+                                eps, eps_std, activation_from_code(kOp, activation), negative_slope},
+                               residual);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) { m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cpu)); }

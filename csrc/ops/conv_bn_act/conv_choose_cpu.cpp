@@ -1,0 +1,92 @@
+// Which algorithm a convolution takes: a small cost model in cycles of one core, for one vector multiply-add a cycle. Its
+// constants were fitted to bench/ops/conv.py on an AVX-512 machine with weights out of cache, as they are in a network.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "common/cpu/isa.h"
+#include "ops/conv_bn_act/conv_engine_cpu.h"
+
+namespace dl4ds {
+namespace {
+
+double ceil_div(int64_t a, int64_t b) { return static_cast<double>((a + b - 1) / b); }
+
+/// Reading weights from memory: all cores together get about ten bytes a cycle.
+constexpr double kCyclesPerWeightByte = 0.1;
+
+/// GEMM of `rows` rows (pixels or tiles) with `panels` panels over k, on all threads.
+double gemm_cycles(double rows, double panels, double k, double rows_end, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double groups = std::max(1.0, rows / static_cast<double>(kernels.max_rows));
+    const double vectors = 2.0;  // of a panel
+    return panels * (rows * vectors * k + rows * rows_end + groups * 30.0) / threads;
+}
+
+double direct_cycles(const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double pixels = static_cast<double>(s.n * s.out_height() * s.out_width());
+    const double k = static_cast<double>(s.group_channels() * s.taps());
+    const double panels = static_cast<double>(s.groups) * ceil_div(s.group_channels_out(), kernels.panel);
+    const double pack = pixels * static_cast<double>(s.groups) * (k / 8.0 + 10.0) / threads;
+    const double bytes = static_cast<double>(s.channels_out) * k * 4;
+    return std::max(gemm_cycles(pixels, panels, k, 8.0, threads) + pack, bytes * kCyclesPerWeightByte);
+}
+
+double winograd_cycles(int m, const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height(), m) * ceil_div(s.out_width(), m);
+    const double positions = (m + 2) * (m + 2), panels = ceil_div(s.channels_out, kernels.panel);
+    const double lanes = static_cast<double>(kernels.panel) / 2.0;
+    const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * 6.0;
+    const double out = tiles * panels * 2.0 * positions * 4.5;
+    // With few tiles the threads share output channels, and each transforms the whole input.
+    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
+    const double bytes = positions * static_cast<double>(s.channels * s.channels_out) * 4;
+    const double gemm = positions * gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads);
+    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
+}
+
+bool winograd_allowed() {
+    static const bool allowed = [] {
+        const char* text = std::getenv("DL4DS_WINOGRAD");
+        return text == nullptr || std::strcmp(text, "0") != 0;
+    }();
+    return allowed;
+}
+
+}  // namespace
+
+bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
+    if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
+        return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+               s.dilation_w == 1 && s.groups == 1;
+    }
+    return true;
+}
+
+ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
+    // With 16-byte vectors the library's own kernels for the machine are the better bet (not measured there).
+    if (active_isa() == Isa::kBaseline || s.out_height() < 1 || s.out_width() < 1) {
+        return ConvAlgorithm::kLibrary;
+    }
+    // Groups narrower than half a panel leave most of a register empty.
+    if (s.groups > 1 && s.group_channels_out() * 2 <= conv_kernels().panel) {
+        return ConvAlgorithm::kLibrary;
+    }
+    const double t = static_cast<double>(std::max<int64_t>(1, threads));
+    ConvAlgorithm best = ConvAlgorithm::kDirect;
+    if (winograd_allowed() && conv_supports(ConvAlgorithm::kWinograd4, s)) {
+        double least = direct_cycles(s, t);
+        const double two = winograd_cycles(2, s, t), four = winograd_cycles(4, s, t);
+        if (two < least) {
+            best = ConvAlgorithm::kWinograd2, least = two;
+        }
+        if (!exact && four < least) {
+            best = ConvAlgorithm::kWinograd4;
+        }
+    }
+    return best;
+}
+
+}  // namespace dl4ds

@@ -1,0 +1,155 @@
+// The CPU convolution engine of conv_bn_act: plain structs that its planner, drivers and kernels share. No
+// torch header. fp32; x is read pixel by pixel (channels last: stride 1 between channels), the output is dense
+// channels last.
+//
+// Two algorithms, one GEMM micro-kernel:
+//   direct    implicit GEMM: the receptive fields of a block of output pixels are packed into A panels, and
+//             every B panel (kPanel output channels of the weight) runs over them; scale, shift, residual and
+//             activation are applied to the accumulators.
+//   winograd  F(m x m, 3x3), m = 2 or 4, stride 1: a block of tiles is transformed (A panels per position),
+//             multiplied position by position, transformed back and finished, while the block is in cache.
+// An output element is computed in an order that depends on the algorithm alone: not on the blocking, not on
+// the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+
+namespace dl4ds {
+
+enum class ConvAlgorithm : int {
+    kLibrary = 0,    // oneDNN's primitive, then a pass of ours
+    kDirect = 1,     // implicit GEMM
+    kWinograd2 = 2,  // F(2x2, 3x3): error like direct convolution's
+    kWinograd4 = 4,  // F(4x4, 3x3): error at most 1e-4 of the output's scale
+};
+
+/// Sizes of a convolution; `channels` and `channels_out` are totals over the groups.
+struct ConvShape {
+    int64_t n, channels, height, width;
+    int64_t channels_out, kernel_h, kernel_w;
+    int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    int64_t groups;
+
+    int64_t out_height() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
+    int64_t out_width() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+    int64_t group_channels() const { return channels / groups; }
+    int64_t group_channels_out() const { return channels_out / groups; }
+    int64_t taps() const { return kernel_h * kernel_w; }
+    /// Multiply-adds of the direct algorithm.
+    int64_t macs() const {
+        return n * out_height() * out_width() * channels_out * group_channels() * taps();
+    }
+};
+
+/// What happens to a sum of products: out = act(sum * scale + shift [+ residual]).
+struct ConvEpilogue {
+    const float* scale;  // channels_out entries, padded to whole panels
+    const float* shift;
+    const float* residual;  // laid out as the output; null: none
+    Activation activation;
+    float slope;
+};
+
+// ---- what the kernels of one ISA are called with
+
+/// A panels are [k / kChunk][row][kChunk]: a row's values of one chunk lie side by side, so that the kernel
+/// broadcasts at constant offsets from one pointer.
+constexpr int64_t kChunk = 16;
+
+constexpr int64_t chunks_of(int64_t k) { return (k + kChunk - 1) / kChunk; }
+
+/// D[row][panel] = A * B over k; rows of D are `pitch` apart.
+struct GemmArgs {
+    const float* a;
+    const float* b;  // [k][panel]
+    int64_t k;
+    float* d;
+    int64_t pitch;
+    const char* prefetch;  // 64 bytes a step of k are asked for from here on, into L2
+};
+
+/// D is the output: the epilogue is applied, and only the first `columns` of the panel exist.
+struct GemmFinish {
+    const float* scale;
+    const float* shift;
+    const float* residual;  // rows `pitch` apart, like D; null: none
+    int64_t columns;
+    Activation activation;
+    float slope;
+};
+
+/// Receptive fields of `rows` consecutive output pixels (in the order n, h, w) into one A panel.
+struct PackArgs {
+    const float* x;  // first channel of the group
+    int64_t stride_n, stride_h, stride_w;
+    const ConvShape* shape;
+    int64_t first, rows;
+    float* a;
+    float* line;  // scratch: one receptive field, padded to whole chunks
+};
+
+/// One tile of the input, all channels: V[position][chunk][tile][kChunk].
+struct WinogradInArgs {
+    const float* x;  // pixel (0, 0) of the image
+    int64_t stride_h, stride_w;
+    int64_t y0, x0, height, width;  // the tile's corner, may be outside
+    int64_t channels;
+    const float* zeros;  // `channels` zeros, padded to a chunk
+    float* v;
+    int64_t v_position, v_chunk;
+};
+
+/// One tile of the output, one panel of channels.
+struct WinogradOutArgs {
+    const float* m;  // [position][panel]
+    float* out;      // the tile's first pixel and channel
+    int64_t stride_h, stride_w;
+    int64_t rows, columns;  // pixels of the tile that exist
+    GemmFinish finish;      // finish.residual: at the tile's first pixel and channel
+};
+
+/// Kernels of one ISA. Index 0 is F(2x2, 3x3), 1 is F(4x4, 3x3).
+struct ConvKernels {
+    int64_t panel;     // output channels of a B panel
+    int64_t max_rows;  // rows of an A panel
+    void (*const* gemm)(const GemmArgs&);                            // [rows]
+    void (*const* gemm_finish)(const GemmArgs&, const GemmFinish&);  // [rows]
+    void (*pack)(const PackArgs&);
+    void (*winograd_in[2])(const WinogradInArgs&);
+    bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
+};
+
+/// The table of the active ISA.
+const ConvKernels& conv_kernels();
+
+// ---- plan and drivers
+
+/// Floats of the packed weight for an algorithm other than kLibrary.
+int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& shape);
+
+/// Packs a contiguous weight (channels_out, channels / groups, kernel_h, kernel_w).
+void conv_pack_weight(ConvAlgorithm algorithm, const ConvShape& shape, const float* weight, float* packed);
+
+/// Whether the algorithm can run this convolution at all.
+bool conv_supports(ConvAlgorithm algorithm, const ConvShape& shape);
+
+/// The algorithm expected to be fastest. exact: only those whose error is like direct convolution's.
+ConvAlgorithm conv_choose(const ConvShape& shape, int64_t threads, bool exact);
+
+struct ConvArgs {
+    ConvShape shape;
+    const float* x;
+    int64_t stride_n, stride_h, stride_w;  // of x, in elements; the channel stride is 1
+    const float* packed;
+    float* out;
+    ConvEpilogue epilogue;
+    int64_t threads;
+};
+
+/// Runs the convolution. False: a Winograd sum was infinite or NaN, the output is incomplete, and the caller
+/// must compute it directly (a transform spreads one such value over a whole tile).
+bool conv_run(ConvAlgorithm algorithm, const ConvArgs& args);
+
+}  // namespace dl4ds
