@@ -23,7 +23,8 @@ from ._define import op
 MIN_MACS = 8_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
-ALGORITHMS = {LIBRARY: "oneDNN", 1: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)"}
+DIRECT = 1
+ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)"}
 
 _SLOT = "_dl4ds_packed"
 
@@ -69,10 +70,8 @@ def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
     )  # fmt: skip
 
 
-def packed_weight(
-    module: torch.nn.Module, weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
-) -> tuple[int, Tensor]:
-    """(algorithm, packed form of ``weight`` (C_out, C_in/groups, kH, kW)) for inputs like ``x`` (N, C_in, H, W)."""
+def _holder(module: torch.nn.Module, weight: Tensor) -> PackedWeight:
+    """The module's holder, emptied if the weight is not the one that its packs were made of."""
     holder = module.__dict__.get(_SLOT)
     if holder is None:
         holder = module.__dict__[_SLOT] = PackedWeight()
@@ -84,6 +83,14 @@ def packed_weight(
     ):
         holder.drop()
         holder.weight, holder.pointer, holder.version = weakref.ref(weight), weight.data_ptr(), weight._version
+    return holder
+
+
+def packed_weight(
+    module: torch.nn.Module, weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
+) -> tuple[int, Tensor]:
+    """(algorithm, packed form of ``weight`` (C_out, C_in/groups, kH, kW)) for inputs like ``x`` (N, C_in, H, W)."""
+    holder = _holder(module, weight)
     key = (x.shape, stride, padding, dilation, groups, exact, torch.get_num_threads())
     algorithm = holder.choices.get(key)
     if algorithm is None:
@@ -101,6 +108,16 @@ def packed_weight(
                 packed = op("conv_bn_act_pack")(weight.detach(), groups, algorithm)
         holder.packs[algorithm] = packed
     return algorithm, packed
+
+
+def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
+    """``weight`` (C_out, C_in, 1, 1) packed for the direct algorithm; None on a machine where that is not used."""
+    holder = _holder(module, weight)
+    packed = holder.packs.get(DIRECT)
+    if packed is None and _extension.host().cpu_features()["isa"] in ("avx512", "avx2"):
+        with torch.no_grad():
+            packed = holder.packs[DIRECT] = op("conv_bn_act_pack")(weight.detach(), 1, DIRECT)
+    return packed
 
 
 def drop(module: torch.nn.Module) -> None:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
+from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
 from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
 _DENSE_CHAINS = (
     ("bn_act", ("norm1", "relu1"), ("bn", "act")),
     ("conv_bn_act", ("conv1", "norm2", "relu2"), ("conv", "bn", "act")),
+    ("conv", ("conv2",), ("conv",)),
 )
 
 
@@ -37,8 +38,8 @@ def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shar
                 problem = ("SHARED_MODULE", f"{path} is used in more than one place")
         chains.append(Chain(members[0], pattern, members, problem))
         fused.append(problem is None and members[0] not in skip)
-    first, second = fused
-    if not (first or second):
+    first, second, third = fused
+    if not any(fused):
         return Plan(None, chains, "")
     keywords, bn_keywords = run_keywords(options), run_keywords(options, convolution=False)
 
@@ -48,11 +49,17 @@ def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shar
             return MISS
         if self.memory_efficient and self.any_requires_grad(features):
             return MISS
-        x = torch.cat(features, 1)
         relu1, relu2 = ActSpec("relu", 0.0, self.relu1), ActSpec("relu", 0.0, self.relu2)
-        x = run_bn_act(x, self.norm1, relu1, **bn_keywords) if first else self.relu1(self.norm1(x))
-        x = run_conv_bn_act(x, self.conv1, self.norm2, relu2, **keywords) if second else self.relu2(self.norm2(self.conv1(x)))
-        x = self.conv2(x)
+        if first and second:
+            x = run_dense_conv(features, self.norm1, relu1, self.conv1, self.norm2, relu2, **keywords)
+        else:
+            x = torch.cat(features, 1)
+            x = run_bn_act(x, self.norm1, relu1, **bn_keywords) if first else self.relu1(self.norm1(x))
+            if second:
+                x = run_conv_bn_act(x, self.conv1, self.norm2, relu2, **keywords)
+            else:
+                x = self.relu2(self.norm2(self.conv1(x)))
+        x = run_conv_act(x, self.conv2, **keywords) if third else self.conv2(x)
         return F.dropout(x, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else x
 
     return Plan(forward, chains, "")

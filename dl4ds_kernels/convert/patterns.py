@@ -31,6 +31,8 @@ PATTERNS = {
     (CONV, BN, ACT): "conv_bn_act",
     (CONV, BN, ADD): "conv_bn_add",
     (CONV, BN): "conv_bn",
+    (CONV, ACT): "conv_act",
+    (CONV,): "conv",
     (BN, ADD, ACT): "bn_add_act",
     (BN, ACT): "bn_act",
     (BN, ADD): "bn_add",
@@ -75,7 +77,8 @@ class Candidate:
             if not element.problem:
                 run.append(element)
             if element.problem or i in self.cuts or i == len(self.elements) - 1:
-                if tuple(e.kind for e in run) in PATTERNS:
+                # A convolution left over from a broken chain gains nothing by itself; one that stands alone does.
+                if tuple(e.kind for e in run) in PATTERNS and (len(run) > 1 or len(self.elements) == 1):
                     yield run
                 run = []
 
@@ -103,14 +106,14 @@ class _Matcher:
 
     def line_ending_at(self, node: fx.Node, claimed: set[fx.Node]) -> list[Element]:
         line: list[Element] = []
-        allowed = (ACT, ADD, BN)
+        allowed = (ACT, ADD, BN, CONV)
         while isinstance(node, fx.Node) and node not in claimed:
             element = self.element(node)
             if element is None or element.kind not in allowed:
                 break
             line.insert(0, element)
             node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
-            allowed = {ACT: (ADD, BN), ADD: (BN,), BN: (CONV,), CONV: ()}[element.kind]
+            allowed = {ACT: (ADD, BN, CONV), ADD: (BN,), BN: (CONV,), CONV: ()}[element.kind]
         return line
 
     def _chain_operand(self, add: Element, claimed: set[fx.Node]) -> fx.Node | None:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_bn_act
+from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
 from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Traced, stock_signature, trace_forward
@@ -71,6 +71,8 @@ def make_plan(
     traced = trace_forward(module, arguments)
     candidates = find_candidates(traced.graph, module)
     _note_problems(traced.graph, candidates, module, shared)
+    # A convolution that stands alone and cannot be replaced is no missed fusion.
+    candidates = [c for c in candidates if len(c.elements) > 1 or not c.problems()]
     chains, pieces = [], []
     adds = 0
     for candidate in candidates:
@@ -146,12 +148,16 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
     with graph.inserting_before(last):
         modules = [graph.create_node("get_attr", by_kind[kind].path) for kind in (CONV, BN) if kind in by_kind]
         act = _act_node(graph, by_kind.get(ACT))
-        function = run_conv_bn_act if CONV in by_kind else run_bn_act if BN in by_kind else run_add_act
-        if BN in by_kind:
-            source = piece[0].node.args[0] if piece[0].node.args else piece[0].node.kwargs["input"]
-            arguments = (source, *modules, act, _residual(by_kind))
+        if ADD in by_kind and BN not in by_kind:
+            function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
         else:
-            arguments = (*by_kind[ADD].node.args, act)
+            source = piece[0].node.args[0] if piece[0].node.args else piece[0].node.kwargs["input"]
+            arguments = (source, *modules, act)
+            if BN in by_kind:
+                function = run_conv_bn_act if CONV in by_kind else run_bn_act
+                arguments += (_residual(by_kind),)
+            else:
+                function = run_conv_act
         fused = graph.create_node("call_function", function, arguments, run_keywords(options, CONV in by_kind))
     last.replace_all_uses_with(fused)
     for element in reversed(piece):

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _nn_module
 
-from .. import _backend, _extension, _packing
+from .. import _packing
 from .._activation import ACTIVATION_CODES, apply_activation
-from .._define import CPP, op
 from ..functional import add_act, bn_act, conv_bn_act
-from ..functional._common import call
-from ..functional.conv_bn_act import out_shape
+from ._packed import Epilogue, run_bn_act_conv_packed, run_packed
 from .bn_act import BNAct2d, batch_statistics_choice
 
 _ACTIVATION_TYPES: dict[type, str] = {
@@ -122,6 +120,33 @@ def run_add_act(x: Tensor, residual: Tensor, act: ActSpec, *, backend: str | Non
     return add_act(x, residual, activation=act.name, negative_slope=_slope(act), backend=backend)
 
 
+def _conv_fusable(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and is_plain(conv)
+
+
+def _worth_packing(x: Tensor, conv: nn.Conv2d, memory_format: object) -> bool:
+    """Whether an inference call on ``x`` (N, C, H, W) is large enough, and free in the layout of its result."""
+    # Outputs of the convolution times what each of them costs, in multiply-adds.
+    macs = x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * conv._parameters["weight"].numel()
+    return (
+        macs >= _packing.MIN_MACS
+        and not torch.is_grad_enabled()
+        and memory_format != "preserve"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _epilogue(bn: nn.Module | None, act: ActSpec) -> Epilogue:
+    code, slope = ACTIVATION_CODES[act.name], _slope(act)
+    if bn is None:
+        return Epilogue(None, None, None, None, 0.0, False, code, slope)
+    buffers, parameters = bn._buffers, bn._parameters
+    return Epilogue(
+        buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"], bn.eps,
+        _eps_mode(bn) == "std", code, slope,
+    )  # fmt: skip
+
+
 def run_conv_bn_act(
     x: Tensor,
     conv: nn.Module,
@@ -135,13 +160,11 @@ def run_conv_bn_act(
 ) -> Tensor:
     """``act(bn(conv(x)) [+ residual])`` of stock modules, fused where they allow it.
 
-    ``memory_format="auto"``: on the CPU in eval the prepacked path returns channels_last whatever comes in; "preserve" keeps
+    ``memory_format="auto"``: on the CPU in eval the packed path returns channels_last whatever comes in; "preserve" keeps
     the layout of ``x``.
     """
     if not (
-        type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and is_plain(conv)
+        _conv_fusable(conv)
         and _bn_fusable(bn)
         and _act_fusable(act)
         and _no_global_hooks()
@@ -149,63 +172,72 @@ def run_conv_bn_act(
         and x.dim() == 4
     ):
         return run_bn_act(conv(x), bn, act, residual, backend=backend)
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     if bn.training:
         _packing.drop(conv)
-    elif (
-        not torch.is_grad_enabled()
-        and memory_format != "preserve"
-        # Outputs of the convolution times what each of them costs, in multiply-adds.
-        and x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * weight.numel() >= _packing.MIN_MACS
-        and bn.running_mean is not None
-        and not torch.compiler.is_compiling()
-    ):
-        out = _run_packed(x, conv, bn, act, residual, exact, backend)
+    elif bn._buffers["running_mean"] is not None and _worth_packing(x, conv, memory_format):
+        out = run_packed(x, conv, _epilogue(bn, act), residual, exact, backend)
         if out is not None:
             return out
     training, momentum, running_mean, running_var = batch_statistics_choice(bn)
     return conv_bn_act(
-        x, weight, bias, running_mean=running_mean, running_var=running_var, bn_weight=bn._parameters["weight"],
-        bn_bias=bn._parameters["bias"],
+        x, conv._parameters["weight"], conv._parameters["bias"], running_mean=running_mean, running_var=running_var,
+        bn_weight=bn._parameters["weight"], bn_bias=bn._parameters["bias"],
         residual=residual, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
         training=training, momentum=momentum, eps=bn.eps, eps_mode=_eps_mode(bn), activation=act.name,
         negative_slope=_slope(act), exact=exact, backend=backend,
     )  # fmt: skip
 
 
-def _run_packed(
-    x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: ActSpec, residual: Tensor | None, exact: bool, backend: str | None
-) -> Tensor | None:
-    """The inference path with a packed weight; None where it does not apply and the functional decides."""
-    weight, bias, padding = conv._parameters["weight"], conv._parameters["bias"], conv.padding
-    asked = backend or _backend.current()
+def run_conv_act(
+    x: Tensor,
+    conv: nn.Module,
+    act: ActSpec = NO_ACT,
+    *,
+    memory_format: str = "auto",
+    exact: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``act(conv(x))`` of stock modules: fused in inference on the CPU, the stock modules otherwise."""
+    if _conv_fusable(conv) and _act_fusable(act) and _no_global_hooks() and isinstance(x, Tensor) and x.dim() == 4:
+        if conv.training:
+            _packing.drop(conv)
+        elif _worth_packing(x, conv, memory_format):
+            out = run_packed(x, conv, _epilogue(None, act), None, exact, backend)
+            if out is not None:
+                return out
+    return _apply(act, conv(x))
+
+
+def run_dense_conv(
+    features: list[Tensor],
+    bn1: nn.Module,
+    act1: ActSpec,
+    conv: nn.Module,
+    bn2: nn.Module,
+    act2: ActSpec,
+    *,
+    memory_format: str = "auto",
+    exact: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``act2(bn2(conv(act1(bn1(cat(features))))))``, DenseNet's bottleneck; without the concatenation where grad is off."""
     if (
-        asked not in ("auto", "cpu")
-        or type(padding) is str
-        or type(x) is not Tensor
-        or x.dtype is not torch.float32
-        or not x.is_cpu
-        or not _packing.supported(weight)
-        or x.shape[1] != conv.in_channels
-        or x.numel() == 0
-        or not _extension.status()["_C"].loaded
-        or torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
+        _conv_fusable(conv)
+        and _bn_fusable(bn1)
+        and _bn_fusable(bn2)
+        and _act_fusable(act1)
+        and _act_fusable(act2)
+        and _no_global_hooks()
+        and not (bn1.training or bn2.training)
+        and bn1._buffers["running_mean"] is not None
+        and bn2._buffers["running_mean"] is not None
+        and conv.groups == 1
+        and features[0].dim() == 4
+        and features[0].numel() // features[0].shape[1] * conv._parameters["weight"].numel() >= _packing.MIN_MACS
+        and _worth_packing(features[-1], conv, memory_format)
     ):
-        return None
-    vectors = (bn._buffers["running_mean"], bn._buffers["running_var"], bn._parameters["weight"], bn._parameters["bias"])
-    for v in vectors:
-        if v is not None and v.dtype is not torch.float32:
-            return None
-    geometry = (conv.stride, padding, conv.dilation, conv.groups)
-    if residual is not None and not (
-        residual.dtype is x.dtype
-        and residual.device == x.device
-        and tuple(residual.shape) == out_shape(x, weight, *geometry[:3])
-    ):
-        return None
-    algorithm, packed = _packing.packed_weight(conv, weight, x, *geometry, exact)
-    rest = (bias, *vectors, residual, *geometry, bn.eps, _eps_mode(bn) == "std", ACTIVATION_CODES[act.name], _slope(act))
-    if algorithm == _packing.LIBRARY:
-        return call(op("conv_bn_act", CPP), False, x, packed, *rest)
-    return call(op("conv_bn_act_packed", CPP), False, x, weight, packed, algorithm, *rest)
+        out = run_bn_act_conv_packed(features, _epilogue(bn1, act1), conv, _epilogue(bn2, act2), backend)
+        if out is not None:
+            return out
+    x = run_bn_act(torch.cat(features, 1), bn1, act1, backend=backend)
+    return run_conv_bn_act(x, conv, bn2, act2, memory_format=memory_format, exact=exact, backend=backend)

@@ -120,3 +120,19 @@ define_op(
     stem="conv_bn_act",
     triton=False,
 )
+
+
+def _fake_bn_act_conv_packed(xs: list[Tensor], weight: Tensor, *args: Any) -> Tensor:
+    n, _, height, width = xs[0].shape
+    return xs[0].new_empty((n, weight.shape[0], height, width)).to(memory_format=torch.channels_last)
+
+
+define_op(
+    "bn_act_conv_packed",
+    "(Tensor[] xs, Tensor weight, Tensor packed, Tensor? in_mean, Tensor? in_var, Tensor? in_weight, Tensor? in_bias, "
+    "float in_eps, bool in_eps_std, int in_activation, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, float eps, bool eps_std, int activation, float negative_slope) -> Tensor",
+    fake=_fake_bn_act_conv_packed,
+    stem="conv_bn_act",
+    triton=False,
+)

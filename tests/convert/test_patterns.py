@@ -156,7 +156,7 @@ def test_pre_activation_block():
             out = self.conv1(out)
             return x + self.conv2(self.relu(self.bn2(out)))
 
-    check(PreAct(), X4, replaced=["bn_act", "conv_bn_act"])
+    check(PreAct(), X4, replaced=["bn_act", "conv", "conv_bn_act"])
 
 
 def test_batch_norm_of_other_dimensions():
@@ -222,9 +222,9 @@ def test_input_changed_by_a_submodule_between_the_operations():
         return self.relu(y + short)
 
     writes = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1))
-    check(module(forward, short=writes), X4, replaced=["conv_bn", "add_act"], kept=["REORDERED"], gradients=False)
+    check(module(forward, short=writes), X4, replaced=["conv_bn", "add_act", "conv"], kept=["REORDERED"], gradients=False)
     reads = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True))
-    check(module(forward, short=reads), X4, replaced=["conv_bn_add_act"])
+    check(module(forward, short=reads), X4, replaced=["conv_bn_add_act", "conv_act"])
 
 
 def test_in_place_addition_into_the_input_is_kept():
@@ -254,7 +254,19 @@ def test_addition_into_the_input_is_seen_by_the_caller():
 
 
 def test_one_relu_before_and_after_a_convolution():
-    check(nn.Sequential(nn.ReLU(), *conv_bn(), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), X4, replaced=["conv_bn_act"])
+    check(
+        nn.Sequential(nn.ReLU(), *conv_bn(), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), X4, replaced=["conv_bn_act", "conv_act"]
+    )
+
+
+def test_convolutions_without_batch_norm():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1))
+    check(net, X4, replaced=["conv_act", "conv"])
+
+
+def test_a_lone_convolution_that_cannot_be_replaced_is_no_missed_fusion():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.MaxPool2d(2), *conv_bn())
+    check(net, X4, replaced=["conv_bn"])
 
 
 def test_dropout_between_batch_norm_and_activation_is_not_a_chain():

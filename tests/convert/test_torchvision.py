@@ -14,10 +14,11 @@ CHAINS = {
     "resnet18": 20, "resnet34": 36, "resnet50": 53, "resnet101": 104, "resnet152": 155,
     "wide_resnet50_2": 53, "wide_resnet101_2": 104, "resnext50_32x4d": 53, "resnext101_32x8d": 104, "resnext101_64x4d": 104,
     "vgg11_bn": 8, "vgg13_bn": 10, "vgg16_bn": 13, "vgg19_bn": 16,
-    "densenet121": 120, "densenet161": 160, "densenet169": 168, "densenet201": 200,
+    "densenet121": 181, "densenet161": 241, "densenet169": 253, "densenet201": 301,
+    "vgg16": 13, "alexnet": 5,
     "mobilenet_v2": 52, "shufflenet_v2_x1_0": 56, "mnasnet0_5": 52,
 }  # fmt: skip
-SEGMENTATION = {"fcn_resnet50": 55, "deeplabv3_resnet50": 61}
+SEGMENTATION = {"fcn_resnet50": 57, "deeplabv3_resnet50": 63}
 
 
 @pytest.mark.parametrize("name", CHAINS)

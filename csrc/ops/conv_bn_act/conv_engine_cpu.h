@@ -90,6 +90,29 @@ struct PackArgs {
     float* line;  // scratch: one receptive field, padded to whole chunks
 };
 
+/// A part of the channels of a 1x1 convolution's input: pixels of channels_last tensors, which need not be joined.
+struct ConvSource {
+    const float* x;
+    int64_t channels;  // a multiple of kChunk, except in the last source
+    int64_t stride_n, stride_h, stride_w;
+};
+
+/// clamp(x * scale + shift) on the way into a 1x1 convolution.
+struct ConvPrologue {
+    const ConvSource* sources;
+    int64_t count;
+    const float* scale;  // of all channels, padded to a chunk
+    const float* shift;
+    Activation activation;  // kNone, kRelu or kRelu6
+};
+
+struct PackSourcesArgs {
+    const ConvPrologue* prologue;
+    const ConvShape* shape;
+    int64_t first, rows;
+    float* a;
+};
+
 /// One tile of the input, all channels: V[position][chunk][tile][kChunk].
 struct WinogradInArgs {
     const float* x;  // pixel (0, 0) of the image
@@ -117,6 +140,7 @@ struct ConvKernels {
     void (*const* gemm)(const GemmArgs&);                            // [rows]
     void (*const* gemm_finish)(const GemmArgs&, const GemmFinish&);  // [rows]
     void (*pack)(const PackArgs&);
+    void (*pack_sources)(const PackSourcesArgs&);
     void (*winograd_in[2])(const WinogradInArgs&);
     bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
 };
@@ -146,6 +170,7 @@ struct ConvArgs {
     float* out;
     ConvEpilogue epilogue;
     int64_t threads;
+    const ConvPrologue* prologue = nullptr;  // kDirect, 1x1, stride 1, no padding, one group: then x is not read
 };
 
 /// Runs the convolution. False: a Winograd sum was infinite or NaN, the output is incomplete, and the caller

@@ -213,5 +213,33 @@ inline void pack(const PackArgs& args) {
     }
 }
 
+/// The channels of `rows` pixels from all sources, through the prologue, into one A panel.
+inline void pack_sources(const PackSourcesArgs& args) {
+    const PackSourcesArgs p = args;
+    const ConvPrologue prologue = *p.prologue;
+    const Clamp limits = clamp_of(prologue.activation);
+    const int64_t width = p.shape->width, plane = p.shape->height * width, step = p.rows * kChunk;
+    for (int64_t i = 0; i < p.rows; ++i) {
+        const int64_t pixel = p.first + i, n = pixel / plane, y = pixel % plane / width, x = pixel % width;
+        const float *scale = prologue.scale, *shift = prologue.shift;
+        float* to = p.a + i * kChunk;
+        for (int64_t k = 0; k < prologue.count; ++k) {
+            const ConvSource source = prologue.sources[k];
+            const float* from = source.x + n * source.stride_n + y * source.stride_h + x * source.stride_w;
+            for (int64_t left = source.channels; left > 0; left -= kChunk, to += step) {
+#pragma GCC unroll 4
+                for (int j = 0; j < kChunk; j += kLanes<float>, scale += kLanes<float>, shift += kLanes<float>) {
+                    const int64_t lanes = left - j;
+                    const Vec<float> value = lanes >= kLanes<float> ? load(from)
+                                             : lanes > 0            ? load_partial(from, lanes)
+                                                                    : Vec<float>{};
+                    from += kLanes<float>;
+                    store(to + j, clamp(multiply_add(value, load(scale), load(shift)), limits));
+                }
+            }
+        }
+    }
+}
+
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds

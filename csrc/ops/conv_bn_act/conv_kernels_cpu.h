@@ -76,6 +76,7 @@ const ConvKernels kConvKernels = {
     kGemm,
     kGemmFinish,
     &pack,
+    &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
 };

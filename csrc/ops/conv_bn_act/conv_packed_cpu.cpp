@@ -50,7 +50,8 @@ ConvShape full_shape(const TensorInfo& x, const TensorInfo& weight, const Convol
     return s;
 }
 
-/// scale and shift of every output channel, `padding` entries more than there are channels.
+/// scale and shift of every channel of a BatchNorm (and the bias of a convolution before it), `padding` entries more
+/// than there are channels.
 void fill_scale_shift(const BnVectors& bn, const TensorInfo& bias, int64_t channels, int64_t padding, float* scale,
                       float* shift) {
     const TensorInfo mean = tensor_info(bn.running_mean), var = tensor_info(bn.running_var),
@@ -88,6 +89,62 @@ Tensor conv_bn_act_pack(Tensor weight, int64_t groups, int64_t algorithm) {
     return packed;
 }
 
+namespace {
+
+/// A call's epilogue, output and thread count; `args` is complete but for the input.
+class Call {
+  public:
+    Call(const ConvShape& shape, const TensorInfo& packed, const std::optional<Tensor>& bias, const BnVectors& bn,
+         const std::optional<Tensor>& residual)
+        : out(empty_output(shape)), vectors_(2 * entries(shape) * int64_t{sizeof(float)}) {
+        const TensorInfo oi = tensor_info(out), bi = tensor_info(bias);
+        check_bn_vectors(kOp, bn, oi);
+        check_channel_vector(kOp, "bias", bi, oi);
+        if (residual) {
+            const TensorInfo ri = tensor_info(residual);
+            check_same_shape(kOp, "residual", ri, oi);
+            check_dtype(kOp, "residual", ri, DType::kFloat32);
+            residual_ = dense_channels_last(*residual, ri);
+        }
+        float *scale = vectors_.as<float>(), *shift = scale + entries(shape);
+        fill_scale_shift(bn, bi, shape.channels_out, conv_kernels().panel, scale, shift);
+        uint32_t threads = 1;
+        shim_check(torch_get_num_threads(&threads), "get_num_threads");
+        args = {shape,
+                nullptr,
+                0,
+                0,
+                0,
+                packed.as<float>(),
+                oi.as<float>(),
+                {scale, shift, residual_ ? tensor_info(*residual_).as<float>() : nullptr, bn.activation,
+                 static_cast<float>(bn.negative_slope)},
+                threads};
+    }
+
+    Tensor out;
+    ConvArgs args;
+
+  private:
+    static int64_t entries(const ConvShape& s) { return s.channels_out + conv_kernels().panel; }
+    static Tensor empty_output(const ConvShape& s) {
+        const int64_t sizes[4] = {s.n, s.channels_out, s.out_height(), s.out_width()};
+        return empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, DType::kFloat32);
+    }
+
+    std::optional<Tensor> residual_;
+    Scratch vectors_;
+};
+
+void check_packed(const TensorInfo& packed, ConvAlgorithm how, const ConvShape& s) {
+    DL4DS_CHECK(conv_supports(how, s), kOp, ": algorithm: ", static_cast<int>(how), " does not fit this convolution");
+    check_dtype(kOp, "packed", packed, DType::kFloat32);
+    DL4DS_CHECK(packed.numel == conv_packed_floats(how, s) && packed.dim == 1, kOp, ": packed: expected ",
+                conv_packed_floats(how, s), " values, got shape ", packed.shape());
+}
+
+}  // namespace
+
 Tensor conv_bn_act_packed(Tensor x, Tensor weight, Tensor packed, int64_t algorithm, std::optional<Tensor> bias,
                           std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                           std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
@@ -98,55 +155,81 @@ Tensor conv_bn_act_packed(Tensor x, Tensor weight, Tensor packed, int64_t algori
     const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), groups};
     const BnVectors bn{std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias),
                        eps, eps_std, activation_from_code(kOp, activation), negative_slope};
-    const TensorInfo wi = tensor_info(weight), pi = tensor_info(packed), bi = tensor_info(bias);
     TensorInfo xi = tensor_info(x);
-    const ConvShape s = full_shape(xi, wi, conv);
-    DL4DS_CHECK(conv_supports(how, s), kOp, ": algorithm: ", algorithm, " does not fit this convolution");
-    DL4DS_CHECK(pi.numel == conv_packed_floats(how, s) && pi.dim == 1, kOp, ": packed: expected ",
-                conv_packed_floats(how, s), " values for weight ", wi.shape(), ", got shape ", pi.shape());
-    check_dtype(kOp, "packed", pi, DType::kFloat32);
+    const ConvShape s = full_shape(xi, tensor_info(weight), conv);
+    check_packed(tensor_info(packed), how, s);
     Tensor input = x;
     if (s.channels > 1 && xi.strides[1] != 1) {
         input = as_channels_last(x, xi);
         xi = tensor_info(input);
     }
-    const int64_t sizes[4] = {s.n, s.channels_out, s.out_height(), s.out_width()};
-    Tensor out = empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, DType::kFloat32);
-    const TensorInfo oi = tensor_info(out);
-    check_bn_vectors(kOp, bn, oi);
-    check_channel_vector(kOp, "bias", bi, oi);
-    std::optional<Tensor> added;
-    if (residual) {
-        const TensorInfo ri = tensor_info(residual);
-        check_same_shape(kOp, "residual", ri, oi);
-        check_dtype(kOp, "residual", ri, DType::kFloat32);
-        added = dense_channels_last(*residual, ri);
-    }
-    const int64_t padding_entries = conv_kernels().panel, entries = s.channels_out + padding_entries;
-    Scratch vectors(2 * entries * int64_t{sizeof(float)});
-    float *scale = vectors.as<float>(), *shift = scale + entries;
-    fill_scale_shift(bn, bi, s.channels_out, padding_entries, scale, shift);
-    uint32_t threads = 1;
-    shim_check(torch_get_num_threads(&threads), "get_num_threads");
-    const ConvArgs args{s,
-                        xi.as<float>(),
-                        xi.strides[0],
-                        xi.strides[2],
-                        xi.strides[3],
-                        pi.as<float>(),
-                        oi.as<float>(),
-                        {scale, shift, added ? tensor_info(*added).as<float>() : nullptr, bn.activation,
-                         static_cast<float>(bn.negative_slope)},
-                        threads};
-    if (oi.numel > 0 && !conv_run(how, args)) {
+    Call call(s, tensor_info(packed), bias, bn, residual);
+    call.args.x = xi.as<float>();
+    call.args.stride_n = xi.strides[0], call.args.stride_h = xi.strides[2], call.args.stride_w = xi.strides[3];
+    if (tensor_info(call.out).numel > 0 && !conv_run(how, call.args)) {
         return conv_bn_act_library(input, weight, bias, conv, bn, residual);
     }
-    return out;
+    return call.out;
+}
+
+Tensor bn_act_conv_packed(std::vector<Tensor> xs, Tensor weight, Tensor packed, std::optional<Tensor> in_mean,
+                          std::optional<Tensor> in_var, std::optional<Tensor> in_weight,
+                          std::optional<Tensor> in_bias, double in_eps, bool in_eps_std, int64_t in_activation,
+                          std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+                          std::optional<Tensor> running_var, std::optional<Tensor> bn_weight,
+                          std::optional<Tensor> bn_bias, double eps, bool eps_std, int64_t activation,
+                          double negative_slope) {
+    const BnVectors before{std::move(in_mean), std::move(in_var), std::move(in_weight), std::move(in_bias), in_eps,
+                           in_eps_std, activation_from_code(kOp, in_activation), 0.0};
+    const BnVectors after{std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias),
+                          eps, eps_std, activation_from_code(kOp, activation), negative_slope};
+    DL4DS_CHECK(before.activation == Activation::kNone || before.activation == Activation::kRelu ||
+                    before.activation == Activation::kRelu6,
+                kOp, ": in_activation: expected none, relu or relu6, got ", activation_name(before.activation));
+    DL4DS_CHECK(!xs.empty(), kOp, ": xs: expected at least one tensor");
+    ConvShape s = weight_shape(tensor_info(weight), 1);
+    DL4DS_CHECK(s.taps() == 1, kOp, ": weight: expected a 1x1 kernel, got ", tensor_info(weight).shape());
+    std::vector<ConvSource> sources;
+    int64_t channels = 0;
+    for (Tensor& x : xs) {
+        TensorInfo xi = tensor_info(x);
+        DL4DS_CHECK(xi.dim == 4 && (sources.empty() || (xi.sizes[0] == s.n && xi.sizes[2] == s.height &&
+                                                        xi.sizes[3] == s.width)),
+                    kOp, ": xs: expected (N, C, H, W) tensors that differ in C alone, got ", xi.shape());
+        DL4DS_CHECK(channels % kChunk == 0, kOp, ": xs: expected multiples of ", kChunk, " channels in all but the last");
+        check_dtype(kOp, "xs", xi, DType::kFloat32);
+        if (xi.sizes[1] > 1 && xi.strides[1] != 1) {
+            x = as_channels_last(x, xi);
+            xi = tensor_info(x);
+        }
+        s.n = xi.sizes[0], s.height = xi.sizes[2], s.width = xi.sizes[3];
+        channels += xi.sizes[1];
+        sources.push_back({xi.as<float>(), xi.sizes[1], xi.strides[0], xi.strides[2], xi.strides[3]});
+    }
+    DL4DS_CHECK(channels == s.channels, kOp, ": xs: expected ", s.channels, " channels in all, got ", channels);
+    for (const TensorInfo v : {tensor_info(before.running_mean), tensor_info(before.running_var),
+                               tensor_info(before.weight), tensor_info(before.bias)}) {
+        DL4DS_CHECK(!v.present || (v.dim == 1 && v.sizes[0] == channels && is_floating(v.dtype)), kOp,
+                    ": BatchNorm before the convolution: expected vectors of shape (", channels, ",), got ", v.shape());
+    }
+    check_packed(tensor_info(packed), ConvAlgorithm::kDirect, s);
+    Call call(s, tensor_info(packed), bias, after, std::nullopt);
+    const int64_t entries = channels + kChunk;
+    Scratch vectors(2 * entries * int64_t{sizeof(float)});
+    float *scale = vectors.as<float>(), *shift = scale + entries;
+    fill_scale_shift(before, TensorInfo{}, channels, kChunk, scale, shift);
+    const ConvPrologue prologue{sources.data(), static_cast<int64_t>(sources.size()), scale, shift, before.activation};
+    call.args.prologue = &prologue;
+    if (tensor_info(call.out).numel > 0) {
+        conv_run(ConvAlgorithm::kDirect, call.args);
+    }
+    return call.out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("conv_bn_act_pack", TORCH_BOX(&conv_bn_act_pack));
     m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
+    m.impl("bn_act_conv_packed", TORCH_BOX(&bn_act_conv_packed));
 }
 
 }  // namespace dl4ds

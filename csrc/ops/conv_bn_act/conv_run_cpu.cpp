@@ -104,7 +104,11 @@ void run_direct(const ConvArgs& args) {
             pack.first = first + groups.begin(g);
             pack.rows = groups.height(g);
             pack.a = a + groups.begin(g) * line;
-            kernels.pack(pack);
+            if (args.prologue != nullptr) {
+                kernels.pack_sources({args.prologue, &s, pack.first, pack.rows, pack.a});
+            } else {
+                kernels.pack(pack);
+            }
         }
         const float* b = args.packed + (group * panels + cut.panel(share)) * panel_floats;
         for (int64_t p = cut.panel(share); p < cut.panel(share + 1); ++p, b += panel_floats) {
