@@ -51,9 +51,20 @@ int conv_choose(int64_t n, int64_t channels, int64_t height, int64_t width, int6
                 std::pair<int64_t, int64_t> kernel, std::pair<int64_t, int64_t> stride,
                 std::pair<int64_t, int64_t> padding, std::pair<int64_t, int64_t> dilation, int64_t groups,
                 int64_t threads, bool exact) {
-    const dl4ds::ConvShape shape{n,           channels,      height,         width,          channels_out,
-                                 kernel.first, kernel.second, stride.first,   stride.second,  padding.first,
-                                 padding.second, dilation.first, dilation.second, groups};
+    const dl4ds::ConvShape shape{n,
+                                 channels,
+                                 height,
+                                 width,
+                                 channels_out,
+                                 kernel.first,
+                                 kernel.second,
+                                 stride.first,
+                                 stride.second,
+                                 padding.first,
+                                 padding.second,
+                                 dilation.first,
+                                 dilation.second,
+                                 groups};
     return static_cast<int>(dl4ds::conv_choose(shape, threads, exact));
 }
 
@@ -64,7 +75,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "Facts of the build: version, compiler, libtorch stable ABI target.");
     m.def("cpu_features", &cpu_features, "Instruction set in use and cache sizes in bytes.");
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
-    m.def("conv_choose", &conv_choose, "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 4 F(4x4).");
+    m.def("conv_choose", &conv_choose,
+          "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 4 F(4x4).");
     m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");
     m.def("pool_trim", &dl4ds::pool_trim, "Give idle blocks back to the operating system; returns bytes.");
     m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"),

@@ -66,6 +66,7 @@ def _prepack_small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     """The models of tests/convert are small: let them take the prepacked path that real layers take."""
     if request.path.parent.name == "convert":
         monkeypatch.setattr(_packing, "MIN_MACS", 0)
+        monkeypatch.setattr(_packing, "MIN_LIBRARY_MACS", 0)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ X = torch.randn(1, 8, 12, 12)
 def prepack_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers here are small: let them take the prepacked path that real layers take."""
     monkeypatch.setattr(_packing, "MIN_MACS", 0)
+    monkeypatch.setattr(_packing, "MIN_LIBRARY_MACS", 0)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def run_packed(
         return None
     algorithm, packed = _packing.packed_weight(conv, weight, x, *geometry, exact)
     if algorithm == _packing.LIBRARY:
-        if epilogue.running_mean is None:
+        small = x.numel() // conv.in_channels * weight.numel() < _packing.MIN_LIBRARY_MACS
+        if small or epilogue.running_mean is None:
             return None
         return call(op("conv_bn_act", CPP), False, x, packed, bias, *epilogue[:4], residual, *geometry, *epilogue[4:])
     return call(

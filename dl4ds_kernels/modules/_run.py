@@ -124,16 +124,19 @@ def _conv_fusable(conv: nn.Module) -> bool:
     return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and is_plain(conv)
 
 
-def _worth_packing(x: Tensor, conv: nn.Conv2d, memory_format: object) -> bool:
-    """Whether an inference call on ``x`` (N, C, H, W) is large enough, and free in the layout of its result."""
-    # Outputs of the convolution times what each of them costs, in multiply-adds.
-    macs = x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1]) * conv._parameters["weight"].numel()
+def _worth_packing(pixels: int, conv: nn.Conv2d, memory_format: object) -> bool:
+    """Whether an inference call with this many output pixels is large enough, and its result's layout is ours to choose."""
     return (
-        macs >= _packing.MIN_MACS
+        pixels * conv._parameters["weight"].numel() >= _packing.MIN_MACS
         and not torch.is_grad_enabled()
         and memory_format != "preserve"
         and not torch.compiler.is_compiling()
     )
+
+
+def _pixels(x: Tensor, conv: nn.Conv2d) -> int:
+    """About how many output pixels the convolution of ``x`` (N, C, H, W) has, all images together."""
+    return x.numel() // conv.in_channels // (conv.stride[0] * conv.stride[1])
 
 
 def _epilogue(bn: nn.Module | None, act: ActSpec) -> Epilogue:
@@ -174,7 +177,7 @@ def run_conv_bn_act(
         return run_bn_act(conv(x), bn, act, residual, backend=backend)
     if bn.training:
         _packing.drop(conv)
-    elif bn._buffers["running_mean"] is not None and _worth_packing(x, conv, memory_format):
+    elif bn._buffers["running_mean"] is not None and _worth_packing(_pixels(x, conv), conv, memory_format):
         out = run_packed(x, conv, _epilogue(bn, act), residual, exact, backend)
         if out is not None:
             return out
@@ -201,7 +204,7 @@ def run_conv_act(
     if _conv_fusable(conv) and _act_fusable(act) and _no_global_hooks() and isinstance(x, Tensor) and x.dim() == 4:
         if conv.training:
             _packing.drop(conv)
-        elif _worth_packing(x, conv, memory_format):
+        elif _worth_packing(_pixels(x, conv), conv, memory_format):
             out = run_packed(x, conv, _epilogue(None, act), None, exact, backend)
             if out is not None:
                 return out
@@ -233,8 +236,7 @@ def run_dense_conv(
         and bn2._buffers["running_mean"] is not None
         and conv.groups == 1
         and features[0].dim() == 4
-        and features[0].numel() // features[0].shape[1] * conv._parameters["weight"].numel() >= _packing.MIN_MACS
-        and _worth_packing(features[-1], conv, memory_format)
+        and _worth_packing(features[0].numel() // features[0].shape[1], conv, memory_format)
     ):
         out = run_bn_act_conv_packed(features, _epilogue(bn1, act1), conv, _epilogue(bn2, act2), backend)
         if out is not None:

@@ -16,7 +16,7 @@ namespace dl4ds {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kMostBorrowed = 16;  // times what was asked for
+constexpr size_t kMostBorrowed = 16;           // times what was asked for
 constexpr size_t kHugeFrom = size_t{8} << 20;  // blocks this large ask for huge pages
 
 /// Size classes: eight steps an octave, so a block is at most 1/8 larger than asked for.
@@ -133,9 +133,9 @@ class Pool {
     }
 
   private:
-    /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block its
-    /// place under the peak, a much larger one will do: its pages are there already, and a model whose layers
-    /// differ in size would otherwise unmap and map again in every pass. Null: map a new block.
+    /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block
+    /// its place under the peak, a much larger one will do: its pages are there already, and a model whose
+    /// layers differ in size would otherwise unmap and map again in every pass. Null: map a new block.
     PoolBlock* take_idle(size_t bytes) {
         PoolBlock* evicted = nullptr;
         PoolBlock* block = nullptr;

@@ -1,10 +1,10 @@
 // Eval-mode act(bn(conv(x)) [+ residual]) on the CPU: the library's convolution, then one pass of ours over
 // its output, in place. The weight is an ordinary tensor (aten::convolution) or one prepacked by oneDNN (an
 // opaque tensor; then oneDNN's primitive is called directly and x is read as channels_last).
+#include "ops/conv_bn_act/conv_bn_act_cpu.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
-
-#include "ops/conv_bn_act/conv_bn_act_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -80,7 +80,8 @@ Tensor as_channels_last(const Tensor& x, const TensorInfo& info) {
 }
 
 Tensor conv_bn_act_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const Convolution& conv, const BnVectors& bn, const std::optional<Tensor>& residual) {
+                           const Convolution& conv, const BnVectors& bn,
+                           const std::optional<Tensor>& residual) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     Tensor out = is_prepacked(weight) ? convolve_prepacked(as_channels_last(x, xi), weight, bias, conv)
@@ -118,10 +119,11 @@ Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
                        std::optional<Tensor> residual, std::vector<int64_t> stride,
                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                        double eps, bool eps_std, int64_t activation, double negative_slope) {
-    return conv_bn_act_library(x, weight, bias, {std::move(stride), std::move(padding), std::move(dilation), groups},
-                               {std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias),
-                                eps, eps_std, activation_from_code(kOp, activation), negative_slope},
-                               residual);
+    return conv_bn_act_library(
+        x, weight, bias, {std::move(stride), std::move(padding), std::move(dilation), groups},
+        {std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias), eps,
+         eps_std, activation_from_code(kOp, activation), negative_slope},
+        residual);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) { m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cpu)); }

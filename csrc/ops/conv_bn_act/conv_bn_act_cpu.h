@@ -35,6 +35,7 @@ Tensor as_channels_last(const Tensor& x, const TensorInfo& info);
 
 /// act(bn(conv(x)) [+ residual]) by the library's convolution; weight may be one that oneDNN packed.
 Tensor conv_bn_act_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                           const Convolution& conv, const BnVectors& bn, const std::optional<Tensor>& residual);
+                           const Convolution& conv, const BnVectors& bn,
+                           const std::optional<Tensor>& residual);
 
 }  // namespace dl4ds

@@ -1,5 +1,6 @@
-// Which algorithm a convolution takes: a small cost model in cycles of one core, for one vector multiply-add a cycle. Its
-// constants were fitted to bench/ops/conv.py on an AVX-512 machine with weights out of cache, as they are in a network.
+// Which algorithm a convolution takes: a small cost model in cycles of one core, for one vector multiply-add
+// a cycle. Its constants were fitted to bench/ops/conv.py on an AVX-512 machine with weights out of cache, as
+// they are in a network.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -59,8 +60,8 @@ bool winograd_allowed() {
 
 bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
     if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
-        return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-               s.dilation_w == 1 && s.groups == 1;
+        return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+               s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
     }
     return true;
 }

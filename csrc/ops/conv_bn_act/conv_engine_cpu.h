@@ -1,6 +1,6 @@
 // The CPU convolution engine of conv_bn_act: plain structs that its planner, drivers and kernels share. No
-// torch header. fp32; x is read pixel by pixel (channels last: stride 1 between channels), the output is dense
-// channels last.
+// torch header. fp32; x is read pixel by pixel (channels last: stride 1 between channels), the output is
+// dense channels last.
 //
 // Two algorithms, one GEMM micro-kernel:
 //   direct    implicit GEMM: the receptive fields of a block of output pixels are packed into A panels, and
@@ -32,15 +32,15 @@ struct ConvShape {
     int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int64_t groups;
 
-    int64_t out_height() const { return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1; }
+    int64_t out_height() const {
+        return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
+    }
     int64_t out_width() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
     int64_t group_channels() const { return channels / groups; }
     int64_t group_channels_out() const { return channels_out / groups; }
     int64_t taps() const { return kernel_h * kernel_w; }
     /// Multiply-adds of the direct algorithm.
-    int64_t macs() const {
-        return n * out_height() * out_width() * channels_out * group_channels() * taps();
-    }
+    int64_t macs() const { return n * out_height() * out_width() * channels_out * group_channels() * taps(); }
 };
 
 /// What happens to a sum of products: out = act(sum * scale + shift [+ residual]).
@@ -90,7 +90,8 @@ struct PackArgs {
     float* line;  // scratch: one receptive field, padded to whole chunks
 };
 
-/// A part of the channels of a 1x1 convolution's input: pixels of channels_last tensors, which need not be joined.
+/// A part of the channels of a 1x1 convolution's input: pixels of channels_last tensors, which need not be
+/// joined.
 struct ConvSource {
     const float* x;
     int64_t channels;  // a multiple of kChunk, except in the last source
@@ -135,8 +136,8 @@ struct WinogradOutArgs {
 
 /// Kernels of one ISA. Index 0 is F(2x2, 3x3), 1 is F(4x4, 3x3).
 struct ConvKernels {
-    int64_t panel;     // output channels of a B panel
-    int64_t max_rows;  // rows of an A panel
+    int64_t panel;                                                   // output channels of a B panel
+    int64_t max_rows;                                                // rows of an A panel
     void (*const* gemm)(const GemmArgs&);                            // [rows]
     void (*const* gemm_finish)(const GemmArgs&, const GemmFinish&);  // [rows]
     void (*pack)(const PackArgs&);
@@ -170,7 +171,8 @@ struct ConvArgs {
     float* out;
     ConvEpilogue epilogue;
     int64_t threads;
-    const ConvPrologue* prologue = nullptr;  // kDirect, 1x1, stride 1, no padding, one group: then x is not read
+    const ConvPrologue* prologue =
+        nullptr;  // kDirect, 1x1, stride 1, no padding, one group: then x is not read
 };
 
 /// Runs the convolution. False: a Winograd sum was infinite or NaN, the output is incomplete, and the caller

@@ -52,8 +52,8 @@ void gemm(const GemmArgs& args) {
 
 /// Column vector j of every row: scale, shift, residual, clamp, store.
 template <int kRows, bool kPartial>
-DL4DS_INLINE void finish_column(const GemmArgs& p, const GemmFinish& f, const Clamp& limits, const Vec<float> (&acc)[kRows][kPanelVecs],
-                                int j, int64_t n) {
+DL4DS_INLINE void finish_column(const GemmArgs& p, const GemmFinish& f, const Clamp& limits,
+                                const Vec<float> (&acc)[kRows][kPanelVecs], int j, int64_t n) {
     const int64_t at = j * kLanes<float>;
     const Vec<float> scale = load(f.scale + at), shift = load(f.shift + at);
 #pragma GCC unroll 16
@@ -228,7 +228,8 @@ inline void pack_sources(const PackSourcesArgs& args) {
             const float* from = source.x + n * source.stride_n + y * source.stride_h + x * source.stride_w;
             for (int64_t left = source.channels; left > 0; left -= kChunk, to += step) {
 #pragma GCC unroll 4
-                for (int j = 0; j < kChunk; j += kLanes<float>, scale += kLanes<float>, shift += kLanes<float>) {
+                for (int j = 0; j < kChunk;
+                     j += kLanes<float>, scale += kLanes<float>, shift += kLanes<float>) {
                     const int64_t lanes = left - j;
                     const Vec<float> value = lanes >= kLanes<float> ? load(from)
                                              : lanes > 0            ? load_partial(from, lanes)

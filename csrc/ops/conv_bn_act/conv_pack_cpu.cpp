@@ -67,7 +67,8 @@ void pack_winograd(int m, const ConvShape& s, const float* weight, float* packed
 
 /// B[group][panel][tap][c][panel width].
 void pack_direct(const ConvShape& s, const float* weight, float* packed) {
-    const int64_t width = conv_kernels().panel, channels = s.group_channels(), outputs = s.group_channels_out();
+    const int64_t width = conv_kernels().panel, channels = s.group_channels(),
+                  outputs = s.group_channels_out();
     const int64_t taps = s.taps(), k = channels * taps, panels = panels_of(outputs, width);
     parallel_for(s.groups * panels, s.channels_out * k * 8, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {

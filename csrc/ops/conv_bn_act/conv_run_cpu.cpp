@@ -1,5 +1,6 @@
-// The loops of the convolution engine: how the work is cut into blocks, and what one thread does with a block.
-// The cut never changes a result (see conv_engine_cpu.h), so blocks are handed out as threads ask for them.
+// The loops of the convolution engine: how the work is cut into blocks, and what one thread does with a
+// block. The cut never changes a result (see conv_engine_cpu.h), so blocks are handed out as threads ask for
+// them.
 #include <algorithm>
 #include <atomic>
 
@@ -13,7 +14,8 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Rows (pixels or tiles) by panels of output channels; an item is one block of rows and a share of the panels.
+/// Rows (pixels or tiles) by panels of output channels; an item is one block of rows and a share of the
+/// panels.
 struct Cut {
     int64_t rows, block;        // all rows, rows of a block at most
     int64_t panels, per_share;  // all panels, panels of a share at most
@@ -24,8 +26,8 @@ struct Cut {
     int64_t panel(int64_t s) const { return panels * s / shares; }
 };
 
-/// Blocks of about `wanted` rows. Where there are too few rows to keep every thread busy, panels are shared out
-/// too: each share then packs its rows again, which costs less than a barrier.
+/// Blocks of about `wanted` rows. Where there are too few rows to keep every thread busy, panels are shared
+/// out too: each share then packs its rows again, which costs less than a barrier.
 Cut make_cut(int64_t rows, int64_t panels, int64_t wanted, int64_t max_rows, int64_t threads) {
     Cut cut{rows, 0, panels, 0, 0, 0};
     cut.blocks = ceil_div(rows, wanted);
@@ -53,8 +55,9 @@ struct Groups {
 
 constexpr int64_t kMaxWorkers = 256;
 
-/// Runs fn(item, worker's scratch) for every item. A worker first takes its own contiguous share of the items, so
-/// that a layer finds the rows which the layer before left in this core's cache, and then helps the others.
+/// Runs fn(item, worker's scratch) for every item. A worker first takes its own contiguous share of the
+/// items, so that a layer finds the rows which the layer before left in this core's cache, and then helps the
+/// others.
 template <typename Fn>
 void for_each_item(int64_t items, int64_t workers, float* scratch, int64_t scratch_floats, const Fn& fn) {
     std::atomic<int64_t> next[kMaxWorkers];
@@ -90,41 +93,52 @@ void run_direct(const ConvArgs& args) {
     const int64_t line = chunks_of(k) * kChunk, panel_floats = k * width, panels = ceil_div(outputs, width);
     const int64_t budget = cache_sizes().l2_bytes / 2 / 4;
     const int64_t wanted = std::clamp<int64_t>(budget / line, kernels.max_rows, 8 * kernels.max_rows);
-    const Cut cut = make_cut(s.n * s.out_height() * s.out_width(), panels, wanted, kernels.max_rows, args.threads);
+    const Cut cut =
+        make_cut(s.n * s.out_height() * s.out_width(), panels, wanted, kernels.max_rows, args.threads);
     const int64_t scratch_floats = (cut.block + 1) * line + 2 * kSkew;  // copy_over writes a vector too far
     const int64_t workers = workers_for(s.groups * cut.items(), args.threads);
     Scratch scratch(workers * scratch_floats * 4);
-    for_each_item(s.groups * cut.items(), workers, scratch.as<float>(), scratch_floats, [&](int64_t item, float* a) {
-        const int64_t group = item / cut.items(), block = item % cut.items() / cut.shares, share = item % cut.shares;
-        const int64_t first = cut.row(block);
-        const Groups groups(cut.row(block + 1) - first, kernels.max_rows);
-        PackArgs pack{args.x + group * s.group_channels(), args.stride_n, args.stride_h, args.stride_w, &s, 0, 0, nullptr,
-                      a + cut.block * line};
-        for (int64_t g = 0; g < groups.count; ++g) {
-            pack.first = first + groups.begin(g);
-            pack.rows = groups.height(g);
-            pack.a = a + groups.begin(g) * line;
-            if (args.prologue != nullptr) {
-                kernels.pack_sources({args.prologue, &s, pack.first, pack.rows, pack.a});
-            } else {
-                kernels.pack(pack);
-            }
-        }
-        const float* b = args.packed + (group * panels + cut.panel(share)) * panel_floats;
-        for (int64_t p = cut.panel(share); p < cut.panel(share + 1); ++p, b += panel_floats) {
-            const int64_t channel = group * outputs + p * width;
-            GemmFinish finish = finish_at(args, channel, std::min(width, outputs - p * width));
+    for_each_item(
+        s.groups * cut.items(), workers, scratch.as<float>(), scratch_floats, [&](int64_t item, float* a) {
+            const int64_t group = item / cut.items(), block = item % cut.items() / cut.shares,
+                          share = item % cut.shares;
+            const int64_t first = cut.row(block);
+            const Groups groups(cut.row(block + 1) - first, kernels.max_rows);
+            PackArgs pack{args.x + group * s.group_channels(),
+                          args.stride_n,
+                          args.stride_h,
+                          args.stride_w,
+                          &s,
+                          0,
+                          0,
+                          nullptr,
+                          a + cut.block * line};
             for (int64_t g = 0; g < groups.count; ++g) {
-                const int64_t at = (first + groups.begin(g)) * s.channels_out + channel;
-                // The first groups ask for the next panel, each for one part of it.
-                const float* ahead = g * 16 < width ? b + panel_floats + g * k * 16 : b;
-                finish.residual = args.epilogue.residual ? args.epilogue.residual + at : nullptr;
-                kernels.gemm_finish[groups.height(g)]({a + groups.begin(g) * line, b, k, args.out + at, s.channels_out,
-                                                       reinterpret_cast<const char*>(ahead)},
-                                                      finish);
+                pack.first = first + groups.begin(g);
+                pack.rows = groups.height(g);
+                pack.a = a + groups.begin(g) * line;
+                if (args.prologue != nullptr) {
+                    kernels.pack_sources({args.prologue, &s, pack.first, pack.rows, pack.a});
+                } else {
+                    kernels.pack(pack);
+                }
             }
-        }
-    });
+            const float* b = args.packed + (group * panels + cut.panel(share)) * panel_floats;
+            for (int64_t p = cut.panel(share); p < cut.panel(share + 1); ++p, b += panel_floats) {
+                const int64_t channel = group * outputs + p * width;
+                GemmFinish finish = finish_at(args, channel, std::min(width, outputs - p * width));
+                for (int64_t g = 0; g < groups.count; ++g) {
+                    const int64_t at = (first + groups.begin(g)) * s.channels_out + channel;
+                    // The first groups ask for the next panel, each for one part of it.
+                    const float* ahead = g * 16 < width ? b + panel_floats + g * k * 16 : b;
+                    finish.residual = args.epilogue.residual ? args.epilogue.residual + at : nullptr;
+                    kernels.gemm_finish[groups.height(g)](
+                        {a + groups.begin(g) * line, b, k, args.out + at, s.channels_out,
+                         reinterpret_cast<const char*>(ahead)},
+                        finish);
+                }
+            }
+        });
 }
 
 struct Tile {
@@ -134,8 +148,8 @@ struct Tile {
 bool run_winograd(int m, const ConvArgs& args) {
     const ConvKernels& kernels = conv_kernels();
     const ConvShape& s = args.shape;
-    const int64_t n = m + 2, positions = n * n, width = kernels.panel, channels = s.channels, ho = s.out_height(),
-                  wo = s.out_width();
+    const int64_t n = m + 2, positions = n * n, width = kernels.panel, channels = s.channels,
+                  ho = s.out_height(), wo = s.out_width();
     const int64_t tiles_h = ceil_div(ho, m), tiles_w = ceil_div(wo, m), padded = chunks_of(channels) * kChunk;
     const int64_t panels = ceil_div(s.channels_out, width), panel_floats = positions * channels * width;
     const int64_t budget = cache_sizes().l2_bytes * 3 / 4 / 4;
@@ -179,7 +193,8 @@ bool run_winograd(int m, const ConvArgs& args) {
             for (int64_t at = 0; at < positions; ++at, u += channels * width) {
                 for (int64_t g = 0; g < groups.count; ++g) {
                     const float* ahead = g * 16 < width ? u + channels * width + g * channels * 16 : u;
-                    kernels.gemm[groups.height(g)]({v + at * v_position + groups.begin(g) * padded, u, channels,
+                    kernels.gemm[groups.height(g)]({v + at * v_position + groups.begin(g) * padded, u,
+                                                    channels,
                                                     products + (groups.begin(g) * positions + at) * width,
                                                     positions * width, reinterpret_cast<const char*>(ahead)});
                 }

@@ -1,8 +1,8 @@
 // The transforms of Winograd's F(m x m, 3x3). Included once per ISA by conv_kernels_cpu.h.
 //
-// Toom-Cook with the points 0, +-1 and infinity (m = 2) or 0, +-5/8, +-3/2 and infinity (m = 4: about 3.5 times
-// less error than 0, +-1, +-2 for the same number of operations). All divisors are in the filter transform
-// (conv_pack_cpu.cpp). Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
+// Toom-Cook with the points 0, +-1 and infinity (m = 2) or 0, +-5/8, +-3/2 and infinity (m = 4: about 3.5
+// times less error than 0, +-1, +-2 for the same number of operations). All divisors are in the filter
+// transform (conv_pack_cpu.cpp). Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
 namespace dl4ds {
 namespace DL4DS_ISA {
 
