@@ -14,11 +14,12 @@ _extension.load()  # before the ops are defined: C++ registrations bind to defin
 from . import functional, modules, ops  # noqa: E402
 from ._backend import backend, explain  # noqa: E402
 from ._version import __version__  # noqa: E402
-from .convert import analyze, optimize, refresh, restore  # noqa: E402
+from .convert import algorithms, analyze, optimize, refresh, restore  # noqa: E402
 from .detection import patch_torchvision_nms  # noqa: E402
 
 __all__ = [
     "__version__",
+    "algorithms",
     "analyze",
     "backend",
     "explain",

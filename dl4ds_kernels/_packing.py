@@ -122,6 +122,12 @@ def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     return packed
 
 
+def algorithms(module: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the algorithms that this module holds a pack for."""
+    holder = module.__dict__.get(_SLOT)
+    return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs))
+
+
 def drop(module: torch.nn.Module) -> None:
     """Free the packed weight of one module, if it has one."""
     holder = module.__dict__.get(_SLOT)

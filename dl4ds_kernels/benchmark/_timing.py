@@ -120,6 +120,7 @@ def measure(
     min_sample_ms: float = 2.0,
     device: torch.device | str = "cpu",
     budget_s: float = 60.0,
+    settle_s: float = 0.0,
     advance: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time ``candidates`` (name -> call without arguments) against each other.
@@ -129,6 +130,7 @@ def measure(
         min_sample_ms: a sample repeats the call until it lasts about that long.
         device: where the calls run; "cuda" times with events and a flushed L2.
         budget_s: no further round starts after so many seconds, once there are five.
+        settle_s: rest before every sample, for candidates whose idle threads spin a while.
         advance: called once a round, for a progress bar.
 
     Returns:
@@ -153,6 +155,7 @@ def measure(
                 break
             shift = index % len(names) if names else 0
             for name in names[shift:] + names[:shift]:  # no candidate always runs after the same neighbour's start
+                time.sleep(settle_s)
                 samples[name].append(clock.sample(candidates[name], calls[name]))
             if advance is not None:
                 advance()

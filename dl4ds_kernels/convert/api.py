@@ -136,6 +136,16 @@ def refresh(model: M) -> M:
     return model
 
 
+def algorithms(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Which algorithms the convolutions of an optimized model took on the CPU so far: fully qualified name -> their names.
+
+    The choice is made from the sizes of a call, so a convolution that has not run yet is not listed. ``"Winograd F(4x4, 3x3)"``
+    marks the layers whose rounding error may exceed twice stock torch's own (``exact=True`` leaves it out).
+    """
+    found = {fqn: _packing.algorithms(module) for fqn, module in model.named_modules()}
+    return {fqn: names for fqn, names in found.items() if names}
+
+
 _Planned = tuple[nn.Module, Plan, set[str]]
 
 

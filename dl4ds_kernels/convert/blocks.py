@@ -9,10 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
+from ..modules._run import (
+    ActSpec,
+    DenseLayerParts,
+    run_bn_act,
+    run_conv_act,
+    run_conv_bn_act,
+    run_dense_block,
+    run_dense_conv,
+)  # fmt: skip
 from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
+_DENSE_BLOCK = ("torchvision.models.densenet", "_DenseBlock")
 _DENSE_CHAINS = (
     ("bn_act", ("norm1", "relu1"), ("bn", "act")),
     ("conv_bn_act", ("conv1", "norm2", "relu2"), ("conv", "bn", "act")),
@@ -24,7 +33,38 @@ def block_plan(module: nn.Module, options: Options, skip: Collection[str], share
     """The plan of a known block type, None for any other module."""
     if (type(module).__module__, type(module).__qualname__) == _DENSE_LAYER:
         return _dense_layer(module, options, skip, shared)
+    if (type(module).__module__, type(module).__qualname__) == _DENSE_BLOCK:
+        return _dense_block(options)
     return None
+
+
+def _dense_block(options: Options) -> Plan:
+    """torchvision's DenseNet block: in inference its layers write into one buffer. The chains are the layers' own.
+
+    Only layers that ``optimize`` took whole take part: their forward is the fused one, without hooks or exclusions.
+    """
+    from .forward import FusedForward
+
+    keywords = run_keywords(options)
+
+    def parts(layer: Any) -> DenseLayerParts | None:
+        fused = layer.__dict__.get("forward")
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        if not isinstance(fused, FusedForward) or fused.skip or hooks or (layer.drop_rate > 0 and layer.training):
+            return None
+        relu1, relu2 = ActSpec("relu", 0.0, layer.relu1), ActSpec("relu", 0.0, layer.relu2)
+        return DenseLayerParts(layer.norm1, relu1, layer.conv1, layer.norm2, relu2, layer.conv2)
+
+    def forward(self: Any, init_features: Tensor) -> Any:
+        if torch.is_grad_enabled() or self.training or not isinstance(init_features, Tensor):
+            return MISS
+        layers = [parts(layer) for layer in self._modules.values()]
+        if any(layer is None for layer in layers):
+            return MISS
+        out = run_dense_block(init_features, layers, **keywords)
+        return MISS if out is None else out
+
+    return Plan(forward, [], "")
 
 
 def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
