@@ -4,8 +4,9 @@ A pack is the weight in the form that one algorithm reads: oneDNN's blocked layo
 Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call, so a module that sees maps of
 different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
 epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
-is keyed on the weight's identity, ``data_ptr`` and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
-``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs).
+is keyed on the weight's identity, storage and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and ``.to()``
+are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The storage is
+known by a weak reference, not by its address: an allocator hands the same address out again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _extension
 from ._define import op
@@ -34,7 +36,7 @@ _SLOT = "_dl4ds_packed"
 class PackedWeight:
     """Holder of one module's packed weights; copies and pickles as an empty holder."""
 
-    __slots__ = ("weight", "pointer", "version", "packs", "choices", "__weakref__")
+    __slots__ = ("weight", "storage", "version", "packs", "choices", "__weakref__")
 
     def __init__(self) -> None:
         self.drop()
@@ -42,7 +44,8 @@ class PackedWeight:
     def drop(self) -> None:
         """Free the packed tensors; the next call packs again."""
         self.weight: weakref.ref[Tensor] | None = None
-        self.pointer = self.version = -1
+        self.storage: StorageWeakRef | None = None
+        self.version = -1
         self.packs: dict[int, Tensor] = {}  # by algorithm
         self.choices: dict[tuple[Any, ...], int] = {}  # sizes of a call -> algorithm
 
@@ -79,12 +82,13 @@ def _holder(module: torch.nn.Module, weight: Tensor) -> PackedWeight:
         holder = module.__dict__[_SLOT] = PackedWeight()
     if (
         holder.version != weight._version
-        or holder.pointer != weight.data_ptr()
         or holder.weight is None
         or holder.weight() is not weight
+        or holder.storage.cdata != weight.untyped_storage()._cdata
     ):
         holder.drop()
-        holder.weight, holder.pointer, holder.version = weakref.ref(weight), weight.data_ptr(), weight._version
+        holder.weight, holder.version = weakref.ref(weight), weight._version
+        holder.storage = StorageWeakRef(weight.untyped_storage())
     return holder
 
 

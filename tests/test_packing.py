@@ -113,8 +113,25 @@ def to_double_and_back(layer: ConvBNAct2d) -> None:
     layer.float()
 
 
+def same_address(layer: ConvBNAct2d) -> None:
+    """What ``.to(bfloat16)`` and back does when the allocator hands out the freed address: another storage, same pointer."""
+    weight, shape = layer.conv.weight, layer.conv.weight.shape
+    memory = bytearray(weight.numel() * 4)
+
+    def fill(value: float) -> None:
+        weight.data = torch.frombuffer(memory, dtype=torch.float32).view(shape)
+        weight.data.copy_(torch.linspace(-value, value, weight.numel()).view(shape))
+
+    fill(0.1)
+    pointer, version = weight.data_ptr(), weight._version
+    infer(layer)
+    weight.data = torch.empty(0)
+    fill(0.7)
+    assert (weight.data_ptr(), weight._version) == (pointer, version)
+
+
 WRITES: list[Callable[[ConvBNAct2d], None]] = [
-    in_place, through_a_view, load, sgd_step, train_step, replace_parameter, swap_data, statistics, to_double,
+    in_place, same_address, through_a_view, load, sgd_step, train_step, replace_parameter, swap_data, statistics, to_double,
     to_double_and_back,
 ]  # fmt: skip
 
