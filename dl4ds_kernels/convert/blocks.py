@@ -39,7 +39,7 @@ def block_plan(module: nn.Module, options: Options, skip: Collection[str], share
 
 
 def _dense_block(options: Options) -> Plan:
-    """torchvision's DenseNet block: in inference its layers write into one buffer. The chains are the layers' own.
+    """torchvision's DenseNet block: in inference its layers read their inputs where they lie. The chains are the layers' own.
 
     Only layers that ``optimize`` took whole take part: their forward is the fused one, without hooks or exclusions.
     """

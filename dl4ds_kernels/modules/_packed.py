@@ -101,20 +101,7 @@ def run_bn_act_conv_packed(
     return call(op("bn_act_conv_packed", CPP), False, xs, weight, packed, *prologue[:7], conv._parameters["bias"], *epilogue)
 
 
-def new_buffer(x: Tensor, channels: int) -> Tensor:
-    """(N, channels, H, W) in channels_last whose first channels are ``x`` (N, C, H, W); the others are not initialised."""
-    buffer = call(op("conv_buffer", CPP), False, x, channels)
-    buffer[:, : x.shape[1]].copy_(x)
-    return buffer
-
-
-def run_conv_into(out: Tensor, x: Tensor, conv: nn.Conv2d, exact: bool, backend: str | None) -> None:
-    """``out.copy_(conv(x))`` where ``out`` is some channels of a buffer; without the copy where the engine serves it."""
-    if _applies(x, conv, backend) and x.shape[1] == conv.in_channels:
-        weight = conv._parameters["weight"]
-        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        algorithm, packed = _packing.packed_weight(conv, weight, x, *geometry, exact)
-        if algorithm != _packing.LIBRARY:
-            call(op("conv_packed_into", CPP), False, out, x, weight, packed, algorithm, conv._parameters["bias"], *geometry)
-            return
-    out.copy_(conv(x))
+def concatenate(xs: list[Tensor]) -> Tensor:
+    """``torch.cat(xs, 1)`` of (N, C, H, W) tensors in channels_last, into memory of the output pool."""
+    buffer = call(op("conv_buffer", CPP), False, xs[0], sum(x.shape[1] for x in xs))
+    return torch.cat(xs, 1, out=buffer)

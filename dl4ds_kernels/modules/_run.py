@@ -16,7 +16,7 @@ from torch.nn.modules import module as _nn_module
 from .. import _packing
 from .._activation import ACTIVATION_CODES, apply_activation
 from ..functional import add_act, bn_act, conv_bn_act
-from ._packed import Epilogue, new_buffer, run_bn_act_conv_packed, run_conv_into, run_packed
+from ._packed import Epilogue, concatenate, run_bn_act_conv_packed, run_packed
 from .bn_act import BNAct2d, batch_statistics_choice
 
 _ACTIVATION_TYPES: dict[type, str] = {
@@ -264,7 +264,7 @@ def run_dense_block(
     exact: bool = False,
     backend: str | None = None,
 ) -> Tensor | None:
-    """A DenseNet block in inference on the CPU, written into slices of one buffer; None where that does not apply."""
+    """A DenseNet block in inference on the CPU: joined once at its end; None where that does not apply."""
     if (
         torch.is_grad_enabled()
         or memory_format == "preserve"
@@ -283,11 +283,10 @@ def run_dense_block(
         if not fits or part.conv2.training:
             return None
         width += part.conv2.out_channels
-    buffer, width = new_buffer(x, width), x.shape[1]
+    features = [x]
     for bn1, act1, conv1, bn2, act2, conv2 in layers:
         hidden = run_dense_conv(
-            [buffer[:, :width]], bn1, act1, conv1, bn2, act2, memory_format=memory_format, exact=exact, backend=backend
+            features, bn1, act1, conv1, bn2, act2, memory_format=memory_format, exact=exact, backend=backend
         )
-        run_conv_into(buffer[:, width : width + conv2.out_channels], hidden, conv2, exact, backend)
-        width += conv2.out_channels
-    return buffer
+        features.append(run_conv_act(hidden, conv2, memory_format=memory_format, exact=exact, backend=backend))
+    return concatenate(features)

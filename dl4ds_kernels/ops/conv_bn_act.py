@@ -138,22 +138,10 @@ define_op(
 )
 
 
-def _fake_into(out: Tensor, *args: Any) -> None:
-    return None
-
-
 def _fake_buffer(x: Tensor, channels: int) -> Tensor:
     n, _, height, width = x.shape
     return x.new_empty((n, channels, height, width)).to(memory_format=torch.channels_last)
 
 
-# Inference on the CPU without a concatenation: the parts are written into slices of one buffer (N, channels, H, W).
+# An uninitialised (N, channels, H, W) in channels_last from the output pool: where a concatenation goes in inference.
 define_op("conv_buffer", "(Tensor x, int channels) -> Tensor", fake=_fake_buffer, stem="conv_bn_act", triton=False)
-define_op(
-    "conv_packed_into",
-    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor packed, int algorithm, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, int groups) -> ()",
-    fake=_fake_into,
-    stem="conv_bn_act",
-    triton=False,
-)

@@ -47,7 +47,7 @@ struct ConvShape {
 struct ConvEpilogue {
     const float* scale;  // channels_out entries, padded to whole panels
     const float* shift;
-    const float* residual;  // laid out as the output (out_pitch too); null: none
+    const float* residual;  // laid out as the output; null: none
     Activation activation;
     float slope;
 };
@@ -169,7 +169,6 @@ struct ConvArgs {
     int64_t stride_n, stride_h, stride_w;  // of x, in elements; the channel stride is 1
     const float* packed;
     float* out;
-    int64_t out_pitch;  // between pixels of out: channels_out, or more where out is a slice of a wider tensor
     ConvEpilogue epilogue;
     int64_t threads;
     const ConvPrologue* prologue =

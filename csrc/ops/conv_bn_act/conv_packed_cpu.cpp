@@ -105,9 +105,8 @@ Tensor empty_output(const ConvShape& s) {
 class Call {
   public:
     Call(const ConvShape& shape, const TensorInfo& packed, const std::optional<Tensor>& bias,
-         const BnVectors& bn, const std::optional<Tensor>& residual,
-         const std::optional<Tensor>& into = std::nullopt)
-        : out(into ? *into : empty_output(shape)), vectors_(2 * entries(shape) * int64_t{sizeof(float)}) {
+         const BnVectors& bn, const std::optional<Tensor>& residual)
+        : out(empty_output(shape)), vectors_(2 * entries(shape) * int64_t{sizeof(float)}) {
         const TensorInfo oi = tensor_info(out), bi = tensor_info(bias);
         check_bn_vectors(kOp, bn, oi);
         check_channel_vector(kOp, "bias", bi, oi);
@@ -128,7 +127,6 @@ class Call {
                 0,
                 packed.as<float>(),
                 oi.as<float>(),
-                shape.channels_out,
                 {scale, shift, residual_ ? tensor_info(*residual_).as<float>() : nullptr, bn.activation,
                  static_cast<float>(bn.negative_slope)},
                 threads};
@@ -260,43 +258,11 @@ Tensor bn_act_conv_packed(std::vector<Tensor> xs, Tensor weight, Tensor packed, 
     return call.out;
 }
 
-void conv_packed_into(Tensor out, Tensor x, Tensor weight, Tensor packed, int64_t algorithm,
-                      std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                      std::vector<int64_t> dilation, int64_t groups) {
-    const ConvAlgorithm how = algorithm_from_code(algorithm);
-    const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), groups};
-    const BnVectors none{{}, {}, {}, {}, 0.0, false, Activation::kNone, 0.0};
-    TensorInfo xi = tensor_info(x);
-    const TensorInfo oi = tensor_info(out);
-    const ConvShape s = full_shape(xi, tensor_info(weight), conv);
-    check_packed(tensor_info(packed), how, s);
-    const int64_t sizes[4] = {s.n, s.channels_out, s.out_height(), s.out_width()};
-    check_dtype(kOp, "out", oi, DType::kFloat32);
-    DL4DS_CHECK(oi.dim == 4 && std::equal(sizes, sizes + 4, oi.sizes), kOp, ": out: expected shape ",
-                shape_to_string(sizes, 4), ", got ", oi.shape());
-    const int64_t pitch = oi.strides[3];
-    const int64_t strides[4] = {sizes[2] * sizes[3] * pitch, 1, sizes[3] * pitch, pitch};
-    DL4DS_CHECK(pitch >= s.channels_out && same_strides(oi.strides, strides, sizes, 4), kOp,
-                ": out: expected some channels of a channels_last tensor");
-    Tensor input = x;
-    if (s.channels > 1 && xi.strides[1] != 1) {
-        input = as_channels_last(x, xi);
-        xi = tensor_info(input);
-    }
-    Call call(s, tensor_info(packed), bias, none, std::nullopt, out);
-    call.args.x = xi.as<float>();
-    call.args.stride_n = xi.strides[0], call.args.stride_h = xi.strides[2], call.args.stride_w = xi.strides[3];
-    call.args.out_pitch = pitch;
-    if (oi.numel > 0 && !conv_run(how, call.args)) {
-        const Tensor direct = conv_bn_act_library(input, weight, bias, conv, none, std::nullopt);
-        shim_check(aoti_torch_copy_(out.get(), direct.get(), 0), "copy_");
-    }
-}
-
 Tensor conv_buffer(Tensor x, int64_t channels) {
     const TensorInfo xi = tensor_info(x);
     check_batched("conv_buffer", xi);
-    DL4DS_CHECK(xi.dim == 4 && channels >= 0, "conv_buffer: x: expected shape (N, C, H, W), got ", xi.shape());
+    DL4DS_CHECK(xi.dim == 4 && channels >= 0, "conv_buffer: x: expected shape (N, C, H, W), got ",
+                xi.shape());
     const int64_t sizes[4] = {xi.sizes[0], channels, xi.sizes[2], xi.sizes[3]};
     return empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, xi.dtype);
 }
@@ -305,7 +271,6 @@ STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("conv_bn_act_pack", TORCH_BOX(&conv_bn_act_pack));
     m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
     m.impl("bn_act_conv_packed", TORCH_BOX(&bn_act_conv_packed));
-    m.impl("conv_packed_into", TORCH_BOX(&conv_packed_into));
     m.impl("conv_buffer", TORCH_BOX(&conv_buffer));
 }
 

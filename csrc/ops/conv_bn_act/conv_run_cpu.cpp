@@ -128,12 +128,12 @@ void run_direct(const ConvArgs& args) {
                 const int64_t channel = group * outputs + p * width;
                 GemmFinish finish = finish_at(args, channel, std::min(width, outputs - p * width));
                 for (int64_t g = 0; g < groups.count; ++g) {
-                    const int64_t at = (first + groups.begin(g)) * args.out_pitch + channel;
+                    const int64_t at = (first + groups.begin(g)) * s.channels_out + channel;
                     // The first groups ask for the next panel, each for one part of it.
                     const float* ahead = g * 16 < width ? b + panel_floats + g * k * 16 : b;
                     finish.residual = args.epilogue.residual ? args.epilogue.residual + at : nullptr;
                     kernels.gemm_finish[groups.height(g)](
-                        {a + groups.begin(g) * line, b, k, args.out + at, args.out_pitch,
+                        {a + groups.begin(g) * line, b, k, args.out + at, s.channels_out,
                          reinterpret_cast<const char*>(ahead)},
                         finish);
                 }
@@ -200,11 +200,11 @@ bool run_winograd(int m, const ConvArgs& args) {
                 }
             }
             WinogradOutArgs out{};
-            out.stride_h = wo * args.out_pitch, out.stride_w = args.out_pitch;
+            out.stride_h = wo * s.channels_out, out.stride_w = s.channels_out;
             out.finish = finish_at(args, p * width, std::min(width, s.channels_out - p * width));
             for (int64_t i = 0; i < count; ++i) {
                 const Tile tile = tile_of(first + i);
-                const int64_t at = ((tile.image * ho + tile.y) * wo + tile.x) * args.out_pitch + p * width;
+                const int64_t at = ((tile.image * ho + tile.y) * wo + tile.x) * s.channels_out + p * width;
                 out.m = products + i * positions * width;
                 out.out = args.out + at;
                 out.finish.residual = args.epilogue.residual ? args.epilogue.residual + at : nullptr;
