@@ -1,8 +1,8 @@
 """Non-maximum suppression: ``nms``, ``batched_nms`` and the fixed-size ``nms_padded``.
 
 The C++ and CUDA kernels give torchvision's indices on their device: its rule differs between the two. Where there is no kernel
-of ours, and while a model is exported, torchvision's own serves (the reference where it is not installed): ``batched_nms`` class
-by class, ``nms_padded`` image by image.
+of ours, and while a model is exported, torchvision's own serves (the reference where it is not installed): ``batched_nms``
+class by class, ``nms_padded`` image by image.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
     double precision; on CUDA the threshold is narrowed to float32 and the union is one fused multiply-add, as in torchvision's
     kernel. float16 follows the device too: computed in float32 on the CPU, where torchvision refuses it, and with torchvision's
     roundings on CUDA (use ``boxes.float()`` for float32 there). bfloat16 is computed in float32. Boxes without area, inverted
-    boxes and NaN or infinite coordinates follow the same formula: for a threshold of 0 or more they are always kept and suppress
-    nothing.
+    boxes and NaN or infinite coordinates follow the same formula: for a threshold of 0 or more they are always kept and
+    suppress nothing.
 
     Args:
         boxes: (N, 4) as (x1, y1, x2, y2), any strides; float32, float64, float16 or bfloat16.
