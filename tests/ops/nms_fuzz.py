@@ -2,9 +2,10 @@
 
     python tests/ops/nms_fuzz.py --cases 1000000 --jobs 2 --out bench/results/nms_fuzz.json
 
-Every case is a function of (seed, case number). Boxes are of a regime (_boxes.py: overlapping, sparse, fractions, all scales,
-subnormal, near overflow), some with coordinates not finite or inverted; scores have ties and NaN; thresholds are usual, odd, or
-an IoU that occurs among the boxes, moved by at most 4 units in the last place. The default suite runs a share, ``-m full`` 10^6.
+Every case is a function of (seed, case number). Boxes are of a regime (_boxes.py: overlapping, sparse, fractions, all
+scales, subnormal, near overflow), some with coordinates not finite or inverted; scores have ties and NaN; thresholds are
+usual, odd, or an IoU that occurs among the boxes, moved by at most 4 units in the last place. The default suite runs a
+share, ``-m full`` 10^6.
 """
 
 from __future__ import annotations
