@@ -181,5 +181,5 @@ def _explain(name: str, boxes: Any, scores: Any, dims: int, argument: str = "", 
         fail(name, "scores", f"dtype {boxes.dtype} like boxes", scores.dtype)
     if scores.device != boxes.device:
         fail(name, "scores", f"a tensor on {boxes.device} like boxes", scores.device)
-    if classes is not None:
+    if classes is not None or argument == "idxs":  # class_ids may be absent
         _check_classes(name, argument, classes, scores)
