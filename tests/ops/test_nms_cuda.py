@@ -103,7 +103,7 @@ def test_near_the_threshold_in_ulps() -> None:
             threshold = np.nextafter(threshold, np.float32(g.integers(0, 2)))
         expected = bool(suppressed(a[i], b[None], float(threshold), False)[0])
         hits.append(expected)
-        if i % 10 == 0:
+        if i % 40 == 0:
             boxes = torch.tensor(np.stack([a[i], b]))[None]
             count = launch(boxes, torch.tensor([[2.0, 1.0]]), None, float(threshold))[1]
             assert int(count) == 2 - expected
