@@ -28,13 +28,9 @@ TIMED_SHAPES = "resnet50"
 NO_GPU = 2
 
 
-def _ours(op: str) -> list[str]:
-    """Backends of ours that claim to run on the GPU here; NMS has one kernel for all."""
-    return [
-        name
-        for name in ("cuda", "triton", "auto")
-        if benchmark.why_not(name, "cuda") is None and (op != "nms" or name != "triton")
-    ]
+def _ours() -> list[str]:
+    """Backends of ours that claim to run on the GPU here."""
+    return [name for name in ("cuda", "triton", "auto") if benchmark.why_not(name, "cuda") is None]
 
 
 def parity() -> list[benchmark.Row]:
@@ -51,7 +47,7 @@ def parity() -> list[benchmark.Row]:
         )
         for layer, dtype, layout, backward in itertools.product(*axes):
             case = benchmark.Case(op, layer, 2, dtype, layout, backward, "cuda")
-            rows += benchmark.run_cases([case], _ours(op), module, time_it=False)
+            rows += benchmark.run_cases([case], _ours(), module, time_it=False)
     return rows
 
 
@@ -67,7 +63,7 @@ def timings(batch: int, rounds: int) -> list[benchmark.Row]:
         )
         for layer, dtype, backward in itertools.product(*axes):
             case = benchmark.Case(op, layer, batch, dtype, "nchw" if nms else "nhwc", backward, "cuda")
-            providers = [name for name in module.STOCK if name != "eager_cl"] + [n for n in _ours(op) if n != "auto"]
+            providers = [name for name in module.STOCK if name != "eager_cl"] + [n for n in _ours() if n != "auto"]
             rows += benchmark.run_cases([case], providers, module, rounds=rounds)
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

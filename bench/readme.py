@@ -70,6 +70,21 @@ def kernels(document: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def nms(document: dict[str, Any]) -> str:
+    """NMS against its peers, the sizes from 1,000 boxes on, and the goals."""
+    times = {(r["regime"], r["n"], r["provider"]): r["median_ms"] for r in document["rows"]}
+    peers = ["torchvision", "lsnms", "powerboxes", "powerboxes rtree", "cv2"]
+    rows = []
+    for regime, n in dict.fromkeys((r["regime"], r["n"]) for r in document["rows"] if r["n"] >= 1000):
+        of = [times.get((regime, n, name)) for name in ("ours", *peers, "sort")]
+        best = min(t for t in of[1:-1] if t is not None)
+        cells = ["-" if t is None else f"{t:.2f}" for t in of]
+        rows.append([f"{regime} {n:,}", *cells, f"{of[1] / of[0]:.1f}x", f"{best / of[0]:.1f}x"])
+    header = ["boxes, ms", "ours", *peers, "one sort", "vs torchvision", "vs best peer"]
+    goals = "".join(f"- {'met' if g['met'] else 'MISSED'}: {g['goal']}: {g['figures']}\n" for g in document["goals"])
+    return f"![NMS: time against the number of boxes](nms.png)\n\n{markdown(header, rows)}\n{goals}"
+
+
 def write(results: Path, readme: Path) -> None:
     """Rewrite both files from ``results``; ValueError if the README has no markers."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
@@ -88,6 +103,8 @@ def write(results: Path, readme: Path) -> None:
     if "overhead" in found:
         summary.append(host(found["overhead"]))
         full += ["## Host overhead\n", _machine(found["overhead"]) + "\n", overhead.table(found["overhead"]["rows"])]
+    if "nms" in found:
+        full += ["## Non-maximum suppression\n", _machine(found["nms"]) + "\n", nms(found["nms"])]
     for name, document in found.items():
         if "op" in document:
             full += [f"## {name}\n", _machine(document) + "\n", kernels(document)]

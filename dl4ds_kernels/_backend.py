@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from ._define import CPP, TRITON, triton_interpreted
+from ._define import CPP, TRITON, has_kernel, triton_interpreted
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 STOCK = "stock"
 REFERENCE = "reference"
 
 # Elements from which our kernel beats stock torch on the CPU, host overhead included (bench/overhead.py prints both sides).
-MIN_NUMEL = {"add_act": 32768, "bn_act": 16384, "conv_bn_act": 8192}
+MIN_NUMEL = {"add_act": 32768, "bn_act": 16384, "conv_bn_act": 8192, "nms": 0, "batched_nms": 0, "nms_padded": 0}
+FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))  # dtypes that the kernels compute in
+_FP64_ON_GPU = frozenset(("nms", "batched_nms", "nms_padded"))  # elsewhere stock torch serves it
 
 
 class _State(threading.local):
@@ -89,14 +91,12 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
             return STOCK  # what is exported is standard ops
         device = x.device.type
         if device == "cpu":
-            if x.numel() < MIN_NUMEL[op] or not _extension.status()["_C"].loaded:
-                return STOCK
-            return CPP if x.dtype in _CPU_DTYPES else STOCK
-        if device == "cuda":
-            if x.dtype not in _GPU_DTYPES:
-                return STOCK
-            return CPP if _extension.status()["_cuda"].loaded else (TRITON if _has_triton() else STOCK)
-        return STOCK
+            return CPP if x.numel() >= MIN_NUMEL[op] and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
+        if device != "cuda" or x.dtype not in FLOATING or (x.dtype == torch.float64 and op not in _FP64_ON_GPU):
+            return STOCK
+        if has_kernel(op, CPP, "cuda"):
+            return CPP
+        return TRITON if has_kernel(op, TRITON, "cuda") and _has_triton() else STOCK
     _check(name, f"{op}: backend")
     if name == "reference":
         return REFERENCE
@@ -111,8 +111,6 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
     return TRITON if name == "triton" else CPP
 
 
-_CPU_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
-_GPU_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _triton_found: bool | None = None
 
 

@@ -20,6 +20,7 @@ from . import _extension
 CPP, TRITON = "dl4ds_kernels", "dl4ds_kernels_triton"
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (CPP, TRITON)}
 _defined: dict[str, str] = {}  # op name -> stem of the file that holds its kernels
+_kernels: set[tuple[str, str, str]] = set()  # (op name, namespace, device type) with a kernel to run
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -36,6 +37,11 @@ def op(name: str, namespace: str = CPP) -> Any:
 def defined_ops() -> dict[str, str]:
     """Every defined op name and the stem of the files that hold its kernels."""
     return dict(_defined)
+
+
+def has_kernel(name: str, namespace: str, device: str) -> bool:
+    """Whether ``namespace`` has a kernel of the op for a device type; what it has instead only raises."""
+    return (name, namespace, device) in _kernels
 
 
 def define_op(
@@ -96,7 +102,10 @@ def _no_second_derivative(name: str, ctx: Any, *grads: Any) -> Any:
 def _register_kernel(library: Any, namespace: str, name: str, stem: str, key: str, triton: bool) -> None:
     if namespace == TRITON and triton and (key == "CUDA" or triton_interpreted()):
         library.impl(name, partial(_run_triton, stem, name), key)
-    elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+        _kernels.add((name, namespace, key.lower()))
+    elif torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+        _kernels.add((name, namespace, key.lower()))
+    else:
         # Without this the dispatcher's own message would list keys instead of saying what to do.
         library.impl(name, partial(_raise_missing, namespace, name, key), key)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = [CSRC / "ops" / op / f"{op}_{way}.cu" for op in ("bn_act", "add_act") for way in ("fwd", "bwd")]
+SOURCES += [CSRC / "ops" / "nms" / "nms_fwd.cu"]
 FLAGS = ("-DNDEBUG", "--expt-relaxed-constexpr")
 DTYPES = {torch.float32: "kFloat32", torch.float64: "kFloat64", torch.float16: "kFloat16", torch.bfloat16: "kBFloat16"}
 

@@ -31,7 +31,9 @@ from dl4ds_kernels._triton import _common, add_act, bn_act, conv_bn_act
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 HALVES = (FP16, BF16)
 EPS, SLOPE, MOMENTUM = 1e-3, 0.1, 0.2
-POINTERS = {torch.uint8: "*u8"} | {dtype: f"*{name}" for dtype, name in DTYPE_NAMES.items()}
+POINTERS = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"} | {
+    dtype: f"*{name}" for dtype, name in DTYPE_NAMES.items()
+}
 STATISTICS = {"mean", "rstd", "scale", "shift", "new_running_mean", "new_running_var"}
 # What each kernel writes, all of it; every other tensor is read-only to it.
 WRITTEN = {
@@ -78,7 +80,7 @@ class Compiled:
 
 def compile_launch(kernel: Any, programs: int, arguments: dict[str, Any], capability: int) -> Compiled:
     """Compile one launch specialised as by Triton's launcher: ones are constants, multiples of 16 are known as such."""
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments}
     signature, constants, attributes, passed = {}, {}, {}, []
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]

@@ -16,7 +16,7 @@ import dl4ds_kernels as dk
 from dl4ds_kernels import _backend
 from dl4ds_kernels import functional as F
 from dl4ds_kernels._backend import MIN_NUMEL, REFERENCE, STOCK, select
-from dl4ds_kernels._define import CPP, TRITON, defined_ops, op
+from dl4ds_kernels._define import CPP, TRITON, defined_ops, has_kernel, op
 
 BIG, SMALL = torch.randn(2, 64, 40, 40), torch.randn(2, 3, 4, 5)
 
@@ -79,6 +79,24 @@ def test_environment_variable() -> None:
     root = Path(__file__).parent.parent
     env = {**os.environ, "DL4DS_BACKEND": "reference", "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=root)
+
+
+def test_nms_goes_by_the_kernels_that_there_are() -> None:
+    """The same choice as every op: any size on the CPU, fp64 on CUDA too, torchvision for what has no kernel."""
+    skip_unless_loaded("cpu")
+    boxes = torch.rand(3, 4)
+    for name in ("nms", "batched_nms", "nms_padded"):
+        assert has_kernel(name, CPP, "cpu") and not has_kernel(name, CPP, "meta")
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            assert select(name, boxes.to(dtype)) is CPP
+        assert select(name, boxes.int()) is STOCK and select(name, boxes.to("meta")) is STOCK
+        assert dk.explain(name, boxes)["path"] == "C++ (cpu)"
+        with pytest.raises(RuntimeError, match=f"{name}: backend: 'cuda' needs cuda tensors, got x on cpu"):
+            select(name, boxes, "cuda")
+    with pytest.raises(RuntimeError, match="nms: backend: 'cuda' needs cuda tensors"):
+        F.nms(boxes, torch.rand(3), 0.5, backend="cuda")
+    with dk.backend("reference"):
+        assert dk.explain("nms", boxes)["path"] == "reference"
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "stock"])

@@ -19,9 +19,6 @@ CSRC = ROOT / "csrc"
 STEMS = sorted(set(defined_ops().values()))
 # A row that an op lacks on purpose, with the reason.
 EXCEPTIONS = {
-    ("nms", "cuda"): "CUDA tensors go to torchvision's kernel until the package has one of its own",
-    ("nms", "kernel"): "no CUDA kernel yet, see the row above",
-    ("nms", "triton"): "no Triton kernel: CUDA tensors go to torchvision's kernel",
     ("conv_bn_act", "header"): "the convolution is the library's and its epilogue is bn_act's kernel",
     ("conv_bn_act", "kernel"): "the convolution is the library's and its epilogue is bn_act's kernel",
 }

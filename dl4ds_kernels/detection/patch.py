@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.library import Library
 
 from .. import _extension
-from .._define import op
+from .._define import CPP, has_kernel, op
 
 _lock = threading.Lock()
 _depth = 0
 _library: Library | None = None
-# With more coordinates torchvision.ops.batched_nms loops over the classes on the CPU; else it offsets them and calls nms once.
-_CLASSWISE_FROM = 4000
+# With more coordinates torchvision.ops.batched_nms loops over the classes; else it offsets them and calls nms once.
+_CLASSWISE_FROM = {"cpu": 4000, "cuda": 100_000}
 
 
 @contextmanager
 def patch_torchvision_nms() -> Iterator[None]:
-    """Within the block, torchvision's NMS on CPU tensors runs our kernel: same indices, less time.
+    """Within the block, torchvision's NMS runs our kernels: same indices, less time, on CUDA less memory.
 
     The operator ``torchvision::nms`` itself is redirected, so everything that reaches it is: ``torchvision.ops.nms`` under any
     name it was imported by, detection models, scripted and compiled models. ``torchvision.ops.batched_nms`` takes our one-pass
     kernel where torchvision would loop over the classes. float16 and bfloat16 boxes, which torchvision refuses on the CPU, are
     served.
 
-    Process-wide and reentrant; the last block to end restores torchvision. CUDA tensors and quantized boxes keep torchvision's
-    kernels. Script models outside the block.
+    Process-wide and reentrant; the last block to end restores torchvision. CUDA tensors without our CUDA part, and quantized
+    boxes, keep torchvision's kernels. Script models outside the block.
 
     Raises:
         ImportError: torchvision is not installed. RuntimeError: our C++ part is not loaded (the message says why).
@@ -52,13 +52,16 @@ def _enter(ops: object) -> None:
         if _depth > 1:
             return
         _library = Library("torchvision", "IMPL")
-        _library.impl("nms", op("nms"), "CPU")
+        for key in ("CPU", "CUDA"):
+            if has_kernel("nms", CPP, key.lower()):
+                _library.impl("nms", op("nms"), key)
         stock = ops.boxes.batched_nms
 
         def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
             from .. import functional
 
-            if boxes.is_cpu and boxes.numel() > _CLASSWISE_FROM:
+            device = boxes.device.type
+            if has_kernel("batched_nms", CPP, device) and boxes.numel() > _CLASSWISE_FROM[device]:
                 rows = functional.batched_nms(boxes, scores, idxs, iou_threshold).sort()[0]
                 return rows[
                     scores[rows].sort(descending=True)[1]

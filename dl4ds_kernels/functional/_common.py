@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._backend import FLOATING
+
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def call(overload: Any, differentiable: bool, *args: Any) -> Any:
@@ -48,7 +49,7 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 def check_floating(op: str, name: str, x: Any) -> None:
     """A strided floating-point tensor; NotImplementedError (a RuntimeError) for a dtype without kernels, as torch raises."""
     check_tensor(op, name, x)
-    if x.dtype not in _FLOATING:
+    if x.dtype not in FLOATING:
         fail(op, name, "a float32, float64, float16 or bfloat16 tensor", x.dtype, NotImplementedError)
     if x.layout != torch.strided:
         fail(op, name, "a dense (strided) tensor", x.layout)

@@ -1,7 +1,8 @@
 """Non-maximum suppression: ``nms``, ``batched_nms`` and the fixed-size ``nms_padded``.
 
-On the CPU they run our C++ kernel. On CUDA tensors they run torchvision's own kernel for now (the reference where torchvision
-is not installed), class by class for ``batched_nms`` and image by image for ``nms_padded``: there those two wait for the GPU.
+The C++ and CUDA kernels give torchvision's indices on their device: its rule differs between the two. Where there is no kernel
+of ours, and while a model is exported, torchvision's own serves (the reference where it is not installed): ``batched_nms``
+class by class, ``nms_padded`` image by image.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import _backend, _extension
-from .._backend import REFERENCE, STOCK
-from .._define import CPP, op
+from .._backend import REFERENCE, STOCK, select
+from .._define import op
 from ..reference import nms as reference
 from ._common import check_floating, check_tensor, fail
-
-_FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | None = None) -> Tensor:
@@ -28,15 +26,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
 
     Boxes are taken by descending score (NaN scores first, equal scores by index); a box is dropped when its IoU with a box
     kept before it is greater than ``iou_threshold``. On the CPU the IoU in the boxes' dtype is compared with the threshold in
-    double precision. Boxes without area, inverted boxes and NaN or infinite coordinates follow the same formula: for a
-    threshold of 0 or more they are always kept and suppress nothing.
+    double precision; on CUDA the threshold is narrowed to float32 and the union is one fused multiply-add, as in torchvision's
+    kernel. float16 follows the device too: computed in float32 on the CPU, where torchvision refuses it, and with torchvision's
+    roundings on CUDA (use ``boxes.float()`` for float32 there). bfloat16 is computed in float32. Boxes without area, inverted
+    boxes and NaN or infinite coordinates follow the same formula: for a threshold of 0 or more they are always kept and
+    suppress nothing.
 
     Args:
-        boxes: (N, 4) as (x1, y1, x2, y2), any strides; float32, float64, and on the CPU also float16 and bfloat16, which are
-            computed in float32 (torchvision refuses them there).
+        boxes: (N, 4) as (x1, y1, x2, y2), any strides; float32, float64, float16 or bfloat16.
         scores: (N,), dtype and device of ``boxes``.
         iou_threshold: any float; below 0 and NaN mean what the comparison gives.
-        backend: overrides ``dk.backend`` for this call ("cpu" or "reference").
+        backend: overrides ``dk.backend`` for this call ("cpu", "cuda", "triton", "reference").
 
     Returns:
         (K,) int64 indices of the boxes kept, by descending score, on ``boxes``' device. No gradient.
@@ -47,9 +47,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
     try:
         if has_torch_function_variadic(boxes, scores):
             return handle_torch_function(nms, (boxes, scores), boxes, scores, iou_threshold, backend=backend)
-        path = _path("nms", boxes, backend)
-        if path is CPP:
-            return op("nms")(boxes, scores, iou_threshold)
+        path = select("nms", boxes, backend)
+        if path not in _PLAIN:
+            return op("nms", path)(boxes, scores, iou_threshold)
         return _solver(path)(boxes, scores, iou_threshold)
     except Exception:
         _explain("nms", boxes, scores, 1)
@@ -59,7 +59,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, backend: str | N
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, backend: str | None = None) -> Tensor:
     """:func:`nms` within each class: boxes of different classes never suppress each other.
 
-    True per-class arithmetic, as in torchvision's class-by-class loop. Up to 1,000 boxes (on the CPU)
+    True per-class arithmetic, as in torchvision's class-by-class loop. Up to 1,000 boxes (on CUDA 25,000)
     ``torchvision.ops.batched_nms`` instead moves the classes apart by an offset, which loses digits of the coordinates: a pair
     whose IoU lies within that rounding of the threshold may be decided otherwise there. Equal scores come out by index;
     torchvision's loop leaves their order to an unstable sort.
@@ -82,16 +82,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
             )
         if boxes.numel() == 0:
             return boxes.new_empty((0,), dtype=torch.int64)
-        path = _path("batched_nms", boxes, backend)
-        if path is not CPP:
+        path = select("batched_nms", boxes, backend)
+        if path in _PLAIN:
             _check_classes("batched_nms", "idxs", idxs, scores)
             return reference.batched_nms(boxes, scores, idxs, iou_threshold, _solver(path))
         if not idxs.is_floating_point():
-            return op("batched_nms")(boxes, scores, idxs.long(), iou_threshold)
+            return op("batched_nms", path)(boxes, scores, idxs.long(), iou_threshold)
         _check_classes("batched_nms", "idxs", idxs, scores)
         rows = torch.where(idxs == idxs)[0]
         ids = idxs[rows].unique(return_inverse=True)[1]
-        return rows[op("batched_nms")(boxes[rows], scores[rows], ids, iou_threshold)]
+        return rows[op("batched_nms", path)(boxes[rows], scores[rows], ids, iou_threshold)]
     except Exception:
         _explain("batched_nms", boxes, scores, 1, "idxs", idxs)
         raise
@@ -132,9 +132,9 @@ def nms_padded(
                 score_threshold=score_threshold, max_output=max_output, backend=backend,
             )  # fmt: skip
         classes = class_ids if class_ids is None else class_ids.long()
-        path = _path("nms_padded", boxes, backend)
-        if path is CPP:
-            return op("nms_padded")(boxes, scores, classes, iou_threshold, score_threshold, max_output)
+        path = select("nms_padded", boxes, backend)
+        if path not in _PLAIN:
+            return op("nms_padded", path)(boxes, scores, classes, iou_threshold, score_threshold, max_output)
         _explain("nms_padded", boxes, scores, 2, "class_ids", class_ids)
         return reference.nms_padded(boxes, scores, classes, iou_threshold, score_threshold, max_output, _solver(path))
     except Exception:
@@ -142,14 +142,7 @@ def nms_padded(
         raise
 
 
-def _path(name: str, boxes: Tensor, backend: str | None) -> str:
-    """Where a call runs: the C++ namespace, torchvision ("stock") or the reference."""
-    asked = backend or _backend.current()
-    if asked != "auto":
-        return _backend.select(name, boxes, backend)
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    ours = boxes.is_cpu and boxes.dtype in _FLOATING and not exporting and _extension.status()["_C"].loaded
-    return CPP if ours else STOCK
+_PLAIN = (STOCK, REFERENCE)
 
 
 def _solver(path: str) -> Callable[[Tensor, Tensor, float], Tensor]:
@@ -188,5 +181,5 @@ def _explain(name: str, boxes: Any, scores: Any, dims: int, argument: str = "", 
         fail(name, "scores", f"dtype {boxes.dtype} like boxes", scores.dtype)
     if scores.device != boxes.device:
         fail(name, "scores", f"a tensor on {boxes.device} like boxes", scores.device)
-    if classes is not None:
+    if classes is not None or argument == "idxs":  # class_ids may be absent
         _check_classes(name, argument, classes, scores)

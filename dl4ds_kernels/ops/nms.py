@@ -37,7 +37,6 @@ define_op(
     "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     fake=_fake,
     autocast=_autocast,
-    triton=False,
     tags=(torch.Tag.dynamic_output_shape,),
 )
 define_op(
@@ -46,7 +45,6 @@ define_op(
     stem="nms",
     fake=_fake_batched,
     autocast=_autocast,
-    triton=False,
     tags=(torch.Tag.dynamic_output_shape,),
 )
 define_op(
@@ -56,5 +54,4 @@ define_op(
     stem="nms",
     fake=_fake_padded,
     autocast=_autocast,
-    triton=False,
 )

@@ -10,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/layout.h"
+#include "ops/nms/nms_host.h"
 #include "ops/nms/nms_solve.h"
 
 #define DL4DS_ISA_SOURCE "ops/nms/nms_kernels_cpu.h"
@@ -19,7 +19,11 @@
 namespace dl4ds {
 namespace {
 
+using nms::check_boxes;
+using nms::check_classes;
+using nms::check_max_output;
 using nms::Keyed;
+using nms::new_indices;
 using nms::Segment;
 using nms::Solver;
 using torch::stable::Tensor;
@@ -169,30 +173,6 @@ std::vector<uint32_t> solve_image(const Image<T>& image, double threshold,
     return solver.solve(segment, parallel, [&] { sort_by_score(image, std::nullopt, order); });
 }
 
-constexpr int64_t kMaxBoxes = int64_t{1} << 31;  // indices are 32 bits wide inside
-
-void check_boxes(const char* op, const TensorInfo& boxes, const TensorInfo& scores, int64_t batch_dims) {
-    const bool dims = boxes.dim == batch_dims + 2 && scores.dim == batch_dims + 1;
-    DL4DS_CHECK(dims && boxes.sizes[boxes.dim - 1] == 4, op, ": boxes: expected shape ",
-                batch_dims ? "(B, N, 4)" : "(N, 4)", " with scores ", batch_dims ? "(B, N)" : "(N,)",
-                ", got ", boxes.shape(), " and ", scores.shape());
-    DL4DS_CHECK(boxes.numel == 4 * scores.numel && boxes.sizes[0] == scores.sizes[0], op,
-                ": scores: expected one per box ", boxes.shape(), ", got ", scores.shape());
-    DL4DS_CHECK(boxes.dtype == scores.dtype, op, ": scores: expected dtype ", dtype_name(boxes.dtype),
-                " like boxes, got ", dtype_name(scores.dtype));
-    DL4DS_CHECK(boxes.sizes[batch_dims] < kMaxBoxes, op, ": boxes: expected fewer than 2^31, got ",
-                boxes.sizes[batch_dims]);
-}
-
-void check_classes(const char* op, const Tensor& classes, const TensorInfo& scores) {
-    const TensorInfo info = tensor_info(classes);
-    DL4DS_CHECK(info.dim == scores.dim && std::equal(info.sizes, info.sizes + info.dim, scores.sizes), op,
-                ": classes: expected the shape of scores ", scores.shape(), ", got ", info.shape());
-    int32_t dtype = 0;
-    shim_check(aoti_torch_get_dtype(classes.get(), &dtype), "get_dtype");
-    DL4DS_CHECK(dtype == aoti_torch_dtype_int64(), op, ": classes: expected dtype int64");
-}
-
 /// Contiguous, and float32 for the 16-bit floats.
 Tensor prepare(const Tensor& x, DType dtype) {
     using torch::headeronly::ScalarType;
@@ -219,17 +199,9 @@ struct Inputs {
     }
 };
 
-Tensor new_indices(const Tensor& like, std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(like,
-                                    torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
-                                    torch::headeronly::ScalarType::Long);
-}
-
 /// Calls fn(T{}) for the type the arithmetic is done in.
 template <typename Fn>
-decltype(auto) dispatch_acc(const char* op, DType dtype, const Fn& fn) {
-    DL4DS_CHECK(is_floating(dtype), op, ": boxes: not implemented for ", dtype_name(dtype),
-                "; expected float32, float64, float16 or bfloat16");
+decltype(auto) dispatch_acc(DType dtype, const Fn& fn) {
     return dtype == DType::kFloat64 ? fn(double{}) : fn(float{});
 }
 
@@ -240,7 +212,7 @@ Tensor solve_one(const char* op, const Tensor& boxes, const Tensor& scores,
     if (classes) {
         check_classes(op, *classes, score_info);
     }
-    return dispatch_acc(op, info.dtype, [&](auto zero) {
+    return dispatch_acc(info.dtype, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> inputs(boxes, scores, classes, info.dtype);
         const int64_t n = score_info.numel;
@@ -269,9 +241,9 @@ std::tuple<Tensor, Tensor> nms_padded_cpu(const Tensor& boxes, const Tensor& sco
     if (class_ids) {
         check_classes(op, *class_ids, score_info);
     }
-    DL4DS_CHECK(max_output >= 0, op, ": max_output: expected at least 0, got ", max_output);
+    check_max_output(op, max_output);
     const int64_t batch = info.sizes[0], n = info.sizes[1];
-    return dispatch_acc(op, info.dtype, [&](auto zero) {
+    return dispatch_acc(info.dtype, [&](auto zero) {
         using T = decltype(zero);
         const Inputs<T> inputs(boxes, scores, class_ids, info.dtype);
         Tensor keep = new_indices(boxes, {batch, max_output}), count = new_indices(boxes, {batch});

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/nms/nms.h"
+#include "ops/nms/nms_segment.h"
 
 namespace dl4ds::nms {
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "ops/nms/nms.h"
+#include "ops/nms/nms_segment.h"
 #include "ops/nms/radix_sort.h"
 
 namespace dl4ds::nms {
