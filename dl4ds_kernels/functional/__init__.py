@@ -1,8 +1,10 @@
 """Public stateless API; every function takes and returns plain tensors."""
 
 from .add_act import add_act
+from .add_bn_act import add_bn_act
 from .bn_act import bn_act
+from .bn_act_conv import bn_act_conv
 from .conv_bn_act import conv_bn_act
 from .nms import batched_nms, nms, nms_padded
 
-__all__ = ["add_act", "batched_nms", "bn_act", "conv_bn_act", "nms", "nms_padded"]
+__all__ = ["add_act", "add_bn_act", "batched_nms", "bn_act", "bn_act_conv", "conv_bn_act", "nms", "nms_padded"]
