@@ -111,9 +111,7 @@ class CifarPreActResNet(nn.Module):
     Shape: x (N, 3, H, W), 32 x 32 in the paper -> logits (N, num_classes).
     """
 
-    def __init__(
-        self, depth: int, num_classes: int = 10, *, stride_in_1x1: bool = True, residual_scale: float = 1.0
-    ) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, *, stride_in_1x1: bool = True, residual_scale: float = 1.0) -> None:
         super().__init__()
         if depth < 11 or (depth - 2) % 9:
             raise ValueError(f"CifarPreActResNet: depth: expected 9n + 2 from 11 on, got {depth}")

@@ -129,7 +129,8 @@ class DenseNet(nn.Module):
 
     Args:
         growth_rate: channels that each layer adds. block_config: layers in each block. num_init_features: of the stem.
-        bn_size: width of the 1x1 bottleneck in growth rates; None: no bottleneck. compression: channels that a transition keeps.
+        bn_size: width of the 1x1 bottleneck in growth rates; None: no bottleneck.
+        compression: share of the channels that a transition keeps.
         drop_rate: dropout behind each layer. num_classes: logits. memory_efficient: see :class:`DenseBlock`.
         small: the CIFAR stem, one 3x3 convolution without normalisation and pooling.
 
@@ -175,10 +176,9 @@ class DenseNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_plain(self.features):
-            x = run_sequence([*self.features.children(), self.relu], x)  # the last BatchNorm and its ReLU are one pass
-        else:
-            x = self.relu(self.features(x))
+        # The last BatchNorm and its ReLU are one pass, unless somebody looks at what comes between them.
+        plain = is_plain(self.features)
+        x = run_sequence([*self.features.children(), self.relu], x) if plain else self.relu(self.features(x))
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
 
 

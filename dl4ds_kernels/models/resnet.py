@@ -61,8 +61,7 @@ class ResNet(nn.Module):
         dilate = tuple(replace_stride_with_dilation or (False, False, False))
         if len(layers) != 4 or len(dilate) != 3:
             raise ValueError(
-                "ResNet: layers, replace_stride_with_dilation: expected 4 and 3 entries, "
-                f"got {len(layers)} and {len(dilate)}"
+                f"ResNet: layers, replace_stride_with_dilation: expected 4 and 3 entries, got {len(layers)} and {len(dilate)}"
             )
         self._norm, self._groups, self._base_width = norm_layer or nn.BatchNorm2d, groups, width_per_group
         self._options: dict[str, Any] = {"residual_scale": residual_scale}

@@ -30,7 +30,7 @@ class UNet(nn.Module):
 
     Args:
         in_channels, num_classes: of input and output.
-        padding: "valid" is the paper (every 3x3 convolution takes a pixel off each side, skips are cropped); "same" keeps sizes.
+        padding: "valid" is the paper (a 3x3 convolution takes a pixel off each side, skips are cropped); "same" keeps sizes.
         batch_norm: BatchNorm behind each 3x3 convolution, which then has no bias.
         bilinear: bilinear upsampling (align_corners) instead of the up-convolution; the deepest level then has 512 channels.
         dropout: at the end of the encoder (the paper uses it, rate not given).
@@ -100,7 +100,9 @@ class UNet(nn.Module):
         sizes = x.shape[2:]
         if self.padding == "valid" and any(s < 188 or (s - 188) % 16 for s in sizes):
             near = tuple(self.valid_size(s) for s in sizes)
-            raise RuntimeError(f"UNet: x: expected sides of 188 + 16n with valid convolutions (next: {near}), got {tuple(sizes)}")
+            raise RuntimeError(
+                f"UNet: x: expected sides of 188 + 16n with valid convolutions (next: {near}), got {tuple(sizes)}"
+            )
         if self.padding == "same" and min(sizes) < 16:
             raise RuntimeError(f"UNet: x: expected sides from 16 on, got {tuple(sizes)}")
 

@@ -31,9 +31,7 @@ class UNet3d(nn.Module):
     (132 x 132 x 116 -> 44 x 44 x 28); "same": multiples of 8, unchanged. Raises: RuntimeError for another size.
     """
 
-    def __init__(
-        self, in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False) -> None:
         super().__init__()
         if padding not in ("valid", "same"):
             raise ValueError(f"UNet3d: padding: expected 'valid' or 'same', got {padding!r}")

@@ -42,7 +42,8 @@ class LocallyConnected2d(nn.Module):
         self.output_size = tuple((s + 2 * padding - kernel_size) // stride + 1 for s in input_size)
         if min(self.output_size) < 1:
             raise ValueError(
-                f"LocallyConnected2d: kernel_size: expected at most the padded input {input_size} + 2 * {padding}, got {kernel_size}"
+                f"LocallyConnected2d: kernel_size: expected at most the padded input {input_size} + 2 * {padding}, "
+                f"got {kernel_size}"
             )
         places, fan_in = math.prod(self.output_size), in_channels * kernel_size * kernel_size
         self.weight = nn.Parameter(torch.empty(places, out_channels, fan_in, device=device, dtype=dtype))
@@ -58,7 +59,9 @@ class LocallyConnected2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expected = (self.in_channels, *self.input_size)
         if tuple(x.shape[1:]) != expected:
-            raise RuntimeError(f"LocallyConnected2d: x: expected shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+            raise RuntimeError(
+                f"LocallyConnected2d: x: expected shape (N, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
+            )
         patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (N, C k k, L)
         out = torch.bmm(self.weight, patches.permute(2, 1, 0))  # (L, C_out, N)
         return out.permute(2, 1, 0).reshape(x.shape[0], self.out_channels, *self.output_size) + self.bias
