@@ -27,7 +27,7 @@ from .cifar_resnet import (
     cifar_resnet56,
     cifar_resnet110,
     cifar_resnet1202,
-)  # fmt: skip
+)
 from .convert_keys import convert_state_dict
 from .crops import five_crops, multi_crop, ten_crops
 from .darknet import DarknetNet, darknet_input
@@ -43,7 +43,7 @@ from .densenet import (
     densenet161,
     densenet169,
     densenet201,
-)  # fmt: skip
+)
 from .hourglass import (
     Hourglass,
     StackedHourglass,
@@ -53,7 +53,7 @@ from .hourglass import (
     hourglass4,
     hourglass8,
     hourglass8_wide,
-)  # fmt: skip
+)
 from .preact_resnet import (
     PreActResNet,
     preact_resnet18,
@@ -62,7 +62,7 @@ from .preact_resnet import (
     preact_resnet101,
     preact_resnet152,
     preact_resnet200,
-)  # fmt: skip
+)
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152, resnet200
 from .unet import UNet, unet, unet_bn, unet_bn_bilinear
 from .unet3d import UNet3d, unet3d

@@ -29,6 +29,11 @@ class ModelInfo:
     source: str
 
 
+# The order of lists and tables: the lecture's.
+FAMILIES = (
+    "alexnet", "vgg", "resnet", "preact_resnet", "cifar_resnet", "densenet", "yolov1", "unet", "unet3d", "deconvnet",
+    "hourglass",
+)  # fmt: skip
 _MODELS: dict[str, ModelInfo] = {}
 
 
@@ -36,8 +41,8 @@ def register(name: str, family: str, parameters: int, input_size: tuple[int, ...
     """Decorator of a builder: ``builder(**options) -> nn.Module``."""
 
     def add(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if name in _MODELS:
-            raise ValueError(f"register: name: expected a new name, got {name!r} twice")
+        if name in _MODELS or family not in FAMILIES:
+            raise ValueError(f"register: expected a new name and one of FAMILIES, got {name!r} and {family!r}")
         _MODELS[name] = ModelInfo(name, family, builder, parameters, input_size, source)
         return builder
 
@@ -45,8 +50,11 @@ def register(name: str, family: str, parameters: int, input_size: tuple[int, ...
 
 
 def list_models(family: str | None = None) -> list[str]:
-    """Names of all models, or of one family, in the order of the families."""
-    return [name for name, info in _MODELS.items() if family is None or info.family == family]
+    """Names of all models, family by family, or of one family. ValueError for an unknown family."""
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"list_models: family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    chosen = FAMILIES if family is None else (family,)
+    return [name for one in chosen for name, info in _MODELS.items() if info.family == one]
 
 
 def model_info(name: str) -> ModelInfo:

@@ -15,7 +15,7 @@ from ..modules import FusedSequential
 from ._init import he_fan_in
 from ._registry import register
 
-_WIDTHS = (64, 128, 256, 512, 1024)
+_LEVELS = 5
 
 
 def center_crop(x: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
@@ -34,6 +34,7 @@ class UNet(nn.Module):
         batch_norm: BatchNorm behind each 3x3 convolution, which then has no bias.
         bilinear: bilinear upsampling (align_corners) instead of the up-convolution; the deepest level then has 512 channels.
         dropout: at the end of the encoder (the paper uses it, rate not given).
+        width: channels of the first level; each level below has twice as many.
 
     Shape: x (N, in_channels, H, W) -> (N, num_classes, H', W'); "valid": H' = H - 184 for the sizes that :meth:`valid_size`
     gives (572 -> 388); "same": H' = H, any size from 16 on (odd sizes are padded on the way up).
@@ -49,29 +50,32 @@ class UNet(nn.Module):
         batch_norm: bool = False,
         bilinear: bool = False,
         dropout: float = 0.0,
+        width: int = 64,
     ) -> None:
         super().__init__()
         if padding not in ("valid", "same"):
             raise ValueError(f"UNet: padding: expected 'valid' or 'same', got {padding!r}")
         self.padding, self.bilinear = padding, bilinear
-        widths = (*_WIDTHS[:-1], _WIDTHS[-1] // 2) if bilinear else _WIDTHS
+        widths = [width << level for level in range(_LEVELS)]
+        if bilinear:
+            widths[-1] //= 2
         options: dict[str, Any] = {"padding": int(padding == "same"), "batch_norm": batch_norm}
         self.down = nn.ModuleList()
         channels = in_channels
-        for width in widths:
-            self.down.append(_double(channels, width, width, **options))
-            channels = width
+        for level in widths:
+            self.down.append(_double(channels, level, level, **options))
+            channels = level
         self.pool = nn.MaxPool2d(2, 2)
         self.dropout = nn.Dropout(dropout)
         self.up, self.decode = nn.ModuleList(), nn.ModuleList()
         for skip in reversed(widths[:-1]):
             if bilinear:
                 self.up.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True))
-                self.decode.append(_double(2 * skip, skip, max(skip // 2, 64), **options))
+                self.decode.append(_double(2 * skip, skip, max(skip // 2, width), **options))
             else:
                 self.up.append(nn.ConvTranspose2d(2 * skip, skip, 2, stride=2))
                 self.decode.append(_double(2 * skip, skip, skip, **options))
-        self.head = nn.Conv2d(_WIDTHS[0], num_classes, 1)
+        self.head = nn.Conv2d(width, num_classes, 1)
         he_fan_in(self)
 
     @staticmethod

@@ -13,7 +13,7 @@ from ._init import he_fan_in
 from ._registry import register
 from .unet import center_crop
 
-_ENCODER = ((32, 64), (64, 128), (128, 256), (256, 512))
+_LEVELS = 4
 
 
 class UNet3d(nn.Module):
@@ -26,12 +26,15 @@ class UNet3d(nn.Module):
         in_channels, num_classes: of input and output.
         padding: "valid" (the paper; skips are cropped) or "same".
         up_bias: biases of the up-convolutions (896 parameters).
+        width: channels of the first convolution; a level's second has twice those of its first, and so on downwards.
 
     Shape: x (N, in_channels, D, H, W) -> (N, num_classes, D', H', W'); "valid": 88 less on each side, for sides of 92 + 8n
     (132 x 132 x 116 -> 44 x 44 x 28); "same": multiples of 8, unchanged. Raises: RuntimeError for another size.
     """
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False) -> None:
+    def __init__(
+        self, in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False, width: int = 32
+    ) -> None:
         super().__init__()
         if padding not in ("valid", "same"):
             raise ValueError(f"UNet3d: padding: expected 'valid' or 'same', got {padding!r}")
@@ -39,11 +42,12 @@ class UNet3d(nn.Module):
         pad = int(padding == "same")
         self.down, self.up, self.decode = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         channels = in_channels
-        for middle, out in _ENCODER:
+        encoder = [(width << level, width << (level + 1)) for level in range(_LEVELS)]
+        for middle, out in encoder:
             self.down.append(_double(channels, middle, out, pad))
             channels = out
         self.pool = nn.MaxPool3d(2, 2)
-        for _, skip in reversed(_ENCODER[:-1]):
+        for _, skip in reversed(encoder[:-1]):
             self.up.append(nn.ConvTranspose3d(channels, channels, 2, stride=2, bias=up_bias))
             self.decode.append(_double(channels + skip, skip, skip, pad))
             channels = skip
@@ -76,6 +80,8 @@ def _double(channels: int, middle: int, out: int, padding: int) -> FusedSequenti
 
 
 @register("unet3d", "unet3d", 19_074_627, (3, 132, 132, 116), "paper (19,069,955) + 4,672 of BatchNorm")
-def unet3d(in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False) -> UNet3d:
+def unet3d(
+    in_channels: int = 3, num_classes: int = 3, *, padding: str = "valid", up_bias: bool = False, width: int = 32
+) -> UNet3d:
     """3-D U-Net of 2016."""
-    return UNet3d(in_channels, num_classes, padding=padding, up_bias=up_bias)
+    return UNet3d(in_channels, num_classes, padding=padding, up_bias=up_bias, width=width)
