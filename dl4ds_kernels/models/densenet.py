@@ -7,7 +7,8 @@ DenseNets, 2017.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class DenseBlock(nn.ModuleDict):
 
     Without gradients all features lie in one buffer: a layer's BatchNorm reads the first channels of it and its output is
     written behind them, so nothing is concatenated. With gradients every layer concatenates; ``memory_efficient`` then keeps
-    only the layers' outputs and computes concatenation, BatchNorm and 1x1 convolution again in backward.
+    only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
+    it twice).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).
     """
@@ -86,7 +88,10 @@ class DenseBlock(nn.ModuleDict):
         features = [x]
         for layer in self.values():
             if self.memory_efficient and torch.is_grad_enabled() and any(f.requires_grad for f in features):
-                new = checkpoint(_concatenate_and_run, layer, *features, use_reentrant=False)
+                new = checkpoint(
+                    _concatenate_and_run, layer, *features, use_reentrant=False,
+                    context_fn=lambda layer=layer: (nullcontext(), _without_tracking(layer)),
+                )  # fmt: skip
             else:
                 new = layer(torch.cat(features, 1))
             features.append(new)
@@ -107,6 +112,20 @@ class DenseBlock(nn.ModuleDict):
             buffer[:, channels : channels + self.growth] = new
             channels += self.growth
         return buffer
+
+
+@contextmanager
+def _without_tracking(layer: nn.Module) -> Iterator[None]:
+    """While a layer is computed for the second time, copies of its running statistics see the batch again, not they."""
+    norms = [m for m in layer.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: b.clone() for name, b in norm._buffers.items() if b is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def _concatenate_and_run(layer: nn.Module, *features: Tensor) -> Tensor:
@@ -216,7 +235,8 @@ def _cifar_builder(depth: int, growth: int, bc: bool, parameters: int) -> Callab
     name = f"cifar_densenet{depth}_k{growth}" + ("_bc" if bc else "")
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"CIFAR DenseNet{'-BC' if bc else ''} (L={depth}, k={growth}); options as :class:`DenseNet`."
-    return register(name, "densenet", parameters, (3, 32, 32), f"pytorchcv {name.replace('cifar_', '')}_cifar10")(build)
+    source = f"pytorchcv {name.removeprefix('cifar_')}_cifar10" if bc else "paper (1.0M)"
+    return register(name, "densenet", parameters, (3, 32, 32), source)(build)
 
 
 densenet121, densenet161, densenet169, densenet201 = (_builder(depth) for depth in _NETS)

@@ -64,7 +64,8 @@ class LocallyConnected2d(nn.Module):
             )
         patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (N, C k k, L)
         out = torch.bmm(self.weight, patches.permute(2, 1, 0))  # (L, C_out, N)
-        return out.permute(2, 1, 0).reshape(x.shape[0], self.out_channels, *self.output_size) + self.bias
+        # Contiguous, so that what follows (dropout draws in memory order) does as behind a convolution.
+        return out.permute(2, 1, 0).contiguous().view(x.shape[0], self.out_channels, *self.output_size) + self.bias
 
     def extra_repr(self) -> str:
         return (
