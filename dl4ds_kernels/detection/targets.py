@@ -9,6 +9,8 @@ from .yolo import YoloLayout
 
 # Darknet leaves objects out that are narrower than this share of the image.
 MIN_SIDE = 0.005
+# Of a centre computed from corners in fp32.
+_ROUNDING = 1e-6
 
 
 def encode_targets(
@@ -40,10 +42,11 @@ def encode_targets(
     share = boxes / boxes.new_tensor([width, height, width, height])
     for (x1, y1, x2, y2), label in zip(share.tolist(), labels.tolist(), strict=True):
         x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-        if not (0 <= x <= 1 and 0 <= y <= 1):
+        if not (-_ROUNDING <= min(x, y) and max(x, y) <= 1 + _ROUNDING):
             raise ValueError(f"encode_targets: boxes: expected centres inside the picture of {height} x {width}, got {(x, y)}")
         if w < min_side or h < min_side:
             continue
+        x, y = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
         column, row = min(int(x * side), side - 1), min(int(y * side), side - 1)
         cell = truth[row * side + column]
         if cell[0] == 0:

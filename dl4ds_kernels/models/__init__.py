@@ -54,6 +54,7 @@ from .hourglass import (
     hourglass8,
     hourglass8_wide,
 )
+from .macs import count_macs, macs
 from .preact_resnet import (
     PreActResNet,
     preact_resnet18,

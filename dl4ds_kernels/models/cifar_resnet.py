@@ -138,13 +138,15 @@ class CifarPreActResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _builder(name: str, parameters: int, make: Callable[..., nn.Module], doc: str) -> Callable[..., nn.Module]:
+def _builder(
+    name: str, parameters: int, make: Callable[..., nn.Module], doc: str, source: str = "paper"
+) -> Callable[..., nn.Module]:
     def build(num_classes: int = 10, **options: Any) -> nn.Module:
         return make(num_classes, **options)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = doc
-    return register(name, "cifar_resnet", parameters, _SIZE, "paper; pytorchcv for shortcut B")(build)
+    return register(name, "cifar_resnet", parameters, _SIZE, source)(build)
 
 
 def _resnet(depth: int) -> Callable[..., nn.Module]:
@@ -159,7 +161,7 @@ def _plain(depth: int) -> Callable[..., nn.Module]:
 
 def _preact(depth: int) -> Callable[..., nn.Module]:
     doc = f"Pre-activation CIFAR ResNet-{depth}; options as :class:`CifarPreActResNet`."
-    return _builder(f"cifar_preact{depth}", _PREACT[depth], lambda n, **o: CifarPreActResNet(depth, n, **o), doc)
+    return _builder(f"cifar_preact{depth}", _PREACT[depth], lambda n, **o: CifarPreActResNet(depth, n, **o), doc, "pytorchcv")
 
 
 cifar_resnet20, cifar_resnet32, cifar_resnet44, cifar_resnet56, cifar_resnet110, cifar_resnet1202 = map(_resnet, _OPTION_A)
