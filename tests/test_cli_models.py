@@ -37,7 +37,7 @@ activation=leaky
 size=8
 stride=8
 [connected]
-output=104
+output=92
 activation=linear
 [detection]
 classes=3
@@ -46,7 +46,6 @@ side=2
 num=4
 sqrt=1
 """
-SMALL_CFG = SMALL_CFG.replace("output=104", "output=92")
 
 
 def test_models_as_json() -> None:
@@ -57,15 +56,21 @@ def test_models_as_json() -> None:
     assert all(row["parameters"] == row["expected"] for row in rows) and rows[2]["parameters"] == 25_557_032
 
 
-@pytest.mark.slow
-def test_models_lists_every_model_with_the_sheets_multiply_adds() -> None:
-    code, out, err = invoke("models", "--macs", "--json")
+def test_models_lists_every_model() -> None:
+    code, out, err = invoke("models", "--json")
     assert code == 0, err
-    rows = {row["name"]: row for row in strict_json(out)["models"]}
-    assert list(rows) == models.list_models()
-    for name, expected in GMACS.items():
-        digits = 2 if expected > 100 else 3
-        assert rows[name]["macs"] / 1e9 == pytest.approx(expected, abs=0.6 * 10**-digits if name != "unet3d" else 0.06), name
+    assert [row["name"] for row in strict_json(out)["models"]] == models.list_models()
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_multiply_adds_of_the_sheet(name: str) -> None:
+    digits = 1 if name == "unet3d" else 2 if name.startswith("unet") else 3
+    assert models.macs(name) / 1e9 == pytest.approx(GMACS[name], abs=0.51 * 10**-digits)
+
+
+def test_models_with_multiply_adds() -> None:
+    code, out, _ = invoke("models", "--macs", "--family", "alexnet")
+    assert code == 0 and "0.714" in out and "0.724" in out
 
 
 def test_models_table() -> None:
@@ -121,7 +126,7 @@ def test_detect(files) -> None:
     assert found[0]["box"] == pytest.approx([w / 8, h / 8, w * 3 / 8, h * 3 / 8], rel=1e-5)
     assert found[1]["box"] == pytest.approx([w * (1 - 0.245), h * (1 - 0.125), w, h], rel=1e-5)
     with Image.open(files / "out" / "p.png") as image:
-        assert image.width == 1200 and len(set(image.convert("RGB").resize((60, 40)).getdata())) > 100
+        assert image.width == 1200 and len(image.convert("RGB").resize((60, 40)).getcolors(4000)) > 100
     code, out, err = invoke(*arguments, "--panels", files / "p.png", "--iou", 1.0, "--threshold", 0.1)
     assert code == 0 and out.count("$dog$") == 2 and "0.720" in out and picture.name in out
 
@@ -141,7 +146,7 @@ def test_detect_without_weights_says_so(tmp_path) -> None:
         (("--bn", "tpu"), "--bn: expected one of cpu, gpu, opencv, got 'tpu'"),
         (("--cfg", "{folder}/a.cfg", "--weights", "{folder}/a.cfg"), "bytes for this network"),
         (("--cfg", "{folder}/a.cfg", "--names", "{folder}/none"), "--names: cannot read"),
-        (("--cfg", "{folder}/a.cfg", "--names", "{folder}/a.cfg"), "--names: expected 3 names for this network, got 22"),
+        (("--cfg", "{folder}/a.cfg", "--names", "{folder}/a.cfg"), "--names: expected 3 names for this network, got 23"),
         (("--cfg", "{folder}/plain.cfg"), "--cfg: expected a [detection] section"),
     ],
 )

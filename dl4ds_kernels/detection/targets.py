@@ -42,7 +42,7 @@ def encode_targets(
     share = boxes / boxes.new_tensor([width, height, width, height])
     for (x1, y1, x2, y2), label in zip(share.tolist(), labels.tolist(), strict=True):
         x, y, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
-        if not (-_ROUNDING <= min(x, y) and max(x, y) <= 1 + _ROUNDING):
+        if not (min(x, y) >= -_ROUNDING and max(x, y) <= 1 + _ROUNDING):
             raise ValueError(f"encode_targets: boxes: expected centres inside the picture of {height} x {width}, got {(x, y)}")
         if w < min_side or h < min_side:
             continue

@@ -121,16 +121,19 @@ def test_orders_of_operations(order: str) -> None:
         M.OrderedResidual2d(6, "d")
 
 
-def test_scaled_residuals_keep_the_second_moment() -> None:
-    """He-initialised blocks double E[h^2]; with 1 / sqrt(2) behind each sum it stays 1 (padding takes a little away)."""
-    for scale, expected in ((1.0, 2.0**5), (0.5**0.5, 1.0)):
-        torch.manual_seed(1)
-        x = torch.randn(4, 64, 24, 24)
-        for _ in range(5):
-            block = M.OrderedResidual2d(64, "b", bias=False, scale=scale)
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, 2.0**3), (0.5**0.5, 1.0)])
+def test_scaled_residuals_keep_the_second_moment(scale: float, expected: float) -> None:
+    """He-initialised blocks double E[h^2]; with 1 / sqrt(2) behind each sum it stays 1 (away from the padded border)."""
+    moments = []
+    for seed in range(16):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 48, 20, 20)
+        for _ in range(3):
+            block = M.OrderedResidual2d(48, "b", bias=False, scale=scale)
             nn.init.kaiming_normal_(block.conv1.weight)
-            x = block(x)
-        assert float(x.detach()[..., 6:18, 6:18].square().mean()) == pytest.approx(expected, rel=0.25)
+            x = block(x).detach()
+        moments.append(float(x[..., 4:16, 4:16].square().mean()))
+    assert sum(moments) / len(moments) == pytest.approx(expected, rel=0.15)
 
 
 class Sequences:
@@ -180,8 +183,8 @@ def test_fused_sequential_honours_hooks_and_exchanges() -> None:
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (2, 2, 0), (3, 2, 1)])
 def test_locally_connected(size: int, stride: int, padding: int) -> None:
     """Place by place; with one kernel everywhere it is a convolution."""
-    layer = M.LocallyConnected2d(3, 5, size, (6, 8), stride, padding).double()
-    x = torch.randn(2, 3, 6, 8).double()
+    layer = M.LocallyConnected2d(2, 3, size, (4, 5), stride, padding).double()
+    x = torch.randn(2, 2, 4, 5).double()
     padded = F.pad(x, (padding,) * 4)
     rows, columns = layer.output_size
     out = layer(x)
@@ -191,14 +194,14 @@ def test_locally_connected(size: int, stride: int, padding: int) -> None:
             patch = padded[:, :, r * stride : r * stride + size, c * stride : c * stride + size].flatten(1)
             expected = patch @ layer.weight[r * columns + c].T + layer.bias[:, r, c]
             torch.testing.assert_close(out[:, :, r, c], expected)
-    kernel = torch.randn(5, 3, size, size).double()
+    kernel = torch.randn(3, 2, size, size).double()
     with torch.no_grad():
         layer.weight.copy_(kernel.flatten(1).expand_as(layer.weight))
         layer.bias.zero_()
     torch.testing.assert_close(layer(x), F.conv2d(x, kernel, None, stride, padding))
     torch.autograd.gradcheck(lambda w, b, v: torch.func.functional_call(layer, {"weight": w, "bias": b}, (v,)),
                              (layer.weight, layer.bias, x.requires_grad_()))  # fmt: skip
-    with pytest.raises(RuntimeError, match="x: expected shape \\(N, 3, 6, 8\\)"):
-        layer(x[..., :7])
+    with pytest.raises(RuntimeError, match="x: expected shape \\(N, 2, 4, 5\\)"):
+        layer(x[..., :4])
     with pytest.raises(ValueError, match="kernel_size: expected at most"):
         M.LocallyConnected2d(3, 5, 9, (6, 8))
