@@ -6,5 +6,6 @@ from .bn_act import bn_act
 from .bn_act_conv import bn_act_conv
 from .conv_bn_act import conv_bn_act
 from .nms import batched_nms, nms, nms_padded
+from .upsample_add import upsample_add
 
-__all__ = ["add_act", "add_bn_act", "batched_nms", "bn_act", "bn_act_conv", "conv_bn_act", "nms", "nms_padded"]
+__all__ = ["add_act", "add_bn_act", "batched_nms", "bn_act", "bn_act_conv", "conv_bn_act", "nms", "nms_padded", "upsample_add"]

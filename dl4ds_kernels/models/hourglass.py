@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import upsample_add
 from ..modules import FusedSequential
 from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
 from ._init import he_fan_in
@@ -69,7 +70,7 @@ class Hourglass(nn.Module):
         skip, down, up, *middle = self.hg[level]
         low = down(F.max_pool2d(x, 2, 2))
         low = self._level(level - 1, low) if level else middle[0](low)
-        return skip(x) + F.interpolate(up(low), scale_factor=2.0, mode="nearest")
+        return upsample_add(up(low), skip(x))
 
 
 class StackedHourglass(nn.Module):

@@ -3,5 +3,6 @@
 from .add_act import add_act
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act
+from .upsample_add import upsample_add
 
-__all__ = ["add_act", "bn_act", "conv_bn_act"]
+__all__ = ["add_act", "bn_act", "conv_bn_act", "upsample_add"]

