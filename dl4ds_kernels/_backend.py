@@ -23,7 +23,7 @@ STOCK = "stock"
 REFERENCE = "reference"
 
 # Elements from which our kernel beats stock torch on the CPU, host overhead included (bench/overhead.py prints both sides).
-MIN_NUMEL = {"add_act": 32768, "bn_act": 16384, "conv_bn_act": 8192, "upsample_add": 65536}
+MIN_NUMEL = {"add_act": 32768, "bn_act": 16384, "conv_bn_act": 8192, "max_pool_indices": 0, "upsample_add": 65536}
 
 
 class _State(threading.local):

@@ -5,7 +5,20 @@ from .add_bn_act import add_bn_act
 from .bn_act import bn_act
 from .bn_act_conv import bn_act_conv
 from .conv_bn_act import conv_bn_act
+from .max_pool_indices import max_pool_indices, max_unpool
 from .nms import batched_nms, nms, nms_padded
 from .upsample_add import upsample_add
 
-__all__ = ["add_act", "add_bn_act", "batched_nms", "bn_act", "bn_act_conv", "conv_bn_act", "nms", "nms_padded", "upsample_add"]
+__all__ = [
+    "add_act",
+    "add_bn_act",
+    "batched_nms",
+    "bn_act",
+    "bn_act_conv",
+    "conv_bn_act",
+    "max_pool_indices",
+    "max_unpool",
+    "nms",
+    "nms_padded",
+    "upsample_add",
+]

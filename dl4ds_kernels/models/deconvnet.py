@@ -5,9 +5,11 @@ Reference: Noh, Hong and Han, Learning Deconvolution Network for Semantic Segmen
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import max_pool_indices, max_unpool
 from ..modules import FusedSequential
 from ._init import he_fan_in
 from ._registry import register
@@ -61,12 +63,21 @@ class DeconvNet(nn.Module):
             raise RuntimeError(f"DeconvNet: x: expected sides that are multiples of 32 from 224 on, got {tuple(x.shape[2:])}")
         switches = []
         for stage in self.encoder:
-            x, where = F.max_pool2d(stage(x), 2, 2, return_indices=True)
+            x, where = _pool(stage(x))
             switches.append(where)
         x = self.middle(x)
         for stage in self.decoder:
-            x = stage(F.max_unpool2d(x, switches.pop(), 2, 2))
+            x = stage(_unpool(x, switches.pop()))
         return self.head(x)
+
+
+def _pool(x: Tensor) -> tuple[Tensor, Tensor]:
+    """2x2 maxima and their places; off the CPU, where the package has no kernel, as torch keeps them."""
+    return max_pool_indices(x) if x.device.type == "cpu" else F.max_pool2d(x, 2, 2, return_indices=True)
+
+
+def _unpool(x: Tensor, where: Tensor) -> Tensor:
+    return max_unpool(x, where) if where.dtype == torch.uint8 else F.max_unpool2d(x, where, 2, 2)
 
 
 def _step(conv: nn.Module, channels: int, batch_norm: bool) -> list[nn.Module]:
