@@ -15,7 +15,7 @@ def ptcv(name: str) -> nn.Module:
         "pytorchcv.model_provider", reason="pytorchcv is an independent implementation, not installed"
     )
     torch.manual_seed(0)
-    net = seeded(provider.get_model(name, pretrained=False))
+    net = seeded(provider.get_model(name, pretrained=False), gain=0.3 if "164" in name or "1001" in name else 1.0)
     net.features.final_pool = nn.AdaptiveAvgPool2d(1)  # theirs takes one size of picture only
     return net
 
@@ -23,7 +23,7 @@ def ptcv(name: str) -> nn.Module:
 def timm_model(name: str) -> nn.Module:
     timm = pytest.importorskip("timm", reason="timm is an independent implementation, not installed")
     torch.manual_seed(0)
-    return seeded(timm.create_model(name, pretrained=False))
+    return seeded(timm.create_model(name, pretrained=False), gain=0.5 if name.endswith(("101", "152", "200")) else 1.0)
 
 
 def loaded(ours: nn.Module, stock: nn.Module, source: str) -> tuple[nn.Module, nn.Module]:
@@ -42,11 +42,12 @@ PTCV = {
     "resnet56_cifar10": (lambda: models.cifar_resnet56(shortcut="B"), "ptcv_resnet"),
 }
 PTCV_DEEP = {
-    "preresnet164bn_cifar10": (models.cifar_preact164, "ptcv_preresnet"),
+    # The paper's code has the stride on the 1x1 convolution, pytorchcv on the 3x3.
+    "preresnet164bn_cifar10": (lambda: models.cifar_preact164(stride_in_1x1=False), "ptcv_preresnet"),
     "resnet110_cifar10": (lambda: models.cifar_resnet110(shortcut="B"), "ptcv_resnet"),
     "resnet50": (lambda: models.resnet50(stride_in_1x1=True), "ptcv_resnet"),
     "preresnet200": (lambda: models.preact_resnet200(stem="ptcv", stride_in_1x1=True), "ptcv_preresnet"),
-    "preresnet1001_cifar10": (models.cifar_preact1001, "ptcv_preresnet"),
+    "preresnet1001_cifar10": (lambda: models.cifar_preact1001(stride_in_1x1=False), "ptcv_preresnet"),
 }
 
 
