@@ -1,4 +1,4 @@
-"""``python -m dl4ds_kernels {info, demo, bench}``."""
+"""``python -m dl4ds_kernels {info, demo, bench, models, detect}``."""
 
 import sys
 

@@ -6,7 +6,9 @@ import typer
 
 from .bench import bench
 from .demo import demo
+from .detect import detect
 from .info import info
+from .models import models
 
 app = typer.Typer(
     help="Fused conv + BatchNorm + activation, residual and NMS kernels for PyTorch.",
@@ -17,3 +19,5 @@ app = typer.Typer(
 app.command()(info)
 app.command()(demo)
 app.command()(bench)
+app.command()(models)
+app.command()(detect)

@@ -1,20 +1,29 @@
 """Public stateless API; every function takes and returns plain tensors."""
 
 from .add_act import add_act
+from .add_bn_act import add_bn_act
 from .bn_act import bn_act
+from .bn_act_conv import bn_act_conv
 from .conv_bn_act import conv_bn_act
+from .max_pool_indices import max_pool_indices, max_unpool
 from .nms import batched_nms, nms, nms_padded
 from .nms_variants import darknet_nms, diou_nms, matrix_nms, soft_nms
+from .upsample_add import upsample_add
 
 __all__ = [
     "add_act",
+    "add_bn_act",
     "batched_nms",
     "bn_act",
+    "bn_act_conv",
     "conv_bn_act",
     "darknet_nms",
     "diou_nms",
     "matrix_nms",
+    "max_pool_indices",
+    "max_unpool",
     "nms",
     "nms_padded",
     "soft_nms",
+    "upsample_add",
 ]

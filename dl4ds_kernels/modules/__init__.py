@@ -3,5 +3,22 @@
 from .add_act import AddAct
 from .bn_act import BNAct2d
 from .conv_bn_act import ConvBNAct2d
+from .locally_connected import LocallyConnected2d
+from .preact import BNActConv2d, PreActBasicBlock, PreActBottleneck
+from .residual import BasicBlock, Bottleneck
+from .residual_order import OrderedResidual2d
+from .sequential import FusedSequential
 
-__all__ = ["AddAct", "BNAct2d", "ConvBNAct2d"]
+__all__ = [
+    "AddAct",
+    "BNAct2d",
+    "BNActConv2d",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "FusedSequential",
+    "LocallyConnected2d",
+    "OrderedResidual2d",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+]

@@ -1,0 +1,139 @@
+"""Post-activation residual blocks: torchvision's attribute names and state_dict keys, fused forward and backward.
+
+``BasicBlock``: conv3x3 - BN - act - conv3x3 - BN - (+ shortcut) - act. ``Bottleneck``: 1x1, 3x3, 1x1. The last BatchNorm, the
+addition and the activation are one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..functional import add_act
+from ._run import NO_ACT, ActSpec, run_conv_bn_act
+
+Norm = Callable[[int], nn.Module]
+
+
+def conv3x3(channels: int, out: int, stride: int = 1, groups: int = 1, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+    """3x3 convolution that keeps the size at stride 1."""
+    return nn.Conv2d(channels, out, 3, stride, dilation, dilation, groups, bias)
+
+
+def conv1x1(channels: int, out: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """1x1 convolution."""
+    return nn.Conv2d(channels, out, 1, stride, bias=bias)
+
+
+class _Residual(nn.Module):
+    """What both blocks share: the shortcut and the fused end."""
+
+    relu: nn.Module
+    downsample: nn.Module | None
+    residual_scale: float
+
+    def _act(self) -> ActSpec:
+        return ActSpec("relu", 0.0, self.relu)
+
+    def _end(self, x: Tensor, out: Tensor, conv: nn.Module, bn: nn.Module) -> Tensor:
+        """``relu(scale * (bn(conv(out)) + shortcut(x)))``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        if self.residual_scale == 1.0:
+            return run_conv_bn_act(out, conv, bn, self._act(), shortcut)
+        return add_act(run_conv_bn_act(out, conv, bn, NO_ACT), shortcut, alpha=self.residual_scale, activation="relu")
+
+
+class BasicBlock(_Residual):
+    """Two 3x3 convolutions; a drop-in for ``torchvision.models.resnet.BasicBlock``.
+
+    Args:
+        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's.
+        residual_scale: factor after the addition (``1 / sqrt(2)`` keeps the variance constant).
+
+    Shape: x (N, inplanes, H, W) -> (N, planes, ceil(H / stride), ceil(W / stride)).
+    Raises: ValueError for groups, base_width or dilation that torchvision's block refuses too.
+    Reference: He et al., Deep Residual Learning for Image Recognition, 2015.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Norm | None = None,
+        *,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64 or dilation != 1:
+            raise ValueError(
+                "BasicBlock: groups, base_width, dilation: expected 1, 64 and 1 (use Bottleneck for others), "
+                f"got {groups}, {base_width} and {dilation}"
+            )
+        norm = norm_layer or nn.BatchNorm2d
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm(planes)
+        self.downsample = downsample
+        self.stride, self.residual_scale = stride, residual_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._end(x, run_conv_bn_act(x, self.conv1, self.bn1, self._act()), self.conv2, self.bn2)
+
+
+class Bottleneck(_Residual):
+    """1x1 (reduce), 3x3, 1x1 (expand by 4); a drop-in for ``torchvision.models.resnet.Bottleneck``.
+
+    Args:
+        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's; ``planes * 4``
+            channels leave the block.
+        stride_in_1x1: the stride is on the first 1x1 convolution (the 2015 paper) instead of the 3x3 (torchvision).
+        residual_scale: factor after the addition.
+
+    Shape: x (N, inplanes, H, W) -> (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
+    Reference: He et al., Deep Residual Learning for Image Recognition, 2015.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Norm | None = None,
+        *,
+        stride_in_1x1: bool = False,
+        residual_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        norm = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = conv1x1(inplanes, width, first)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, second, groups, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride, self.residual_scale = stride, residual_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = run_conv_bn_act(x, self.conv1, self.bn1, self._act())
+        out = run_conv_bn_act(out, self.conv2, self.bn2, self._act())
+        return self._end(x, out, self.conv3, self.bn3)

@@ -1,0 +1,49 @@
+"""``FusedSequential``: an ``nn.Sequential`` whose conv, BatchNorm and activation neighbours run fused."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_bn_act
+
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
+
+
+class FusedSequential(nn.Sequential):
+    """Runs its children one after the other as ``nn.Sequential`` does, with the same state_dict keys.
+
+    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm
+    followed by an activation too; everything else is called as it is. Children may be exchanged, hooked or frozen at any time:
+    a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
+
+    Shape: as the children say.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_sequence(list(self._modules.values()), x)
+
+
+def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
+    """Run modules one after the other, neighbours fused as :class:`FusedSequential` says."""
+    i, n = 0, len(children)
+    while i < n:
+        module = children[i]
+        kind, after = type(module), children[i + 1] if i + 1 < n else None
+        if kind in _CONVOLUTIONS and type(after) in _NORMS:
+            act = _act(children, i + 2)
+            x = run_conv_bn_act(x, module, after, act)
+            i += 2 if act is NO_ACT else 3
+        elif kind in _NORMS:
+            act = _act(children, i + 1)
+            x = run_bn_act(x, module, act)
+            i += 1 if act is NO_ACT else 2
+        else:
+            x = module(x)
+            i += 1
+    return x
+
+
+def _act(children: list[nn.Module], i: int) -> ActSpec:
+    """The activation at place ``i``, NO_ACT if there is none."""
+    return (act_spec(children[i]) if i < len(children) else None) or NO_ACT

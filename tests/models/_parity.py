@@ -1,0 +1,176 @@
+"""Our model against an independent implementation with the same weights: outputs, every gradient, running statistics.
+
+Outputs follow the package's rule: at most twice stock eager's own error against fp64. In training, rounding moves values across
+the kinks of ReLU and max-pooling, in stock torch as in ours, and one of a thousand values changes a gradient by 0.1 %; so every
+gradient and every running statistic is compared in fp64, where ours must equal stock, and in fp32 all of them together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from _assert import no_worse_than_torch
+from torch import Tensor, nn
+
+NORMS = nn.modules.batchnorm._BatchNorm
+Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def seeded(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
+    """BatchNorm statistics and parameters away from the neutral ones, biases away from 0; the same for the same seed.
+
+    ``gain`` below 1 keeps very deep residual nets from growing without bound.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.data.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for m in model.modules():
+        if isinstance(m, NORMS):
+            uniform(m.running_mean, -0.2, 0.2)
+            uniform(m.running_var, 0.7, 1.4)
+            uniform(m.weight, 0.6 * gain, 1.4 * gain)
+            uniform(m.bias, -0.2, 0.2)
+        elif getattr(m, "bias", None) is not None and isinstance(m.bias, Tensor):
+            uniform(m.bias, -0.05, 0.05)
+    return model
+
+
+def copy_in_order(ours: nn.Module, theirs: nn.Module) -> None:
+    """Copy ``theirs`` into ``ours`` tensor by tensor in order of definition; every shape must agree."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert len(mine) == len(other), f"{len(mine)} tensors here, {len(other)} there"
+    for (a, target), (b, source) in zip(mine.items(), other.items(), strict=True):
+        assert target.shape == source.shape, f"{a} {tuple(target.shape)} against {b} {tuple(source.shape)}"
+    ours.load_state_dict(dict(zip(mine, other.values(), strict=True)))
+
+
+def check_forward(ours: nn.Module, stock: nn.Module, x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Outputs in eval, without and with gradients, NCHW and channels_last."""
+    ours.eval(), stock.eval()
+    truth = copy.deepcopy(stock).double()
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    with torch.no_grad():
+        want, true = _outputs(stock(x)), _outputs(truth(x.double()))
+        x_last = x.contiguous(memory_format=last)
+        runs = {"no_grad": (_outputs(ours(x)), want), "channels_last": (_outputs(ours(x_last)), _outputs(stock(x_last)))}
+    runs["grad"] = (_outputs(ours(x)), want)
+    assert all(t.isfinite().all() and t.abs().max() > 0 for t in true), "the comparison would say nothing"
+    if shape is not None:
+        assert tuple(want[-1].shape) == shape
+    for name, (got, own) in runs.items():
+        for i, (g, w, t) in enumerate(zip(got, own, true, strict=True)):
+            no_worse_than_torch(g, w, t, f"{name}, output {i}")
+
+
+def check_training(
+    ours: nn.Module,
+    stock: nn.Module,
+    x: Tensor,
+    *,
+    steps: int = 3,
+    lr: float = 1e-5,
+    bn: bool = True,
+    rename: Rename | None = None,
+) -> None:
+    """Loss and every gradient of the first step, running statistics after ``steps`` steps of SGD, in fp32 and fp64.
+
+    The rate is small: at 1e-3 three steps of a deep net amplify fp64's own rounding to 1e-5, at 1e-5 to 1e-6.
+
+    ``ours`` and ``stock`` have the same weights. ``rename`` gives stock's tensors our names; without it they are compared by
+    name, or in their order of definition where the names differ.
+    """
+    nets = {"ours": ours, "ours64": copy.deepcopy(ours).double(), "stock": stock, "truth": copy.deepcopy(stock).double()}
+    runs = {name: _train(net.train(), x, steps, lr) for name, net in nets.items()}
+    losses, grads, statistics = ({name: run[i] for name, run in runs.items()} for i in range(3))
+    close(losses["ours64"], losses["truth"], 1e-10, "loss in fp64")
+    close(losses["ours"], losses["truth"], 2 * abs(float(losses["stock"] / losses["truth"]) - 1) + 1e-4, "loss")
+    check_norms(grads, rename, "gradient", 1e-7)
+    if bn:
+        assert statistics["truth"], "the model has no BatchNorm"
+        check_norms(statistics, rename, "statistics", 1e-5)
+        for name, net in nets.items():
+            counts = {int(m.num_batches_tracked) for m in net.modules() if isinstance(m, NORMS)}
+            assert counts == {steps}, name
+
+
+def _train(net: nn.Module, x: Tensor, steps: int, lr: float) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss and gradients of the first step, running statistics after the last."""
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    found: tuple[Tensor, dict[str, Tensor]] | None = None
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(step)  # dropout draws the same numbers in every dtype
+        outs = _outputs(net((x + 0.1 * step).to(next(net.parameters()).dtype)))
+        generator = torch.Generator().manual_seed(7)
+        weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+        # A random functional of all outputs: no gradient is zero by symmetry.
+        loss = sum((o * w).mean() + o.square().mean() for o, w in zip(outs, weights, strict=True))
+        loss.backward()
+        found = found or (loss.detach(), _named(net, "grad"))
+        optimizer.step()
+    return *found, _named(net, "statistics")
+
+
+def close(got: Tensor, want: Tensor, relative: float, name: str) -> None:
+    assert abs(float(got) - float(want)) <= relative * abs(float(want)), (
+        f"{name}: {float(got):.12g}, expected {float(want):.12g}"
+    )
+
+
+def aligned(tensors: dict[str, dict[str, Tensor]], rename: Rename | None) -> dict[str, dict[str, Tensor]]:
+    """Everything under our names."""
+    names = tensors["ours"]
+    out = {}
+    for who, mapping in tensors.items():
+        if not who.startswith("ours"):
+            if rename is not None:
+                mapping = rename(mapping)
+            elif mapping.keys() != names.keys():
+                assert len(mapping) == len(names)
+                mapping = dict(zip(names, mapping.values(), strict=True))
+        assert mapping.keys() == names.keys(), who
+        out[who] = mapping
+    return out
+
+
+def check_norms(tensors: dict[str, dict[str, Tensor]], rename: Rename | None, what: str, tolerance: float) -> None:
+    """In fp64 each tensor equals stock's; in fp32 all of them together are near, as stock's are."""
+    named = aligned(tensors, rename)
+    truth = named["truth"]
+    size = {k: float(t.norm()) for k, t in truth.items()}
+    scale = _total(size)
+    assert scale > 0, f"{what}: all zero"
+    for name, want in truth.items():
+        got = named["ours64"][name]
+        assert got.shape == want.shape, f"{what} of {name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        error = float((got - want).norm())
+        assert error <= tolerance * size[name] + tolerance / 100 * scale, (
+            f"{what} of {name} in fp64: error {error:.2e} of {size[name]:.2e}"
+        )
+    mine, own = (_total({k: float((named[who][k].double() - t).norm()) for k, t in truth.items()}) for who in ("ours", "stock"))
+    assert mine <= 6 * own + 0.01 * scale, f"{what}: error {mine / scale:.2e} of the norm, stock's is {own / scale:.2e}"
+
+
+def _total(values: dict[str, float]) -> float:
+    return sum(v * v for v in values.values()) ** 0.5
+
+
+def _named(net: nn.Module, kind: str) -> dict[str, Tensor]:
+    if kind == "grad":
+        missing = [name for name, p in net.named_parameters() if p.grad is None]
+        assert not missing, f"no gradient: {missing[:5]}"
+        return {name: p.grad.detach().clone() for name, p in net.named_parameters()}
+    return {name: b.clone() for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))}
+
+
+def _outputs(result: Any) -> Sequence[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def image(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
