@@ -77,21 +77,23 @@ def cases(dtype: torch.dtype) -> list[Case]:
     found: list[Case] = []
     for code, single in itertools.product(ACTIVATIONS, (False, True)):
         per_thread = 1 if single or dtype == torch.float64 else vector
-        # Two blocks of 256 threads, two values a step: a step and a half, and a tail of its own length for each activation.
-        n = 256 * per_thread * 6 + 37 * per_thread + 1 + code % 7
-        x, residual, dout = operands(n, dtype)
-        if single:
-            x, residual, dout = map(misaligned, (x, residual, dout))
-        label = f"act{code}-{'single' if single else 'vector'}"
-        found += calls(label, x, residual, dout, code, few_blocks=True)
-        # The sum may come ready-made (mixed layouts go through aten::add).
-        found += calls(f"{label}-sum", x, None, dout, code, few_blocks=True)
+        # Two blocks of 256 threads, two values a step: more than a step, and a tail of its own length for each activation, in the
+        # first and in the second value.
+        for part in (4 * 256 + 301, 6 * 256 + 37):
+            x, residual, dout = operands(part * per_thread + 1 + code % 7, dtype)
+            if single:
+                x, residual, dout = map(misaligned, (x, residual, dout))
+            label = f"act{code}-{'single' if single else 'vector'}-{part}"
+            found += calls(label, x, residual, dout, code, few_blocks=True)
+            # The sum may come ready-made (mixed layouts go through aten::add).
+            found += calls(f"{label}-sum", x, None, dout, code, few_blocks=True)
     # One value to a whole number of blocks; tails of every length, in the first and in the second vector of a thread.
     tails = [whole * vector + tail for tail in range(1, vector) for whole in (3, 519)]
     for n in (1, 256 * vector, 4 * 256 * vector, *tails):
         x, residual, dout = operands(n, dtype)
-        found += calls(f"n{n}", x, residual, dout, 3, few_blocks=n > 1024)
-        found += calls(f"n{n}-sum", x, None, dout, 1, few_blocks=n > 1024)
+        for code in ACTIVATIONS:
+            found += calls(f"n{n}-act{code}", x, residual, dout, code, few_blocks=n > 1024)
+            found += calls(f"n{n}-act{code}-sum", x, None, dout, code, few_blocks=n > 1024)
     x, residual, dout = (random(1 << 17, dtype=dtype, seed=s) for s in (1, 2, 3))
     found += calls("even", x, residual, dout, 1, few_blocks=True, even=True)
     return found
