@@ -36,6 +36,11 @@ def run(case: Case, **options: int) -> tuple[Results, list[Report]]:
         return getattr(launchers, f"{case.op}_{case.way}")(**arguments, options=options)
 
 
+def chosen(case: Case) -> bool:
+    """Whether this backend runs a case at all."""
+    return True
+
+
 @functools.cache
 def ptx_of(source: Path) -> str:
     """PTX of a project file, as the host library embeds it."""

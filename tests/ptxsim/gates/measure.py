@@ -7,7 +7,7 @@ A backend module has `run(case, **options)`, `instantiations()`, `ptx_of_kernel(
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -46,6 +46,8 @@ def baseline(backend: ModuleType, op: str, dtype: torch.dtype) -> list[Baseline]
     """Every case of an op and dtype, cheapest first; raises AssertionError on findings and results that are not the truth."""
     found = []
     for case in workload.cases(op, dtype):
+        if not backend.chosen(case):
+            continue
         results, reports = backend.run(case)
         wrong = workload.wrong(results, case.truth(), dtype, accumulator(dtype))
         assert not wrong, f"{op}, {dtype}, {case.name}: {wrong}"
@@ -104,6 +106,13 @@ def killed(backend: ModuleType, kernel: str, mutant: mutate.Mutant) -> str:
             if wrong:
                 return f"{base.case.name}: {wrong}"
     return ""
+
+
+def never_differs(backend: ModuleType, kernel: str, mutant: mutate.Mutant) -> bool:
+    """Whether the changed comparison or conversion gives the unchanged value in every lane of every case."""
+    alone = mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel))
+    ptx = mutate.probe(mutant, alone)
+    return ptx is not None and not killed(backend, kernel, replace(mutant, ptx=ptx))
 
 
 def mutants_of(backend: ModuleType, kernel: str, most: int, seed: int = 0) -> list[mutate.Mutant]:

@@ -121,7 +121,8 @@ SHAPES = {
     "odd": ((2, 63, 5, 3), ("nhwc", "nchw"), (False,), True),
     "long": ((2, 8, 40, 41), ("nhwc", "nchw"), (False, True), True),
     "tiny": ((70, 9, 1, 3), ("nhwc", "nchw"), (False,), True),
-    "matrix": ((300, 16), ("nhwc",), (False, True), True),
+    "batch": ((120, 3, 5, 7), ("nchw",), (False, True), True),
+    "matrix": ((230, 16), ("nhwc",), (False, True), True),
     "plane": ((5, 1, 9, 9), ("nchw",), (False, True), False),
     "tiles": ((2, 264, 3, 4), ("nhwc", "nchw"), (False,), False),
     "slice": ((3, 16, 24, 24), ("nhwc+slice", "nchw+slice"), (False, True), True),
@@ -151,8 +152,8 @@ def calls(
     channels = x.shape[1]
     weight, bias, mean = (random(channels, dtype=dtype, seed=s) for s in (4, 5, 6))
     variance = random(channels, dtype=dtype, seed=7).abs() + 0.5
-    if "w" in affine and "b" in affine and dtype == acc and residual is not None and channels > 5:
-        for c, (value, addend) in enumerate(at_kinks(x.dtype), 3):  # z = bias + residual in these channels
+    if "w" in affine and "b" in affine and dtype == acc and residual is not None and channels > 6:
+        for c, (value, addend) in zip((3, 5, 6), at_kinks(x.dtype), strict=True):  # z = bias + residual in these channels
             weight[c], bias[c] = 0.0, addend
             residual[:, c] = value
     masks = code in MASKED and residual is not None
@@ -165,6 +166,7 @@ def calls(
     needs = ("dx", "dweight", "dbias") + (("dresidual",) if residual is not None else ())
     other = forward | {"save_mask": not masks}  # (of zeros where the activation has none)
     backward = shared | statistics | {"dout": dout, "mask": None, "needs": needs}
+    backward |= {} if code else {"residual": None}  # as the host code does: only what is needed
     truth = functools.partial
     found = [
         Case("bn_act", "fwd", f"fwd-{label}", forward, truth(forward_truth, forward), **flags),
@@ -172,7 +174,7 @@ def calls(
         Case("bn_act", "bwd", f"bwd-{label}", backward, truth(backward_truth, backward), **flags),
     ]
     if masks:
-        masked = backward | {"mask": random_bits(x.numel())}
+        masked = backward | {"mask": random_bits(x.numel()), "residual": None}
         found.append(Case("bn_act", "bwd", f"bwd-{label}-mask", masked, truth(backward_truth, masked), **flags))
     return found
 
