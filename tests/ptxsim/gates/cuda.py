@@ -14,6 +14,7 @@ import torch
 from .. import Module, Report, compile_cuda
 from .workload import Case, Results
 
+NAME = "cuda"
 OPS = tuple(dict.fromkeys(source.parent.name for source in launchers.SOURCES))
 TYPES = {"If": torch.float32, "I6__half": torch.float16, "I13__nv_bfloat16": torch.bfloat16, "Id": torch.float64}
 
@@ -104,3 +105,8 @@ def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
     if "finalize" in kernel and dtype_of(kernel) == torch.float32:
         return (torch.float32,)  # (half and bfloat16 reach it too: the same code and types)
     return (dtype_of(kernel),)
+
+
+def cubin(source: Path, arch: str) -> tuple[Path, str]:
+    """The compiled file and what ptxas said."""
+    return compile_cuda(source, "cubin", arch, [launchers.CSRC], launchers.FLAGS)

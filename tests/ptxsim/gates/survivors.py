@@ -72,6 +72,14 @@ ARGUMENTS = (
         "missing_mask|wrong_predicate|loose_comparison", DIVISION,
         "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
     ),
+    Argument(
+        "swapped_operands|loose_comparison|wrong_predicate|missing_mask", r"bits = left < kVec \?",
+        "single accesses: a valid lane has a value left, so its bit stays", kernel="Li1E",
+    ),
+    Argument(
+        "wrong_predicate|missing_mask", r"if \(a\.mask != nullptr\)",
+        "the bits of an activation without a mask are zero either way, and without room for a mask they are not stored",
+    ),
     Argument("wrong_grid", "", "a grid-stride loop: any number of blocks does all the work", kernel="add_act_(fwd|bwd)_kernel"),
     Argument("wrong_grid", "", "blocks beyond the last channel leave at once", kernel="finalize_kernel"),
 )  # fmt: skip

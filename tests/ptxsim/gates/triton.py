@@ -21,6 +21,7 @@ from dl4ds_kernels._triton import _common, add_act, bn_act, conv_bn_act
 from .. import Arr, Module, Report
 from .workload import Case, Results
 
+NAME = "triton"
 OPS = ("add_act", "bn_act", "conv_bn_act")
 CAPABILITY = 80
 # Compiling takes far longer than running, so shapes and variants are a selection: every LAYOUT, tiling and activation is in it.
@@ -107,6 +108,9 @@ def _conv_bn_act(case: Case, t: dict[str, Any]) -> Results:
 CALLS = {"add_act": _add_act, "bn_act": _bn_act, "conv_bn_act": _conv_bn_act}
 
 
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # of this process: TF32 has its own test in _triton_offline.py
+
+
 def run(case: Case, capability: int = CAPABILITY, **options: int) -> tuple[Results, list[Report]]:
     """Results and one report per kernel; raises AssertionError on findings."""
     reports: list[Report] = []
@@ -162,3 +166,8 @@ def replacing(kernel: str, ptx: str) -> Iterator[None]:
         yield
     finally:
         _replaced.pop(kernel)
+
+
+def seen() -> list[str]:
+    """Every kernel that was launched so far."""
+    return list(_seen)
