@@ -1,4 +1,4 @@
-"""The gates themselves, for tests and for the table in docs: findings, traffic, mutants, machine code. Each returns what is wrong."""
+"""The gates, for tests and for the table in docs: findings, traffic, mutants, machine code. Each returns what is wrong."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def over_limits(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     for kernel, launches in moved(backend, op, dtype).items():
         most = limits.limits_of(backend.NAME, kernel)
         for t in launches:
-            bad = [f"{name} {getattr(t, name):.3f} < {getattr(most, name)}" for name in ("load", "store") if getattr(t, name) < getattr(most, name)]
-            names = ("waves", "again", "instructions") + (("small",) if t.passes else ())
-            bad += [f"{name} {getattr(t, name):.3f} > {getattr(most, name)}" for name in names if getattr(t, name) > getattr(most, name)]
+            low, high = ("load", "store"), ("waves", "again", "instructions", *(("small",) if t.passes else ()))
+            bad = [f"{n} {getattr(t, n):.3f} < {getattr(most, n)}" for n in low if getattr(t, n) < getattr(most, n)]
+            bad += [f"{n} {getattr(t, n):.3f} > {getattr(most, n)}" for n in high if getattr(t, n) > getattr(most, n)]
             bad += [f"touches {name}" for name in t.passes if name not in most.tensors]
             bad += [f"{name}: {share:.3f} of its bytes" for name, share in t.passes.items() if share > 1.01]
             problems += [f"{kernel}, {dtype}: {', '.join(bad)}"] if bad else []

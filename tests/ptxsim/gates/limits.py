@@ -1,6 +1,6 @@
 """The limits of every kernel that ships: one entry each. A new kernel joins with an entry here and a workload_<op>.py.
 
-Traffic limits hold for the `even` cases of 16-byte instantiations: per channel vectors and the end of a block weigh little there.
+Traffic limits hold for the `even` cases of 16-byte instantiations: vectors of C values and tails weigh little there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Limits:
     bytes of everything else, by theirs. load, store: least share of moved sectors that the requests needed. waves: most
     shared-memory waves per ideal wave. again: most sectors moved per distinct sector. instructions: most warp instructions per
     512 distinct bytes (an A100 issues about 150 in the time it moves them). registers: of a thread, on every architecture.
-    wide_loads, wide_stores: 128-bit accesses in the main loop's machine code. mma: tensor-core instructions. note: for the table.
+    wide_loads, wide_stores: 128-bit accesses in the main loops (SASS). mma: tensor-core instructions. note: for the table.
     """
 
     backend: str
@@ -76,10 +76,12 @@ LIMITS: dict[str, Limits] = {
     "bn_apply_kernel": Limits("triton", "bn_act", _FORWARD, load=0.75, again=1.6, instructions=75, registers=72, note=_CACHED),
     "bn_bwd_partial_kernel": Limits("triton", "bn_act", _SUMS, load=0.9, again=1.3, instructions=110, registers=128),
     "bn_bwd_merge_kernel": _merge("triton", "bn_act", registers=255),
-    "bn_bwd_apply_kernel": Limits("triton", "bn_act", _GRADIENT, load=0.7, again=1.7, instructions=75, registers=72, note=_CACHED),
+    "bn_bwd_apply_kernel": Limits(
+        "triton", "bn_act", _GRADIENT, load=0.7, again=1.7, instructions=75, registers=72, note=_CACHED,
+    ),
     "conv_bn_act_kernel": Limits(
         "triton", "conv_bn_act", ("x", "residual", "out"), small=7.0, load=0.33, waves=2.0, again=8.0, instructions=1500,
-        registers=255, mma=True, note="a product, so bound by arithmetic: x is read once a tap and tile, weights once a tile of pixels",
+        registers=255, mma=True, note="bound by arithmetic: x is read once a tap and tile, weights once a tile of pixels",
     ),
 }  # fmt: skip
 # Triton functions with the name of a CUDA kernel.
@@ -95,7 +97,7 @@ def limits_of(backend: str, kernel: str) -> Limits:
 
 
 def shipped_kernels() -> list[tuple[str, str, str]]:
-    """(backend, kernel, file) of every __global__ function in csrc and every @triton.jit kernel that a host function launches."""
+    """(backend, kernel, file) of every __global__ function in csrc and every @triton.jit function called *_kernel."""
     found = []
     for path in sorted([*REPOSITORY.glob("csrc/**/*.cuh"), *REPOSITORY.glob("csrc/**/*.cu")]):
         text = re.sub(r"//[^\n]*", "", path.read_text())

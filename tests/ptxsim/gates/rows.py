@@ -1,4 +1,4 @@
-"""One row of results per kernel, kept in build/ptxsim/gates as long as the kernel's PTX, the cases and the simulator stay the same.
+"""One row of results per kernel, kept in build/ptxsim/gates while the kernel's PTX, the cases and the simulator stay the same.
 
 Tests never read rows; the table in docs is made from them, so that it does not repeat what a complete test run has just done.
 """
@@ -53,7 +53,8 @@ def row(backend: ModuleType, kernel: str, again: bool = False) -> Row:
     found = {
         "backend": backend.NAME, "function": backend.stem(kernel), "kernel": backend.short(kernel), "covered": covered,
         "total": total, "tried": verdict.tried,
-        "explained": [{"mutant": _plain(m), "why": why} for m, why in verdict.explained], "open": [_plain(m) for m in verdict.open],
+        "explained": [{"mutant": _plain(m), "why": why} for m, why in verdict.explained],
+        "open": [_plain(m) for m in verdict.open],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))

@@ -1,4 +1,4 @@
-"""What a launch moved, in the units of the limits: sectors against the fewest, re-reads, instructions, distinct bytes per tensor."""
+"""What a launch moved, in the units of the limits: sectors against the fewest, re-reads, instructions, distinct bytes."""
 
 from __future__ import annotations
 

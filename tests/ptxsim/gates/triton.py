@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import _triton_offline as offline
@@ -101,8 +103,10 @@ def _bn_act(case: Case, t: dict[str, Any]) -> Results:
 
 
 def _conv_bn_act(case: Case, t: dict[str, Any]) -> Results:
-    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual", "stride", "padding", "dilation")
-    return {"out": conv_bn_act.conv_bn_act(*(t[n] for n in names), 1, t["eps"], False, t["activation"], t["negative_slope"])}
+    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+    geometry = (t["stride"], t["padding"], t["dilation"], 1)
+    last = (t["eps"], False, t["activation"], t["negative_slope"])
+    return {"out": conv_bn_act.conv_bn_act(*(t[n] for n in names), *geometry, *last)}
 
 
 CALLS = {"add_act": _add_act, "bn_act": _bn_act, "conv_bn_act": _conv_bn_act}
@@ -171,3 +175,24 @@ def replacing(kernel: str, ptx: str) -> Iterator[None]:
 def seen() -> list[str]:
     """Every kernel that was launched so far."""
     return list(_seen)
+
+
+def resources(architectures: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """(function, architecture, registers) of every kernel on sizes that divide evenly; raises where it spills."""
+    launches: list[tuple[Any, int, dict[str, Any]]] = []
+    before = _common.launch
+    _common.launch = lambda kernel, programs, **given: launches.append((kernel, programs, given))
+    try:
+        for dtype, layout in ((torch.float16, "nhwc"), (torch.bfloat16, "nchw"), (torch.float32, "nhwc")):
+            offline.call_every_kernel(dtype, layout)
+    finally:
+        _common.launch = before
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kernel, programs, given in launches:
+            for arch in architectures:
+                compiled = offline.compile_launch(kernel, programs, dict(given), int(arch))
+                used = compiled.resources(Path(folder))
+                assert used["STACK"] == used["LOCAL"] == 0, f"{compiled.name} on sm_{arch} spills: {used}"
+                found.append((compiled.name, arch, used["REG"]))
+    return found

@@ -1,4 +1,4 @@
-"""Calls of add_act: every activation, with and without mask and residual, aligned or not, every tail, several steps a thread."""
+"""Calls of add_act: every activation, with and without mask and residual, aligned or not, every tail, several steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .workload import ACTIVATIONS, MASKED, Case, Truth, activation, from_mask, gradient, positive, random, random_bits
+from .workload import (
+    ACTIVATIONS,
+    MASKED,
+    Case,
+    Truth,
+    activation,
+    from_mask,
+    gradient,
+    positive,
+    random,
+    random_bits,
+    size_of,
+    unpacked,
+)
 from .workload import shifted as misaligned
-from .workload import size_of, unpacked
 
 ALPHA = 0.75
 
@@ -78,8 +90,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
     found: list[Case] = []
     for code, single in itertools.product(ACTIVATIONS, (False, True)):
         per_thread = 1 if single or dtype == torch.float64 else vector
-        # Two blocks of 256 threads, two values a step: more than a step, and a tail of its own length for each activation, in the
-        # first and in the second value.
+        # Two blocks of 256 threads, two values a step: more than a step, and a tail of its own length for each activation, in
+        # the first and in the second value.
         for part in (4 * 256 + 301, 6 * 256 + 37, *((1, 300, 812) if single else ())):
             x, residual, dout = operands(part * per_thread + (1 + code if part > 1 else 0), dtype)
             if single:

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from .workload import (
-    MASKED, Case, Truth, activation, at_kinks, from_mask, gradient, positive, random, random_bits, shifted, size_of, unpacked,
+    MASKED,
+    Case,
+    Truth,
+    activation,
+    at_kinks,
+    from_mask,
+    gradient,
+    positive,
+    random,
+    random_bits,
+    shifted,
+    size_of,
+    unpacked,
 )  # fmt: skip
 
 EPS, MOMENTUM = 1e-3, 0.1
