@@ -25,7 +25,7 @@ TRITON = [
 def test_cuda(kernel: str) -> None:
     verdict = checks.mutants(cuda, kernel)
     print(verdict)
-    assert verdict.tried >= 30
+    assert verdict.tried >= 20
     assert verdict.share >= checks.LEAST_KILLED and not verdict.open, str(verdict)
 
 
@@ -42,6 +42,6 @@ measure.baseline(triton, {op!r}, torch.float16)
 kernels = [k for k in triton.seen() if triton.stem(k) == {function!r}]
 verdict = checks.mutants(triton, max(kernels, key=lambda k: (measure.coverage(triton, k)[0], k)))
 print(verdict)
-assert verdict.tried >= 20 and verdict.share >= checks.LEAST_KILLED and not verdict.open, str(verdict)
+assert verdict.tried >= 15 and verdict.share >= checks.LEAST_KILLED and not verdict.open, str(verdict)
 """)
     )

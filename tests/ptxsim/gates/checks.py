@@ -15,7 +15,7 @@ from .. import mutate, toolchain
 from . import limits, measure, survivors
 from .traffic import Traffic, traffic
 
-MUTANTS_PER_OPERATOR = 3
+MUTANTS_PER_OPERATOR = 2
 LEAST_KILLED = 0.95  # of the mutants that are not shown to change nothing
 LEAST_COVERED = 0.75  # of a kernel's instructions; the rest is 64-bit division, vector types that the host code never passes
 
