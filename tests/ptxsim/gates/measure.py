@@ -95,7 +95,9 @@ def coverage(backend: ModuleType, kernel: str) -> tuple[int, int]:
 
 def killed(backend: ModuleType, kernel: str, mutant: mutate.Mutant) -> str:
     """How a mutant is found out by a case that executes the change, on the cheap ones first ("" if it survives)."""
-    cases = [base for base, lines in executed_by(backend, kernel) if mutant.index < 0 or mutant.index in lines]
+    # Where a guard is false in all lanes the instruction does not count as executed, but it was reached from the one before.
+    reached = {mutant.index - 1, mutant.index}
+    cases = [base for base, lines in executed_by(backend, kernel) if mutant.index < 0 or reached & lines]
     if len(cases) > MOST_CASES:  # the cheap half of what is tried, and as many spread over the rest
         rest = cases[MOST_CASES // 2 :]
         cases = cases[: MOST_CASES // 2] + rest[:: -(-len(rest) // (MOST_CASES // 2))]

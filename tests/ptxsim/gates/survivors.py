@@ -47,7 +47,7 @@ class Argument:
         )
 
 
-DIVISION = r"/ (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
+DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
 ARGUMENTS = (
     Argument("unsigned_wrap", "", "sizes, indices and activation codes are never negative there", never=True),
     Argument("wrong_rounding", r"^cuda_(fp16|bf16)\.hpp", "the value is exact in the narrow type, a constant zero", never=True),
@@ -71,6 +71,22 @@ ARGUMENTS = (
     Argument(
         "missing_mask|wrong_predicate|loose_comparison", DIVISION,
         "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
+    ),
+    Argument(
+        ".*", r"^bn_act_fwd_kernel\.cuh: (const bool whole =|if \(whole\))",
+        "single accesses: every window is whole, and its one value is added alike on both paths", kernel="Li1E",
+    ),
+    Argument(
+        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: const bool whole =",
+        "a window that ends with its plane is added alike value by value",
+    ),
+    Argument(
+        "loose_comparison", r"if \(pos < length\)", "single accesses: there are as many windows as values", never=True,
+        kernel="Li1E",
+    ),
+    Argument(
+        "loose_comparison", r"^reduce\.cuh: ", "the compiler's count of merges left: a block has eight warps", never=True,
+        kernel="nchw",
     ),
     Argument(
         "swapped_operands|loose_comparison|wrong_predicate|missing_mask", r"bits = left < kVec \?",
