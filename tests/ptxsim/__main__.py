@@ -102,10 +102,10 @@ def gates(options: argparse.Namespace) -> int:
     if options.measure:
         backend = importlib.import_module(f"{__package__}.gates.{options.measure}")
         dtypes = workload.DTYPES if options.measure == "cuda" else workload.DTYPES[:2]
-        print(json.dumps(table.measured(backend, dtypes)))
+        print(json.dumps(table.measured(backend, dtypes, options.known)))
         return 0
     if options.docs:
-        page = table.render({name: table.collect(name) for name in ("cuda", "triton")})
+        page = table.render({name: table.collect(name, options.known) for name in ("cuda", "triton")})
         Path(options.docs).write_text(page)
         print(page)
         return int("Not met" in page or "without an argument" in page)
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     g.add_argument("--kernel", default="", help="the mutants of kernels whose name contains this")
     g.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="triton: with TRITON_INTERPRET=0")
     g.add_argument("--docs", help="measure everything and write the table to this file")
+    g.add_argument("--known", action="store_true", help="with --docs: only mutants that have been run before")
     g.add_argument("--measure", choices=("cuda", "triton"), help=argparse.SUPPRESS)
     g.set_defaults(function=gates)
     options = parser.parse_args(argv)

@@ -38,13 +38,9 @@ class Argument:
     never: bool = False  # the two instructions never differ: checked by running the kernel with a trap
     kernel: str = ""
 
-    def fits(self, kernel: str, mutant: mutate.Mutant) -> bool:
-        """Whether the argument is about this mutant."""
-        return bool(
-            re.fullmatch(self.operator, mutant.operator)
-            and re.search(self.place, place_of(mutant))
-            and re.search(self.kernel, kernel)
-        )
+    def fits(self, kernel: str, operator: str, place: str) -> bool:
+        """Whether the argument is about such a mutant."""
+        return bool(re.fullmatch(self.operator, operator) and re.search(self.place, place) and re.search(self.kernel, kernel))
 
 
 DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
@@ -89,6 +85,18 @@ ARGUMENTS = (
         kernel="nchw",
     ),
     Argument(
+        ".*", r"^bn_act_(fwd|bwd)_kernel\.cuh: .*\bhere\b",
+        "single accesses: a value lies in its own plane, and `next` holds the same vectors", kernel="Li1E",
+    ),
+    Argument(
+        "missing_mask|wrong_predicate", r"^bn_act_bwd_kernel\.cuh: .*(a\.reads_x|in\.recomputes)\(\)",
+        "x and the vectors are there in any case; what is read without need is not used",
+    ),
+    Argument(
+        "loose_comparison", r"^vec\.cuh: return left >= kVec", "single accesses: a value is left", never=True, kernel="Li1E",
+    ),
+    Argument("nan_losing_max", r"unbiased", "counts are never NaN", never=True),
+    Argument(
         "swapped_operands|loose_comparison|wrong_predicate|missing_mask", r"bits = left < kVec \?",
         "single accesses: a valid lane has a value left, so its bit stays", kernel="Li1E",
     ),
@@ -103,4 +111,4 @@ ARGUMENTS = (
 
 def argument_for(kernel: str, mutant: mutate.Mutant) -> Argument | None:
     """The first argument that fits, or None."""
-    return next((a for a in ARGUMENTS if a.fits(kernel, mutant)), None)
+    return next((a for a in ARGUMENTS if a.fits(kernel, mutant.operator, place_of(mutant))), None)

@@ -30,12 +30,16 @@ is one kernel with all its instantiations (dtype, vector width); limits stand in
 """
 
 
-def measured(backend: ModuleType, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
-    """Everything of one backend that the table needs."""
+def measured(backend: ModuleType, dtypes: tuple[torch.dtype, ...], known: bool = False) -> dict[str, Any]:
+    """Everything of one backend that the table needs. known: no new mutants; kernels without a row are counted."""
     kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"launches": [], "rows": [], "registers": {}})
     problems: list[str] = []
+    missing = 0
     for kernel in rows.kernels(backend, dtypes):
-        kinds[backend.stem(kernel)]["rows"].append(rows.row(backend, kernel))
+        if known and not rows.file_of(backend, kernel).exists():
+            missing += 1
+        else:
+            kinds[backend.stem(kernel)]["rows"].append(rows.row(backend, kernel))
     runs: Counter[str] = Counter()
     for op in backend.OPS:
         for dtype in dtypes:
@@ -56,7 +60,7 @@ def measured(backend: ModuleType, dtypes: tuple[torch.dtype, ...]) -> dict[str, 
     else:
         for stem, arch, used in backend.resources(checks.ARCHITECTURES):
             kinds[stem]["registers"][arch] = max(kinds[stem]["registers"].get(arch, 0), used)
-    return {"kinds": kinds, "problems": problems, "runs": runs}
+    return {"kinds": kinds, "problems": problems, "runs": runs, "missing": missing}
 
 
 def line(backend: str, stem: str, found: dict[str, Any], runs: int) -> str:
@@ -103,6 +107,9 @@ def render(parts: dict[str, dict[str, Any]]) -> str:
         f"\n{tried} mutants of {len(every)} compiled kernels by {len(rows.mutate.OPERATORS) + 1} operators: "
         f"{tried - equal - len(open_)} found, {equal} shown to change nothing, {len(open_)} open: {100 * share:.1f} % killed.\n"
     ]
+    missing = sum(part["missing"] for part in parts.values())
+    if missing:
+        out += [f"Mutants of {missing} more compiled kernels have not been run since their last change.\n"]
     problems = [p for part in parts.values() for p in part["problems"]]
     out += [f"**Not met:** {problem}\n" for problem in problems]
     notes = [(s, limits.limits_of(b, s).note) for b, part in parts.items() for s in part["kinds"]]
@@ -119,10 +126,10 @@ def render(parts: dict[str, dict[str, Any]]) -> str:
     return "\n".join(out) + "\n"
 
 
-def collect(name: str) -> dict[str, Any]:
+def collect(name: str, known: bool = False) -> dict[str, Any]:
     """Measurements of a backend, in a process where Triton compiles or (for the rest) is interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if name == "triton" else "1"}
-    command = [sys.executable, "-m", "tests.ptxsim", "gates", "--measure", name]
+    command = [sys.executable, "-m", "tests.ptxsim", "gates", "--measure", name, *(["--known"] if known else [])]
     done = subprocess.run(command, cwd=build.REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring {name} failed")
