@@ -78,8 +78,9 @@ def mutants(backend: ModuleType, kernel: str, most: int = MUTANTS_PER_OPERATOR, 
     hunt = measure.hunt(backend, kernel, most, seed)
     verdict = Verdict(backend.short(kernel), hunt.tried)
     for mutant in hunt.survivors:
-        argument = survivors.argument_for(kernel, mutant)
-        if argument and (not argument.never or measure.never_differs(backend, kernel, mutant)):
+        found = survivors.arguments_for(kernel, mutant)
+        argument = next((a for a in found if not a.never or measure.never_differs(backend, kernel, mutant)), None)
+        if argument:
             verdict.explained.append((mutant, argument.why))
         else:
             verdict.open.append(mutant)

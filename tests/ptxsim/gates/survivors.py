@@ -109,6 +109,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def argument_for(kernel: str, mutant: mutate.Mutant) -> Argument | None:
-    """The first argument that fits, or None."""
-    return next((a for a in ARGUMENTS if a.fits(kernel, mutant.operator, place_of(mutant))), None)
+def arguments_for(kernel: str, mutant: mutate.Mutant) -> list[Argument]:
+    """Those that fit, those that need no run first."""
+    fitting = [a for a in ARGUMENTS if a.fits(kernel, mutant.operator, place_of(mutant))]
+    return sorted(fitting, key=lambda a: a.never)
