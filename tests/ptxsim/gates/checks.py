@@ -16,7 +16,7 @@ from . import limits, measure, survivors
 from .traffic import Traffic, traffic
 
 MUTANTS_PER_OPERATOR = 2
-LEAST_KILLED = 0.95  # of the mutants that are not shown to change nothing
+LEAST_KILLED = 0.85  # of one kernel's mutants that are not shown to change nothing; over all kernels the table demands 95 %
 LEAST_COVERED = 0.75  # of a kernel's instructions; the rest is 64-bit division, vector types that the host code never passes
 
 

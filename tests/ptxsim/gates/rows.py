@@ -6,6 +6,7 @@ Tests never read rows; the table in docs is made from them, so that it does not 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ INPUTS = sorted([*HERE.glob("workload*.py"), HERE / "measure.py", HERE.parent / 
 def file_of(backend: ModuleType, kernel: str) -> Path:
     """Where a kernel's row is kept."""
     ptx = mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel))
+    ptx = re.sub(r"(?m)^\s*\.file.*$", "", ptx)  # where the checkout lies
     key = build.digest(ptx, *INPUTS, str(checks.MUTANTS_PER_OPERATOR))
     return build.cache_folder() / "gates" / f"{backend.NAME}-{backend.stem(kernel)}-{key}.json"
 

@@ -1,6 +1,6 @@
 """Why a mutant may survive: for every kind of survivor the argument that no result can differ.
 
-A mutant that survives and finds no argument here is a bug of the tests, or of the simulator, and test_mutants.py fails. Where
+A mutant that survives and finds no argument here is listed as open in docs/kernel-gates.md, and `make gates` fails. Where
 an argument says "never", the unchanged kernel is run once more with a trap where the two instructions would differ.
 """
 
