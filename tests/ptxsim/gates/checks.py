@@ -17,7 +17,7 @@ from .traffic import Traffic, traffic
 
 MUTANTS_PER_OPERATOR = 2
 LEAST_KILLED = 0.85  # of one kernel's mutants that are not shown to change nothing; over all kernels the table demands 95 %
-# Of a kernel's instructions. The rest: 64-bit division, vector types that the host code never passes, and with single accesses in
+# Of a kernel's instructions. The rest: 64-bit division, vector types that host code never passes, and with single accesses in
 # NCHW the branch for a vector that ends in the next plane.
 LEAST_COVERED = 0.65
 
