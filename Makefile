@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dl4ds_kernels-setup
 PYTEST := $(PY) -m pytest
 
-.PHONY: help setup build demo test test-fast test-full sim bench lint format docs clean
+.PHONY: help setup build demo test test-fast test-full sim gates bench lint format docs clean
 help:           ## this list
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -46,6 +46,9 @@ test-full: build ## everything, long runs included
 
 sim: build      ## every GPU kernel of one op on the PTX simulator: make sim OP=add_act
 	$(PYTEST) tests/test_cuda_kernels.py -m "not full" -k "$(OP)"
+
+gates: build    ## docs/kernel-gates.md: every GPU kernel and its gates, on the PTX simulator
+	$(PY) -m tests.ptxsim gates --docs docs/kernel-gates.md
 
 bench: build    ## regenerate bench/results and the README figures
 	$(PY) bench/run.py

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,45 @@ CSRC = ROOT / "csrc"
 SOURCES = [CSRC / "ops" / op / f"{op}_{way}.cu" for op in ("bn_act", "add_act") for way in ("fwd", "bwd")]
 SOURCES += [CSRC / "ops" / "nms" / "nms_fwd.cu"]
 FLAGS = ("-DNDEBUG", "--expt-relaxed-constexpr")
+FEW_BLOCKS = 2  # of the build whose loops take several steps on small tensors
 DTYPES = {torch.float32: "kFloat32", torch.float64: "kFloat64", torch.float16: "kFloat16", torch.bfloat16: "kBFloat16"}
 
 
-@functools.cache
-def objects() -> list[Path]:
+def objects(flags: tuple[str, ...] = FLAGS) -> list[Path]:
     """The .cu files with host code and PTX, compiled two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda source: compile_cuda(source, "object", includes=[CSRC], flags=FLAGS)[0], SOURCES))
+        return list(pool.map(lambda source: compile_cuda(source, "object", includes=[CSRC], flags=flags)[0], SOURCES))
 
 
 @functools.cache
-def library() -> HostLibrary:
+def shipped() -> HostLibrary:
     """All launchers over the stand-in runtime; the first call compiles them (under a minute on two cores)."""
     return HostLibrary(objects())
+
+
+@functools.cache
+def few_blocks() -> HostLibrary:
+    """The same with the largest grid of grid-stride loops set to FEW_BLOCKS; the kernels' PTX does not depend on it."""
+    return HostLibrary(objects((*FLAGS, f"-DDL4DS_MAX_BLOCKS={FEW_BLOCKS}")))
+
+
+_library = shipped
+
+
+def library() -> HostLibrary:
+    """The launchers that the functions below call."""
+    return _library()
+
+
+@contextmanager
+def small_grids() -> Iterator[None]:
+    """Inside, launches go through few_blocks()."""
+    global _library
+    _library = few_blocks
+    try:
+        yield
+    finally:
+        _library = shipped
 
 
 @functools.cache

@@ -97,9 +97,14 @@ def compile_launch(kernel: Any, programs: int, arguments: dict[str, Any], capabi
         passed.append((name, value))
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(kernel.__name__, code, passed, programs)
+    key = repr((kernel.__name__, capability, signature, constants, attributes, options))
+    if key not in _compiled:
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+        _compiled[key] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return Compiled(kernel.__name__, _compiled[key], passed, programs)
+
+
+_compiled: dict[str, Any] = {}
 
 
 @pytest.fixture

@@ -85,23 +85,23 @@ decltype(auto) dispatch_dtype(const char* op, DType dtype, Fn&& fn) {
     }
 }
 
+/// The cases of a switch over all activations but kNone: host code and kernels write the switch once each,
+/// with their own idea of what else there may be (dispatch_activation below, switch_activation in
+/// activation.cuh).
+#define DL4DS_ACTIVATION_CASE(name) \
+    case Activation::name:          \
+        return fn(ActivationConstant<Activation::name>{});
+#define DL4DS_NONLINEAR_CASES         \
+    DL4DS_ACTIVATION_CASE(kRelu)      \
+    DL4DS_ACTIVATION_CASE(kLeakyRelu) \
+    DL4DS_ACTIVATION_CASE(kRelu6)     \
+    DL4DS_ACTIVATION_CASE(kSilu)      \
+    DL4DS_ACTIVATION_CASE(kHardswish)
+
 /// Calls fn(ActivationConstant<a>{}) for the activation a.
 template <typename Fn>
 decltype(auto) dispatch_activation(const char* op, Activation act, Fn&& fn) {
-    switch (act) {
-        case Activation::kNone:
-            return fn(ActivationConstant<Activation::kNone>{});
-        case Activation::kRelu:
-            return fn(ActivationConstant<Activation::kRelu>{});
-        case Activation::kLeakyRelu:
-            return fn(ActivationConstant<Activation::kLeakyRelu>{});
-        case Activation::kRelu6:
-            return fn(ActivationConstant<Activation::kRelu6>{});
-        case Activation::kSilu:
-            return fn(ActivationConstant<Activation::kSilu>{});
-        case Activation::kHardswish:
-            return fn(ActivationConstant<Activation::kHardswish>{});
-    }
+    switch (act) { DL4DS_ACTIVATION_CASE(kNone) DL4DS_NONLINEAR_CASES }
     throw_check_failure(op, ": activation: expected a code in [0, ", kNumActivations, "), got ",
                         static_cast<int>(act));
 }

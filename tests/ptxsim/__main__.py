@@ -1,11 +1,14 @@
 """Command line, for a person who debugs a kernel.
 
 `python -m tests.ptxsim run kernel.ptx --kernel add --grid 4 --block 256 --arg f32:1024:rand --arg f32:1024:out --arg i32:1024`
+`python -m tests.ptxsim gates --kernel add_act_fwd` runs the mutants of some kernels; `gates --docs FILE` measures everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -91,6 +94,31 @@ def unsupported(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def gates(options: argparse.Namespace) -> int:
+    """Runs the gates of the project's kernels; 0 if all are met."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the launchers of the project's tests
+    from .gates import checks, rows, table, workload
+
+    if options.measure:
+        backend = importlib.import_module(f"{__package__}.gates.{options.measure}")
+        dtypes = workload.DTYPES if options.measure == "cuda" else workload.DTYPES[:2]
+        print(json.dumps(table.measured(backend, dtypes, options.known)))
+        return 0
+    if options.docs:
+        page = table.render({name: table.collect(name, options.known) for name in ("cuda", "triton")})
+        Path(options.docs).write_text(page)
+        print(page)
+        return int("Not met" in page or "without an argument" in page)
+    backend = importlib.import_module(f"{__package__}.gates.{options.backend}")
+    failed = 0
+    for kernel in rows.kernels(backend, workload.DTYPES[:2]):
+        if options.kernel in kernel:
+            verdict = checks.mutants(backend, kernel)
+            print(verdict, flush=True)
+            failed += bool(verdict.open)
+    return int(failed > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.ptxsim", description="Run GPU kernels without a GPU.")
@@ -112,6 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     u = commands.add_parser("unsupported", help="list what the simulator can't execute in a .ptx file")
     u.add_argument("file")
     u.set_defaults(function=unsupported)
+    g = commands.add_parser("gates", help="run the gates of the project's kernels")
+    g.add_argument("--kernel", default="", help="the mutants of kernels whose name contains this")
+    g.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="triton: with TRITON_INTERPRET=0")
+    g.add_argument("--docs", help="measure everything and write the table to this file")
+    g.add_argument("--known", action="store_true", help="with --docs: only mutants that have been run before")
+    g.add_argument("--measure", choices=("cuda", "triton"), help=argparse.SUPPRESS)
+    g.set_defaults(function=gates)
     options = parser.parse_args(argv)
     try:
         return options.function(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import functools
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ class HostLibrary:
         self.path = build.link_host_library(objects)
         core.library()  # its symbols come from the library already loaded
         self._handle = c.CDLL(str(self.path))
+        self._functions: dict[str, Any] = {}
 
     @classmethod
     def from_sources(
@@ -72,6 +74,7 @@ class HostLibrary:
         """Compiles .cu files with nvcc (cached) and links them."""
         return cls([build.compile_cuda(s, "object", includes=includes, flags=flags)[0] for s in sources])
 
+    @functools.cached_property
     def symbols(self) -> list[str]:
         """Names of the functions the library defines (mangled for C++)."""
         listing = subprocess.run(["nm", "-D", "--defined-only", str(self.path)], capture_output=True, text=True, check=True)
@@ -79,11 +82,13 @@ class HostLibrary:
 
     def function(self, name: str) -> Any:
         """The function of that name: a C symbol, or the only C++ function called so in any namespace."""
+        if name in self._functions:
+            return self._functions[name]
         pattern = re.compile(rf"^{re.escape(name)}$|{len(name)}{re.escape(name)}(?=[ERKPiljmfdbsthv]|$)")
-        found = [s for s in self.symbols() if pattern.search(s)]
+        found = [s for s in self.symbols if pattern.search(s)]
         if len(found) != 1:
             raise LookupError(f"{len(found)} functions match {name!r}: {found}")
-        return self._handle[found[0]]
+        return self._functions.setdefault(name, self._handle[found[0]])
 
     def device(self, capability: int = 80, processors: int = 108, shared_optin: int = 166912) -> None:
         """What the stand-in runtime says of its device."""

@@ -1,11 +1,13 @@
 """Seeded bugs: textual operators on the PTX of one kernel.
 
 `mutants(ptx, kernel)` returns changed modules, each with one plausible mistake. A simulator worth its name reports it, or the
-numbers change: test_gates.py runs the mutants of the project's kernels and lists the survivors.
+numbers change: test_mutants.py runs the mutants of the project's kernels and lists the survivors. `wrong_grid` is not in the
+text: it is the launch with one block more or less, for the caller to make.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +24,13 @@ class Mutant:
     before: str
     after: str
     ptx: str
+    file: str = ""  # its source file
+    index: int = -1  # of the instruction, as in Report.lines
+    grid_delta: int = 0  # blocks more than the launcher asks for
 
     def __str__(self) -> str:
-        return f"{self.operator} at line {self.line}: {self.before.strip()}  ->  {self.after.strip() or '(removed)'}"
+        place = f"{self.file.rpartition('/')[2]}:{self.line}" if self.file else f"line {self.line}"
+        return f"{self.operator} at {place}: {self.before.strip()}  ->  {self.after.strip() or '(removed)'}"
 
 
 # An operator takes a statement and yields the statements that replace it, one per mutant ("" removes it).
@@ -229,42 +235,94 @@ def kernel_text(ptx: str, kernel: str) -> str:
 
 
 STATEMENT = re.compile(
-    r"\.loc\s+\d+\s+(\d+)|(?<=[\n;{}])[ \t]*((?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s[^;{}]*(?:\{[^;{}]*\}[^;{}]*)*)?;)"
+    r"\.loc\s+(\d+)\s+(\d+)|(?<=[\n;{}])[ \t]*((?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s[^;{}]*(?:\{[^;{}]*\}[^;{}]*)*)?;)"
 )
 
 
-def mutants(ptx: str, kernel: str, executed: set[int] | None = None, most: int = 1 << 30) -> list[Mutant]:
-    """Mutants of one kernel; at most `most` per operator, spread evenly over its sites.
+def _body(ptx: str, kernel: str) -> tuple[str, int]:
+    """The module with this kernel alone, and where its body begins."""
+    text = kernel_text(ptx, kernel)
+    return text, text.index("{", text.index(")", re.search(rf"\.entry\s+{re.escape(kernel)}\b", text).end()))
+
+
+def _plain(statement: str) -> str:
+    """One space between words, none in addresses (Triton writes `[ %rd1 + 4 ]`)."""
+    text = re.sub(r"\s+", " ", statement).replace(" ;", ";")
+    return re.sub(r"\[ ?([^\]]*?) ?\]", lambda m: f"[{m.group(1).replace(' ', '')}]", text)
+
+
+def _changes(apply: Operator, statement: str) -> Iterator[str]:
+    """What an operator makes of a statement and, behind its guard, of the instruction alone."""
+    yield from apply(statement)
+    guarded = re.match(r"(@!?%\w+ )(.*)", statement, re.S)
+    if guarded:
+        for changed in apply(guarded.group(2)):
+            yield changed and guarded.group(1) + changed
+
+
+def mutants(
+    ptx: str, kernel: str, executed: set[int] | frozenset[int] | None = None, most: int = 1 << 30, seed: int = 0
+) -> list[Mutant]:
+    """Mutants of one kernel; at most `most` per operator, drawn by seed from the sites it applies to, in order.
 
     executed: instruction indices (Report.lines) to which changes are limited: what no test runs, no test can find.
     """
-    text = kernel_text(ptx, kernel)
-    start = text.index("{", text.index(")", re.search(rf"\.entry\s+{re.escape(kernel)}\b", text).end()))
+    text, start = _body(ptx, kernel)
     body = text[start:]
-    found: list[Mutant] = []
-    statements: list[tuple[int, re.Match[str], str]] = []
-    line = 0
+    files = dict(re.findall(r'(?m)^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx))
+    statements: list[tuple[str, int, re.Match[str], str]] = []
+    file, line = "", 0
     for match in STATEMENT.finditer(body):
         if match.group(1):
-            line = int(match.group(1))
+            file, line = files.get(match.group(1), ""), int(match.group(2))
         else:
-            statements.append((line, match, re.sub(r"\s+", " ", match.group(2)).replace(" ;", ";")))
+            statements.append((file, line, match, _plain(match.group(3))))
+    found: list[Mutant] = []
     for name, apply in OPERATORS.items():
         sites: list[Mutant] = []
-        for index, (line, match, plain) in enumerate(statements):
+        for index, (file, line, match, plain) in enumerate(statements):
             if executed is not None and index not in executed:
                 continue
-            for changed in apply(plain):
+            for changed in _changes(apply, plain):
                 if changed != plain:
-                    mutated = text[:start] + body[: match.start(2)] + changed + body[match.end(2) :]
-                    sites.append(Mutant(name, line, plain, changed, mutated))
-        step = max(1, -(-len(sites) // most))
-        found += sites[::step][:most]
+                    mutated = text[:start] + body[: match.start(3)] + changed + body[match.end(3) :]
+                    sites.append(Mutant(name, line, plain, changed, mutated, file, index))
+        if len(sites) > most:
+            chosen = random.Random(f"{seed}:{kernel}:{name}").sample(range(len(sites)), most)
+            sites = [sites[i] for i in sorted(chosen)]
+        found += sites
     return found
 
 
 def statement_count(ptx: str, kernel: str) -> int:
     """Instructions that `mutants` sees in a kernel: as many as the simulator decodes (its final ret is its own)."""
-    text = kernel_text(ptx, kernel)
-    start = text.index("{", text.index(")", re.search(rf"\.entry\s+{re.escape(kernel)}\b", text).end()))
-    return sum(1 for match in STATEMENT.finditer(text[start:]) if match.group(2))
+    text, start = _body(ptx, kernel)
+    return sum(1 for match in STATEMENT.finditer(text[start:]) if match.group(3))
+
+
+def probe(mutant: Mutant, original: str) -> str | None:
+    """PTX of the unchanged kernel that traps where the mutant's instruction would give another value; None if there is no such.
+
+    original: the module with the unchanged kernel alone. For comparisons and conversions, whose result is one register.
+    """
+    before = re.match(r"(setp|cvt)\S* (%\w+), (.*);$", mutant.before)
+    after = re.match(r"(setp|cvt)(\S*) (%\w+), (.*);$", mutant.after)
+    if not before or not after or before.group(1) != after.group(1):
+        return None
+    kind, result = before.group(1), before.group(2)
+    if kind == "setp":
+        extra = f"{kind}{after.group(2)} %ptxsim_p, {after.group(4)}; xor.pred %ptxsim_p, %ptxsim_p, {result};"
+    else:
+        width = 32 if "x2" in after.group(2) else 16
+        extra = (
+            f"{kind}{after.group(2)} %ptxsim_{width}, {after.group(4)}; setp.ne.b{width} %ptxsim_p, %ptxsim_{width}, {result};"
+        )
+    # The operands may be overwritten by the original, so the other comes first.
+    first, _, check = extra.partition("; ")
+    text, start = original, original.index("{", original.index(")", original.index(".entry ")))
+    sites = [m for m in STATEMENT.finditer(text[start:]) if m.group(3)]
+    site = sites[mutant.index]
+    at, end = start + site.start(3), start + site.end(3)
+    registers = "\n.reg .pred %ptxsim_p; .reg .b16 %ptxsim_16; .reg .b32 %ptxsim_32;\n"
+    body = text[start + 1 : at] + f"{first}; {text[at:end]} {check} @%ptxsim_p trap;" + text[end:]
+    return text[: start + 1] + registers + body

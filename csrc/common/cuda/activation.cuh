@@ -40,16 +40,7 @@ __device__ __forceinline__ acc_t device_activation_gradient(acc_t dout, acc_t z,
 template <typename Fn>
 __device__ __forceinline__ void switch_activation(Activation act, Fn&& fn) {
     switch (act) {
-        case Activation::kRelu:
-            return fn(ActivationConstant<Activation::kRelu>{});
-        case Activation::kLeakyRelu:
-            return fn(ActivationConstant<Activation::kLeakyRelu>{});
-        case Activation::kRelu6:
-            return fn(ActivationConstant<Activation::kRelu6>{});
-        case Activation::kSilu:
-            return fn(ActivationConstant<Activation::kSilu>{});
-        case Activation::kHardswish:
-            return fn(ActivationConstant<Activation::kHardswish>{});
+        DL4DS_NONLINEAR_CASES
         default:
             return fn(ActivationConstant<Activation::kNone>{});
     }

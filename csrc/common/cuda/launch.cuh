@@ -14,8 +14,11 @@ namespace dl4ds {
 
 constexpr int kThreads = 256;
 // Enough blocks of 256 threads to fill any GPU of today about twice; more would only repeat each thread's
-// set-up.
-constexpr int64_t kMaxBlocks = 2048;
+// set-up. Tests build with a handful too, so that small tensors reach the later steps of every loop.
+#ifndef DL4DS_MAX_BLOCKS
+#define DL4DS_MAX_BLOCKS 2048
+#endif
+constexpr int64_t kMaxBlocks = DL4DS_MAX_BLOCKS;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

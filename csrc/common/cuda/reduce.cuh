@@ -97,39 +97,44 @@ __device__ __forceinline__ State column_merge(const State (&own)[kVec], int widt
             at(k, row, channel) = s.v[k];
         }
     };
-    if (ty < height) {
-        if constexpr (kVec % 4 == 0 && sizeof(acc_t) == 4) {
-            // 16 bytes at a time: single values of one thread lie in the same banks as those of the next.
-#pragma unroll
-            for (int f = 0; f < State::kFields; ++f) {
-#pragma unroll
-                for (int k = 0; k < kVec; k += 4) {
-                    *reinterpret_cast<float4*>(&at(f, ty, tx * kVec + k)) =
-                        make_float4(own[k].v[f], own[k + 1].v[f], own[k + 2].v[f], own[k + 3].v[f]);
-                }
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                write(ty, tx * kVec + k, own[k]);
-            }
-        }
-    }
-    __syncthreads();
     // First every thread merges a few rows of one channel, then a tree over the groups of rows.
     int groups = static_cast<int>(blockDim.x) / channels;
     groups = groups < height ? groups : height;
     const int channel = threadIdx.x % channels, group = threadIdx.x / channels;
     State state;
-    if (group < groups) {
-        state = read(group, channel);
-        for (int row = group + groups; row < height; row += groups) {
-            state.merge(read(row, channel));
+    if constexpr (kVec == 1) {
+        state = own[0];  // a group is a row
+    } else {
+        if (ty < height) {
+            if constexpr (kVec % 4 == 0 && sizeof(acc_t) == 4) {
+                // 16 bytes at a time: single values of one thread lie in the same banks as those of the next.
+#pragma unroll
+                for (int f = 0; f < State::kFields; ++f) {
+#pragma unroll
+                    for (int k = 0; k < kVec; k += 4) {
+                        *reinterpret_cast<float4*>(&at(f, ty, tx * kVec + k)) =
+                            make_float4(own[k].v[f], own[k + 1].v[f], own[k + 2].v[f], own[k + 3].v[f]);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < kVec; ++k) {
+                    write(ty, tx * kVec + k, own[k]);
+                }
+            }
+        }
+        __syncthreads();
+        if (group < groups) {
+            state = read(group, channel);
+            for (int row = group + groups; row < height; row += groups) {
+                state.merge(read(row, channel));
+            }
         }
     }
+    // A thread writes to the row that it alone has read so far, and no row is written twice: one barrier a
+    // level.
     while (groups > 1) {
         const int half = (groups + 1) / 2;
-        __syncthreads();
         if (group >= half && group < groups) {
             write(group, channel, state);
         }

@@ -115,16 +115,28 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const Bn
         if (pos < length) {
             const T* p = x + plane_offset(a.planes, a.x_planes, n, c, pos);
             const Pack<T, kVec> pack = load_upto<T, kVec>(p, numel - start - pos);
+            const bool whole = pos >= 0 && pos + kVec <= length;
             if (count == 0) {
-                shift = to_acc(p[pos < 0 ? -pos : 0]);
+                shift = to_acc(whole ? pack.v[0] : p[pos < 0 ? -pos : 0]);
             }
+            const auto add = [&](int k) {
+                const acc_t d = to_acc(pack.v[k]) - shift;
+                sum += d;
+                squares += d * d;
+            };
+            if (whole) {  // nearly all windows: no test per value
 #pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                if (pos + k >= 0 && pos + k < length) {
-                    const acc_t d = to_acc(pack.v[k]) - shift;
-                    sum += d;
-                    squares += d * d;
-                    count += 1;
+                for (int k = 0; k < kVec; ++k) {
+                    add(k);
+                }
+                count += kVec;
+            } else {
+#pragma unroll
+                for (int k = 0; k < kVec; ++k) {
+                    if (pos + k >= 0 && pos + k < length) {
+                        add(k);
+                        count += 1;
+                    }
                 }
             }
         }

@@ -223,7 +223,8 @@ inline bool plan_walk(DType dtype, bool channels_last, const Dims& size, int ope
 }
 
 inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
-    constexpr int64_t kBlocks = 1024, kMinSteps = 4, kMaxSteps = 256;
+    // At least five steps a thread: a first value to subtract and one round of the statistics' unrolled loop.
+    constexpr int64_t kBlocks = 1024, kMinSteps = 5, kMaxSteps = 256;
     ReducePlan plan;
     int64_t steps;  // of all threads together that work on one channel tile
     if (walk.use_rows) {
@@ -239,7 +240,7 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
         steps = ceil_div(walk.planes.batch * plan.windows, kThreads);
     }
     const int64_t wanted = kBlocks / plan.tiles;
-    plan.parts = wanted < ceil_div(steps, kMinSteps) ? wanted : ceil_div(steps, kMinSteps);
+    plan.parts = wanted < steps / kMinSteps ? wanted : steps / kMinSteps;
     plan.parts = plan.parts > ceil_div(steps, kMaxSteps) ? plan.parts : ceil_div(steps, kMaxSteps);
     plan.parts = plan.parts > 1 ? plan.parts : 1;
     plan.row_step = plan.parts * plan.height;

@@ -50,6 +50,8 @@ class BlockRunner {
             all.mask = w.alive;
             w.fragments.push_back(all);
             w.copies.clear();
+            w.products.clear();
+            w.product_group = 0;
             std::memset(w.groups, 0, sizeof w.groups);
             w.backward = 0;
             for (u32 d = 0; d < 3; d++)
@@ -122,10 +124,14 @@ class BlockRunner {
     }
 
     void finish() {
-        for (Warp& w : block_.warps)
+        for (Warp& w : block_.warps) {
             if (!w.copies.empty())
                 launch_.report(w, code_[w.copies[0].instruction], w.copies[0].lane, "ASYNC-LEAK",
                                "cp.async still under way when the block ended");
+            if (!w.products.empty())
+                launch_.report(w, *w.products[0].instruction, 0, "ASYNC-LEAK",
+                               "wgmma still under way when the block ended");
+        }
     }
 
     Launch& launch_;

@@ -23,7 +23,7 @@ const OpcodeTable& opcodes() {
         OpcodeTable t;
         for (auto add : {add_integer_opcodes, add_float_opcodes, add_arithmetic_opcodes, add_logic_opcodes,
                          add_compare_opcodes, add_convert_opcodes, add_memory_opcodes, add_async_opcodes,
-                         add_warp_opcodes, add_matrix_opcodes, add_control_opcodes})
+                         add_warp_opcodes, add_matrix_opcodes, add_wgmma_opcodes, add_control_opcodes})
             add(t);
         return t;
     }();

@@ -131,6 +131,7 @@ void add_memory_opcodes(OpcodeTable& table);
 void add_async_opcodes(OpcodeTable& table);
 void add_warp_opcodes(OpcodeTable& table);
 void add_matrix_opcodes(OpcodeTable& table);
+void add_wgmma_opcodes(OpcodeTable& table);
 void add_control_opcodes(OpcodeTable& table);
 
 }  // namespace ptxsim

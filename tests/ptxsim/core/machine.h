@@ -127,6 +127,13 @@ struct AsyncCopy {  // one lane's cp.async that has not been waited for
     u8 bytes, source_bytes, lane;
 };
 
+struct MatrixProduct {  // a wgmma.mma_async that has not been waited for
+    const Instruction* instruction;
+    u64 a, b;  // descriptors
+    bool accumulate;
+    u32 group;
+};
+
 struct Warp {
     u8* registers = nullptr;
     Block* block = nullptr;
@@ -138,7 +145,9 @@ struct Warp {
     std::vector<Fragment> fragments;
     std::vector<AsyncCopy> copies;
     u32 groups[kLanes] = {};  // cp.async groups committed by each lane
-    u64 backward = 0;         // instructions spent in backward branches (budget)
+    std::vector<MatrixProduct> products;
+    u32 product_group = 0;  // wgmma groups committed
+    u64 backward = 0;       // instructions spent in backward branches (budget)
 
     template <class T>
     T* reg(u32 slot) {
