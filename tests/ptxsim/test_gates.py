@@ -14,7 +14,12 @@ from ._gate import ROTATION, rotating, where_triton_compiles
 from .fixture import require_nvcc
 
 SUITES = [(op, dtype) for op in cuda.OPS for dtype in workload.DTYPES]
-BUILDS = [(source, arch) for source in cuda.launchers.SOURCES for arch in checks.ARCHITECTURES]
+BUILDS = [
+    (source, arch)
+    for source in cuda.launchers.SOURCES
+    if source.parent.name not in limits.ELSEWHERE
+    for arch in checks.ARCHITECTURES
+]
 # One mode beside the baseline in the default run, all of them in the full one.
 TODAY = [measure.MODES[1 + ROTATION % (len(measure.MODES) - 1)]]
 
@@ -32,6 +37,7 @@ def test_every_kernel_that_ships_has_limits() -> None:
     names = {(backend, kernel) for backend, kernel, _ in shipped}
     stale = [k for k, v in {**limits.LIMITS, **limits.TRITON_NAMES}.items() if (v.backend, k) not in names]
     assert not stale, f"limits of kernels that are no longer there: {stale}"
+    assert all((limits.REPOSITORY / test).exists() for test in limits.ELSEWHERE.values())
 
 
 @pytest.fixture
