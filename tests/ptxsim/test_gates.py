@@ -14,12 +14,7 @@ from ._gate import ROTATION, rotating, where_triton_compiles
 from .fixture import require_nvcc
 
 SUITES = [(op, dtype) for op in cuda.OPS for dtype in workload.DTYPES]
-BUILDS = [
-    (source, arch)
-    for source in cuda.launchers.SOURCES
-    if source.parent.name not in limits.ELSEWHERE
-    for arch in checks.ARCHITECTURES
-]
+BUILDS = [(source, arch) for source in cuda.SOURCES for arch in checks.ARCHITECTURES]
 # One mode beside the baseline in the default run, all of them in the full one.
 TODAY = [measure.MODES[1 + ROTATION % (len(measure.MODES) - 1)]]
 

@@ -12,10 +12,12 @@ import _cuda_launch as launchers
 import torch
 
 from .. import Module, Report, compile_cuda
+from .limits import ELSEWHERE
 from .workload import Case, Results
 
 NAME = "cuda"
-OPS = tuple(dict.fromkeys(source.parent.name for source in launchers.SOURCES))
+SOURCES = [source for source in launchers.SOURCES if source.parent.name not in ELSEWHERE]
+OPS = tuple(dict.fromkeys(source.parent.name for source in SOURCES))
 TYPES = {"If": torch.float32, "I6__half": torch.float16, "I13__nv_bfloat16": torch.bfloat16, "Id": torch.float64}
 
 
@@ -51,7 +53,7 @@ def ptx_of(source: Path) -> str:
 @functools.cache
 def instantiations() -> dict[str, Path]:
     """Mangled names of all kernels, and their files."""
-    return {name: source for source in launchers.SOURCES for name in Module(ptx_of(source)).kernels}
+    return {name: source for source in SOURCES for name in Module(ptx_of(source)).kernels}
 
 
 def stem(kernel: str) -> str:
