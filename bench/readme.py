@@ -15,7 +15,7 @@ from typing import Any
 
 import membound
 import overhead
-from _results import RESULTS, markdown
+from _results import RESULTS, markdown, models_table
 
 BEGIN, END = "<!-- results:begin", "<!-- results:end -->"
 
@@ -96,6 +96,14 @@ def write(results: Path, readme: Path) -> None:
             models(demos),
         ]
         full += ["## Models\n", _machine(demos[0]) + "\n", models(demos)]
+    if "models_cpu" in found:
+        document = found["models_cpu"]
+        lead = (
+            f"Whole models, fp32, {_machine(document)}; ratios: the best of all peers over ours; matrix products reach "
+            f"{document['peak_gflops']:.0f} GFLOP/s there (`python bench/models/cpu.py`).\n"
+        )
+        summary += [lead, models_table(document["rows"])]
+        full += ["## Whole models against the peers\n", lead, models_table(document["rows"])]
     if "membound" in found:
         table = membound.table(found["membound"]["rows"])
         summary.append(table)

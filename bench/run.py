@@ -47,6 +47,10 @@ def parts(results: Path, quick: bool) -> dict[str, list[str]]:
                 op, "--pass", way, "--batch", batch, "--compare", compare, "--layout", "nhwc", "--json", saved(name)
             )
     found["nms"] = bench("nms", "--json", saved("nms"))
+    if not quick:
+        found["models_cpu"] = [
+            str(HERE / "models/cpu.py"), "--json", saved("models_cpu"), "--plot", str(results / "models_cpu.png"),
+        ]  # fmt: skip
     small = ["--size", "16x14x14", "--batch", "2", "--rounds", "3"] if quick else []
     found["membound"] = [str(HERE / "membound.py"), "--json", saved("membound"), *small]
     found["overhead"] = [str(HERE / "overhead.py"), "--json", saved("overhead"), *(["--rounds", "5"] if quick else [])]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _results import markdown, save
+from _results import models_table, save
 
 import dl4ds_kernels as dk
 from dl4ds_kernels import benchmark
@@ -193,18 +193,6 @@ def run(name: str, rounds: int, threads: int, with_compile: bool, peak: float) -
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Medians in milliseconds; the ratio is to the best of all peers of the row."""
-    names = list(dict.fromkeys(key for row in rows for key in row["candidates"]))
-    lines = []
-    for row in rows:
-        found = row["candidates"]
-        times = [f"{found[n]['median_ms']:.1f}" if n in found else "-" for n in names]
-        ratios = [f"{row[key]:.2f}x" if key in row else "wrong" for key in ("ratio_ours", "ratio_ours_exact")]
-        lines.append([row["name"], *times, row["best_peer"], *ratios, f"{row['goal']:.2f}x", f"{row['floor_ms']:.1f}"])
-    return markdown(["model", *(f"{n} ms" for n in names), "best peer", "ours", "exact", "goal", "direct floor ms"], lines)
-
-
 def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     """Bars of speed relative to the best peer, with the 20th and 80th percentile."""
     import matplotlib
@@ -253,7 +241,7 @@ def main() -> int:
         peak = peak_gflops()
         for name in chosen:
             rows.append(run(name, arguments.rounds, arguments.threads, arguments.compile, peak))
-            print(table(rows[-1:]), flush=True)
+            print(models_table(rows[-1:]), flush=True)
     document = {"machine": benchmark.machine(), "peak_gflops": round(peak, 1), "rows": rows}
     if arguments.json:
         save(arguments.json, document)

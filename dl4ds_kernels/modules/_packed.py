@@ -36,7 +36,8 @@ class Epilogue(NamedTuple):
         return True
 
 
-def _applies(x: Tensor, conv: nn.Conv2d, backend: str | None) -> bool:
+def applies(x: Tensor, conv: nn.Conv2d, backend: str | None) -> bool:
+    """Whether the path serves a call of this convolution on ``x`` at all."""
     asked = backend or _backend.current()
     return (
         asked in ("auto", "cpu")
@@ -56,7 +57,7 @@ def run_packed(
     x: Tensor, conv: nn.Conv2d, epilogue: Epilogue, residual: Tensor | None, exact: bool, backend: str | None
 ) -> Tensor | None:
     """``act(bn(conv(x)) [+ residual])``; x (N, C, H, W), residual (N, C_out, H_out, W_out)."""
-    if not _applies(x, conv, backend) or x.shape[1] != conv.in_channels or not epilogue.is_float32():
+    if not applies(x, conv, backend) or x.shape[1] != conv.in_channels or not epilogue.is_float32():
         return None
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -84,7 +85,7 @@ def run_bn_act_conv_packed(
     """``act(bn(conv(act(bn(cat(xs))))))`` for a 1x1 convolution of stride 1; the concatenation is never written."""
     x = xs[0]
     if (
-        not _applies(x, conv, backend)
+        not applies(x, conv, backend)
         or conv.kernel_size != (1, 1)
         or conv.stride != (1, 1)
         or conv.padding != (0, 0)

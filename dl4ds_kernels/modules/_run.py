@@ -16,7 +16,7 @@ from torch.nn.modules import module as _nn_module
 from .. import _packing
 from .._activation import ACTIVATION_CODES, apply_activation
 from ..functional import add_act, bn_act, conv_bn_act
-from ._packed import Epilogue, concatenate, run_bn_act_conv_packed, run_packed
+from ._packed import Epilogue, applies, concatenate, run_bn_act_conv_packed, run_packed
 from .bn_act import BNAct2d, batch_statistics_choice
 
 _ACTIVATION_TYPES: dict[type, str] = {
@@ -266,14 +266,12 @@ def run_dense_block(
 ) -> Tensor | None:
     """A DenseNet block in inference on the CPU: joined once at its end; None where that does not apply."""
     if (
-        torch.is_grad_enabled()
+        not layers
+        or torch.is_grad_enabled()
         or memory_format == "preserve"
         or torch.compiler.is_compiling()
-        or type(x) is not Tensor
         or x.dim() != 4
-        or x.dtype is not torch.float32
-        or not x.is_cpu
-        or x.numel() == 0
+        or not applies(x, layers[0].conv1, backend)
         or not _no_global_hooks()
     ):
         return None
