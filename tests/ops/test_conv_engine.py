@@ -50,7 +50,7 @@ WINOGRAD = [
 DIRECT_ONLY = [
     Conv(1, 3, 64, 50, 47, 7, 2, 3), Conv(2, 64, 128, 14, 13, 1, 1, 0), Conv(2, 64, 100, 15, 14, 1, 2, 0),
     Conv(2, 32, 40, 15, 14, 3, 2, 1), Conv(1, 24, 36, 15, 14, 3, 1, 2, 2, 3), Conv(1, 32, 32, 9, 9, 3, 1, 1, 1, 32),
-    Conv(1, 20, 30, 9, 9, 5, 3, 2, 1, 2), Conv(1, 5, 6, 9, 9, 4, 1, 5), Conv(1, 2, 3, 4, 300, 3, 1, (1)),
+    Conv(1, 20, 30, 9, 9, 5, 3, 2, 1, 2), Conv(1, 5, 6, 9, 9, 4, 1, 3), Conv(1, 2, 3, 4, 300, 3, 1, (1)),
 ]  # fmt: skip
 
 
@@ -130,7 +130,9 @@ def test_any_geometry(data: st.DataObject) -> None:
     kernel = data.draw(st.integers(1, 5)) if direct else 3
     dilation = data.draw(st.integers(1, 2)) if direct else 1
     groups = data.draw(st.integers(1, 3)) if direct else 1
-    padding = data.draw(st.integers(0, 3))
+    # Not more than the kernel reaches: oneDNN, which stock torch runs on, crashes where an output lies in the padding alone
+    # (torch 2.14.1: a 1x1 kernel with stride 3 and padding 2 on a 14 x 1 map, in brgemm_convolution_fwd_t::perform_outwork).
+    padding = data.draw(st.integers(0, min(3, dilation * (kernel - 1))))
     least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
     conv = Conv(
         data.draw(st.integers(0, 3)), groups * data.draw(small), groups * data.draw(st.integers(1, 40)),
