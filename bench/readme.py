@@ -100,7 +100,7 @@ def write(results: Path, readme: Path) -> None:
         document = found["models_cpu"]
         lead = (
             f"Whole models, fp32, {_machine(document)}; ratios: the best of all peers over ours; direct floor: multiply-adds "
-            f"at the {document['peak_gflops']:.0f} GFLOP/s that stock torch reaches at best there (`python bench/models/cpu.py`).\n"
+            f"at the {document['peak_gflops']:.0f} GFLOP/s that stock torch reaches at best (`python bench/models/cpu.py`).\n"
         )
         summary += [lead, models_table(document["rows"])]
         full += ["## Whole models against the peers\n", lead, models_table(document["rows"])]
