@@ -4,9 +4,9 @@ A pack is the weight in the form that one algorithm reads: oneDNN's blocked layo
 Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call, so a module that sees maps of
 different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
 epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
-is keyed on the weight's identity, storage and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and ``.to()``
-are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The storage is
-known by a weak reference, not by its address: an allocator hands the same address out again.
+is keyed on the weight's identity, storage, address and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
+``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The storage is
+known by a weak reference, since an allocator hands the same address out again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SLOT = "_dl4ds_packed"
 class PackedWeight:
     """Holder of one module's packed weights; copies and pickles as an empty holder."""
 
-    __slots__ = ("weight", "storage", "version", "packs", "choices", "__weakref__")
+    __slots__ = ("weight", "storage", "pointer", "version", "packs", "choices", "__weakref__")
 
     def __init__(self) -> None:
         self.drop()
@@ -45,7 +45,7 @@ class PackedWeight:
         """Free the packed tensors; the next call packs again."""
         self.weight: weakref.ref[Tensor] | None = None
         self.storage: StorageWeakRef | None = None
-        self.version = -1
+        self.pointer = self.version = -1
         self.packs: dict[int, Tensor] = {}  # by algorithm
         self.choices: dict[tuple[Any, ...], int] = {}  # sizes of a call -> algorithm
 
@@ -84,10 +84,11 @@ def _holder(module: torch.nn.Module, weight: Tensor) -> PackedWeight:
         holder.version != weight._version
         or holder.weight is None
         or holder.weight() is not weight
-        or holder.storage.cdata != weight.untyped_storage()._cdata
+        or holder.pointer != weight.data_ptr()  # another view of the same storage
+        or holder.storage.cdata != weight.untyped_storage()._cdata  # another storage at the same address
     ):
         holder.drop()
-        holder.weight, holder.version = weakref.ref(weight), weight._version
+        holder.weight, holder.pointer, holder.version = weakref.ref(weight), weight.data_ptr(), weight._version
         holder.storage = StorageWeakRef(weight.untyped_storage())
     return holder
 

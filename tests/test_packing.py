@@ -130,8 +130,18 @@ def same_address(layer: ConvBNAct2d) -> None:
     assert (weight.data_ptr(), weight._version) == (pointer, version)
 
 
+def another_view(layer: ConvBNAct2d) -> None:
+    """Two weights in one storage: same storage and version, another address."""
+    weight = layer.conv.weight
+    both = torch.randn(2, *weight.shape)
+    weight.data = both[0]
+    infer(layer)
+    weight.data = both[1]
+
+
 WRITES: list[Callable[[ConvBNAct2d], None]] = [
-    in_place, same_address, through_a_view, load, sgd_step, train_step, replace_parameter, swap_data, statistics, to_double,
+    in_place, same_address,
+    another_view, through_a_view, load, sgd_step, train_step, replace_parameter, swap_data, statistics, to_double,
     to_double_and_back,
 ]  # fmt: skip
 

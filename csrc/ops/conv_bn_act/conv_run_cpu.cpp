@@ -17,8 +17,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// Rows (pixels or tiles) by panels of output channels; an item is one block of rows and a share of the
 /// panels.
 struct Cut {
-    int64_t rows, block;        // all rows, rows of a block at most
-    int64_t panels, per_share;  // all panels, panels of a share at most
+    int64_t rows, block;  // all rows, rows of a block at most
+    int64_t panels;
     int64_t blocks, shares;
 
     int64_t items() const { return blocks * shares; }
@@ -29,7 +29,7 @@ struct Cut {
 /// Blocks of about `wanted` rows. Where there are too few rows to keep every thread busy, panels are shared
 /// out too: each share then packs its rows again, which costs less than a barrier.
 Cut make_cut(int64_t rows, int64_t panels, int64_t wanted, int64_t max_rows, int64_t threads) {
-    Cut cut{rows, 0, panels, 0, 0, 0};
+    Cut cut{rows, 0, panels, 0, 0};
     cut.blocks = ceil_div(rows, wanted);
     cut.shares = 1;
     if (threads > 1 && cut.blocks < 4 * threads) {
@@ -41,7 +41,6 @@ Cut make_cut(int64_t rows, int64_t panels, int64_t wanted, int64_t max_rows, int
         }
     }
     cut.block = ceil_div(rows, cut.blocks);
-    cut.per_share = ceil_div(panels, cut.shares);
     return cut;
 }
 
