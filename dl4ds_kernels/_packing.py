@@ -5,8 +5,8 @@ Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the 
 different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
 epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
 is keyed on the weight's identity, storage, address and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
-``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The storage is
-known by a weak reference, since an allocator hands the same address out again.
+``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The
+storage is known by a weak reference, since an allocator hands the same address out again.
 """
 
 from __future__ import annotations
