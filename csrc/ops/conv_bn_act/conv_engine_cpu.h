@@ -134,6 +134,16 @@ struct WinogradOutArgs {
     GemmFinish finish;      // finish.residual: at the tile's first pixel and channel
 };
 
+/// BatchNorm with running statistics (after a convolution with a bias) as scale and shift of every channel;
+/// all vectors are contiguous, null: absent. In double, as in bn_act.
+struct ScaleShiftArgs {
+    const float *mean, *var, *weight, *bias, *conv_bias;
+    int64_t channels;
+    double eps;
+    bool eps_std;
+    float *scale, *shift;
+};
+
 /// Kernels of one ISA. Index 0 is F(2x2, 3x3), 1 is F(4x4, 3x3).
 struct ConvKernels {
     int64_t panel;                                                   // output channels of a B panel
@@ -144,6 +154,7 @@ struct ConvKernels {
     void (*pack_sources)(const PackSourcesArgs&);
     void (*winograd_in[2])(const WinogradInArgs&);
     bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
+    void (*scale_shift)(const ScaleShiftArgs&);
 };
 
 /// The table of the active ISA.

@@ -59,7 +59,16 @@ void fill_scale_shift(const BnVectors& bn, const TensorInfo& bias, int64_t chann
                       float* scale, float* shift) {
     const TensorInfo mean = tensor_info(bn.running_mean), var = tensor_info(bn.running_var),
                      gamma = tensor_info(bn.weight), beta = tensor_info(bn.bias);
-    for (int64_t c = 0; c < channels; ++c) {
+    const auto plain = [](const TensorInfo& v) {
+        return !v.present || (v.dtype == DType::kFloat32 && v.strides[0] == 1);
+    };
+    const auto pointer = [](const TensorInfo& v) { return v.present ? v.as<float>() : nullptr; };
+    const bool fast = plain(mean) && plain(var) && plain(gamma) && plain(beta) && plain(bias);
+    if (fast) {
+        conv_kernels().scale_shift({pointer(mean), pointer(var), pointer(gamma), pointer(beta), pointer(bias),
+                                    channels, bn.eps, bn.eps_std, scale, shift});
+    }
+    for (int64_t c = fast ? channels : 0; c < channels; ++c) {
         const double rstd = var.present ? bn_rstd(channel_entry(var, c, 1.0), bn.eps, bn.eps_std) : 1.0;
         const double a = channel_entry(gamma, c, 1.0) * rstd;
         scale[c] = static_cast<float>(a);
