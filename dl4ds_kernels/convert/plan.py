@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
+from .merge import merge_chains
 from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Traced, stock_signature, trace_forward
 
@@ -87,6 +88,7 @@ def make_plan(
         return Plan(None, chains, "")
     for piece in pieces:
         _rewrite(traced.graph, piece, options)
+    merge_chains(traced.graph, module)
     run, source = _generate(traced)
     return Plan(run, chains, source)
 

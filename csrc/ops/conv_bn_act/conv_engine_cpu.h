@@ -98,13 +98,14 @@ struct ConvSource {
     int64_t stride_n, stride_h, stride_w;
 };
 
-/// clamp(x * scale + shift) on the way into a 1x1 convolution.
+/// clamp(x * scale + shift), then the mean of pool x pool pixels, on the way into a 1x1 convolution.
 struct ConvPrologue {
     const ConvSource* sources;
     int64_t count;
     const float* scale;  // of all channels, padded to a chunk
     const float* shift;
     Activation activation;  // kNone, kRelu or kRelu6
+    int64_t pool;           // 1 or 2; the shape's height and width are those after it
 };
 
 struct PackSourcesArgs {

@@ -90,12 +90,17 @@ GemmFinish finish_at(const ConvArgs& args, int64_t channel, int64_t columns) {
 void add_next_block(Ahead& ahead, const ConvArgs& args, int64_t first, int64_t end) {
     const ConvShape& s = args.shape;
     if (args.prologue != nullptr) {
+        ConvShape read = s;  // pooling reads as a kernel of its size does
+        read.kernel_h = read.kernel_w = read.stride_h = read.stride_w = args.prologue->pool;
+        read.height *= args.prologue->pool, read.width *= args.prologue->pool;
         for (int64_t i = 0; i < args.prologue->count; ++i) {
             const ConvSource& in = args.prologue->sources[i];
-            add_input(ahead, {in.x, in.stride_n, in.stride_h, in.stride_w, in.channels}, s, first, end - 1);
+            add_input(ahead, {in.x, in.stride_n, in.stride_h, in.stride_w, in.channels}, read, first,
+                      end - 1);
         }
     } else {
-        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first, end - 1);
+        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first,
+                  end - 1);
     }
     if (args.epilogue.residual != nullptr) {
         ahead.add(args.epilogue.residual + first * s.channels_out,
