@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -230,9 +231,8 @@ def test_choice() -> None:
 
 
 RUN = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, check, choices
+import json, torch
+from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, check, choices
 for conv in WINOGRAD:
     for algorithm in (1, 2, 4):
         check(conv, algorithm, 1, residual=True)
@@ -247,9 +247,10 @@ def choices() -> list[int]:
     return [_packing.choose(torch.empty(1, 64, s, s), torch.empty(64, 64, 3, 3), *geometry, 1, False) for s in (7, 28, 112)]
 
 
-def in_subprocess(**environment: str) -> list[int]:
+def in_subprocess(code: str, **environment: str) -> list[int]:
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run(
-        [sys.executable, "-c", RUN, os.path.dirname(__file__)], env=os.environ | environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, cwd=root
     )
     if "this machine does not have" in result.stderr:
         pytest.skip(result.stderr.strip().splitlines()[-1])
@@ -260,20 +261,20 @@ def in_subprocess(**environment: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
-    chosen = in_subprocess(DL4DS_CPU_ISA=isa)
+    chosen = in_subprocess(RUN, DL4DS_CPU_ISA=isa)
     assert (chosen == [_packing.LIBRARY] * 3) == (isa == "baseline")
 
 
 @pytest.mark.slow
 def test_winograd_can_be_switched_off() -> None:
-    assert set(in_subprocess(DL4DS_WINOGRAD="0")) <= {DIRECT, _packing.LIBRARY}
+    assert set(in_subprocess(RUN, DL4DS_WINOGRAD="0")) <= {DIRECT, _packing.LIBRARY}
 
 
 def test_bad_arguments_are_named() -> None:
     conv = Conv(1, 8, 8, 6, 6)
     t = make(conv)
     packed = OPS.conv_bn_act_pack(t["weight"], 1, F2)
-    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2 or 4, got 3"):
+    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 4 or 7, got 3"):
         OPS.conv_bn_act_pack(t["weight"], 1, 3)
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         OPS.conv_bn_act_pack(torch.randn(8, 8, 3), 1, DIRECT)

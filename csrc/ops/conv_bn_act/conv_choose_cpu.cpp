@@ -48,12 +48,32 @@ double winograd_cycles(int m, const ConvShape& s, double threads) {
     return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
 }
 
+double strassen_cycles(const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height() * s.out_width(), 2);
+    const double panels = static_cast<double>(s.channels_out / 2 / kernels.panel);
+    const double k = static_cast<double>(s.channels) / 2.0, lanes = static_cast<double>(kernels.panel) / 2.0;
+    const double in = tiles * k / lanes * 30.0, out = tiles * panels * 2.0 * 100.0;
+    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
+    const double bytes = static_cast<double>(s.channels * s.channels_out) * 7.0;
+    const double gemm = 7.0 * gemm_cycles(tiles, panels, k, 3.0, threads);
+    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
+}
+
+/// Whether the environment leaves an algorithm switched on.
+bool allowed(const char* variable) {
+    const char* text = std::getenv(variable);
+    return text == nullptr || std::strcmp(text, "0") != 0;
+}
+
 bool winograd_allowed() {
-    static const bool allowed = [] {
-        const char* text = std::getenv("DL4DS_WINOGRAD");
-        return text == nullptr || std::strcmp(text, "0") != 0;
-    }();
-    return allowed;
+    static const bool on = allowed("DL4DS_WINOGRAD");
+    return on;
+}
+
+bool strassen_allowed() {
+    static const bool on = allowed("DL4DS_STRASSEN");
+    return on;
 }
 
 }  // namespace
@@ -62,6 +82,10 @@ bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
     if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
         return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
                s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
+    }
+    if (algorithm == ConvAlgorithm::kStrassen) {
+        return s.taps() == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1 &&
+               s.channels % (2 * kChunk) == 0 && s.channels_out % (2 * conv_kernels().panel) == 0;
     }
     return true;
 }
@@ -77,6 +101,10 @@ ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
     }
     const double t = static_cast<double>(std::max<int64_t>(1, threads));
     ConvAlgorithm best = ConvAlgorithm::kDirect;
+    if (!exact && strassen_allowed() && conv_supports(ConvAlgorithm::kStrassen, s) &&
+        strassen_cycles(s, t) < direct_cycles(s, t)) {
+        best = ConvAlgorithm::kStrassen;
+    }
     if (winograd_allowed() && conv_supports(ConvAlgorithm::kWinograd4, s)) {
         double least = direct_cycles(s, t);
         const double two = winograd_cycles(2, s, t), four = winograd_cycles(4, s, t);

@@ -2,12 +2,13 @@
 // torch header. fp32; x is read pixel by pixel (channels last: stride 1 between channels), the output is
 // dense channels last.
 //
-// Two algorithms, one GEMM micro-kernel:
+// Three algorithms, one GEMM micro-kernel:
 //   direct    implicit GEMM: the receptive fields of a block of output pixels are packed into A panels, and
 //             every B panel (kPanel output channels of the weight) runs over them; scale, shift, residual and
 //             activation are applied to the accumulators.
 //   winograd  F(m x m, 3x3), m = 2 or 4, stride 1: a block of tiles is transformed (A panels per position),
 //             multiplied position by position, transformed back and finished, while the block is in cache.
+//   strassen  1x1 convolutions as seven products of half the size instead of eight, in the same way.
 // An output element is computed in an order that depends on the algorithm alone: not on the blocking, not on
 // the number of threads.
 #pragma once
@@ -23,6 +24,7 @@ enum class ConvAlgorithm : int {
     kDirect = 1,     // implicit GEMM
     kWinograd2 = 2,  // F(2x2, 3x3): error like direct convolution's
     kWinograd4 = 4,  // F(4x4, 3x3): error at most 1e-4 of the output's scale
+    kStrassen = 7,   // 1x1: error like kWinograd4's, relative to the scale of the whole output
 };
 
 /// Sizes of a convolution; `channels` and `channels_out` are totals over the groups.
@@ -135,6 +137,24 @@ struct WinogradOutArgs {
     GemmFinish finish;      // finish.residual: at the tile's first pixel and channel
 };
 
+/// A tile of two pixels, `channels` of either half.
+struct StrassenInArgs {
+    const float *top, *bottom;
+    int64_t channels;
+    float* v;
+    int64_t v_product, v_chunk;
+};
+
+/// One panel of the left half of the output channels and the same of the right, for consecutive pixels.
+struct StrassenOutArgs {
+    const float* m;     // [tile][product][panel]
+    float* out;         // first pixel, left channel
+    int64_t pitch;      // between pixels
+    int64_t half;       // from left to right
+    int64_t pixels;     // two a tile, the last tile may have one
+    GemmFinish finish;  // at the left channel
+};
+
 /// BatchNorm with running statistics (after a convolution with a bias) as scale and shift of every channel;
 /// all vectors are contiguous, null: absent. In double, as in bn_act.
 struct ScaleShiftArgs {
@@ -155,6 +175,8 @@ struct ConvKernels {
     void (*pack_sources)(const PackSourcesArgs&);
     void (*winograd_in[2])(const WinogradInArgs&);
     bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
+    void (*strassen_in)(const StrassenInArgs&);
+    bool (*strassen_out)(const StrassenOutArgs&);  // false: as winograd_out
     void (*scale_shift)(const ScaleShiftArgs&);
 };
 
@@ -187,8 +209,8 @@ struct ConvArgs {
         nullptr;  // kDirect, 1x1, stride 1, no padding, one group: then x is not read
 };
 
-/// Runs the convolution. False: a Winograd sum was infinite or NaN, the output is incomplete, and the caller
-/// must compute it directly (a transform spreads one such value over a whole tile).
+/// Runs the convolution. False: a transformed sum was infinite or NaN, the output is incomplete, and the
+/// caller must compute it directly (a transform spreads one such value over a whole tile).
 bool conv_run(ConvAlgorithm algorithm, const ConvArgs& args);
 
 }  // namespace dl4ds

@@ -113,6 +113,7 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 }  // namespace dl4ds
 
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
+#include "ops/conv_bn_act/conv_strassen_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
 
 namespace dl4ds {
@@ -127,6 +128,8 @@ const ConvKernels kConvKernels = {
     &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
+    &strassen_in,
+    &strassen_out,
     &scale_shift,
 };
 

@@ -88,10 +88,33 @@ void pack_direct(const ConvShape& s, const float* weight, float* packed) {
     });
 }
 
+/// U[panel of the left half][product][c of the upper half][panel width].
+void pack_strassen(const ConvShape& s, const float* weight, float* packed) {
+    const int64_t width = conv_kernels().panel, k = s.channels / 2, half = s.channels_out / 2;
+    parallel_for(half / width, s.channels_out * s.channels * 11, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+            float* u = packed + p * 7 * k * width;
+            for (int64_t c = 0; c < k; ++c) {
+                for (int64_t j = 0; j < width; ++j) {
+                    const float *left = weight + (p * width + j) * 2 * k + c, *right = left + half * 2 * k;
+                    const float b11 = left[0], b21 = left[k], b12 = right[0], b22 = right[k];
+                    const float sums[7] = {b11 + b22, b11, b12 - b22, b21 - b11, b22, b11 + b12, b21 + b22};
+                    for (int64_t i = 0; i < 7; ++i) {
+                        u[(i * k + c) * width + j] = sums[i];
+                    }
+                }
+            }
+        }
+    });
+}
+
 }  // namespace
 
 int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
     const int64_t width = conv_kernels().panel;
+    if (algorithm == ConvAlgorithm::kStrassen) {
+        return s.channels_out * s.channels / 4 * 7;
+    }
     const int64_t lanes = panels_of(s.group_channels_out(), width) * width * s.groups;
     const int64_t positions = algorithm == ConvAlgorithm::kWinograd2   ? 16
                               : algorithm == ConvAlgorithm::kWinograd4 ? 36
@@ -102,6 +125,8 @@ int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
 void conv_pack_weight(ConvAlgorithm algorithm, const ConvShape& s, const float* weight, float* packed) {
     if (algorithm == ConvAlgorithm::kDirect) {
         pack_direct(s, weight, packed);
+    } else if (algorithm == ConvAlgorithm::kStrassen) {
+        pack_strassen(s, weight, packed);
     } else {
         pack_winograd(static_cast<int>(algorithm), s, weight, packed);
     }
