@@ -86,9 +86,10 @@ class Team {
         }
     }
 
-    /// Between two looks at a variable. After a while the core is offered to others.
+    /// Between two looks at a variable. After some microseconds the core is offered to others: the scheduler
+    /// may have put two of the team on one, and whoever spins there holds up whom he waits for.
     static void pause_a_moment(int spins) {
-        if (spins > 4000) {
+        if (spins > 100) {
             std::this_thread::yield();
         } else {
 #if defined(__x86_64__)
