@@ -1,8 +1,9 @@
 """Prepacked convolution weights: made once and kept beside (never inside) module state.
 
 A pack is the weight in the form that one algorithm reads: oneDNN's blocked layout, the panels of our direct convolution, or
-Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call (``DL4DS_AUTOTUNE=1``: the fastest
-by timing, see _autotune.py), so a module that sees maps of different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
+Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call (with ``DL4DS_AUTOTUNE=1``
+timing does, see _autotune.py), so a module that sees maps of different sizes may hold more than one. Only the weight is packed.
+BatchNorm stays a per-channel scale and shift that the
 epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
 is keyed on the weight's identity, storage, address and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
 ``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The
