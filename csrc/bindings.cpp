@@ -46,26 +46,25 @@ py::dict pool_stats() {
     return result;
 }
 
+using Pair = std::pair<int64_t, int64_t>;
+
 /// The algorithm code of ops/conv_bn_act.py for a convolution of these sizes.
-int conv_choose(int64_t n, int64_t channels, int64_t height, int64_t width, int64_t channels_out,
-                std::pair<int64_t, int64_t> kernel, std::pair<int64_t, int64_t> stride,
-                std::pair<int64_t, int64_t> padding, std::pair<int64_t, int64_t> dilation, int64_t groups,
-                int64_t threads, bool exact) {
-    const dl4ds::ConvShape shape{n,
-                                 channels,
-                                 height,
-                                 width,
-                                 channels_out,
-                                 kernel.first,
-                                 kernel.second,
-                                 stride.first,
-                                 stride.second,
-                                 padding.first,
-                                 padding.second,
-                                 dilation.first,
-                                 dilation.second,
-                                 groups};
-    return static_cast<int>(dl4ds::conv_choose(shape, threads, exact));
+int conv_choose(int64_t n, int64_t channels, int64_t height, int64_t width, int64_t channels_out, Pair kernel,
+                Pair stride, Pair padding, Pair dilation, int64_t groups, int64_t threads, bool exact) {
+    return static_cast<int>(dl4ds::conv_choose(
+        {n, channels, height, width, channels_out, kernel.first, kernel.second, stride.first, stride.second,
+         padding.first, padding.second, dilation.first, dilation.second, groups},
+        threads, exact));
+}
+
+/// Whether the algorithm of a code other than 0 can run it.
+bool conv_supports(int algorithm, int64_t n, int64_t channels, int64_t height, int64_t width,
+                   int64_t channels_out, Pair kernel, Pair stride, Pair padding, Pair dilation,
+                   int64_t groups) {
+    return dl4ds::conv_supports(
+        static_cast<dl4ds::ConvAlgorithm>(algorithm),
+        {n, channels, height, width, channels_out, kernel.first, kernel.second, stride.first, stride.second,
+         padding.first, padding.second, dilation.first, dilation.second, groups});
 }
 
 }  // namespace
@@ -77,6 +76,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
     m.def("conv_choose", &conv_choose,
           "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 4 F(4x4).");
+    m.def("conv_supports", &conv_supports,
+          "Whether an algorithm (a code but 0) can run a convolution of these sizes.");
     m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");
     m.def("pool_trim", &dl4ds::pool_trim, "Give idle blocks back to the operating system; returns bytes.");
     m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"),

@@ -1,8 +1,9 @@
 """Prepacked convolution weights: made once and kept beside (never inside) module state.
 
 A pack is the weight in the form that one algorithm reads: oneDNN's blocked layout, the panels of our direct convolution, or
-Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call, so a module that sees maps of
-different sizes may hold more than one. Only the weight is packed. BatchNorm stays a per-channel scale and shift that the
+Winograd's transformed filters. ``_C.conv_choose`` picks the algorithm from the sizes of a call (with ``DL4DS_AUTOTUNE=1``
+timing does, see _autotune.py), so a module that sees maps of different sizes may hold more than one. Only the weight is packed.
+BatchNorm stays a per-channel scale and shift that the
 epilogue derives from the live BN vectors at every call, so a changed statistic or affine parameter can never be stale. A pack
 is keyed on the weight's identity, storage, address and ``_version``: in-place writes, ``load_state_dict``, optimizer steps and
 ``.to()`` are seen at the next call; a write through ``.data`` or numpy is not (``dk.refresh(model)`` drops the packs). The
@@ -11,6 +12,7 @@ storage is known by a weak reference, since an allocator hands the same address 
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import _extension
+from . import _autotune, _extension
 from ._define import op
 
 # Multiply-adds of a call from which the packed path wins over the stock modules, host time included: with our engine, and with
@@ -29,6 +31,9 @@ MIN_LIBRARY_MACS = 8_000_000
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
 ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)", 7: "Strassen"}
+# Those whose error may exceed twice stock torch's own (``exact=True`` leaves them out), and those that a variable switches off.
+INEXACT = frozenset({4, 7})
+SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
 
 _SLOT = "_dl4ds_packed"
 
@@ -68,12 +73,64 @@ def supported(weight: Tensor) -> bool:
     )
 
 
-def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> int:
-    """The algorithm for these sizes (and this machine, and torch's number of threads)."""
-    return _extension.host().conv_choose(
-        *x.shape, weight.shape[0], tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups,
-        torch.get_num_threads(), exact,
+def _sizes(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> tuple[Any, ...]:
+    return (
+        *x.shape, weight.shape[0], tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation), groups
     )  # fmt: skip
+
+
+def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> int:
+    """The algorithm that the cost model takes for these sizes (and this machine, and torch's number of threads)."""
+    sizes = _sizes(x, weight, stride, padding, dilation, groups)
+    return _extension.host().conv_choose(*sizes, torch.get_num_threads(), exact)
+
+
+def candidates(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> list[int]:
+    """Every algorithm that can run these sizes and that ``exact`` and the environment allow."""
+    sizes = _sizes(x, weight, stride, padding, dilation, groups)
+    off = {code for variable, codes in SWITCHES.items() if os.environ.get(variable) == "0" for code in codes}
+    if exact:
+        off |= INEXACT
+    supports = _extension.host().conv_supports
+    return [code for code in ALGORITHMS if code not in off and (code == LIBRARY or supports(code, *sizes))]
+
+
+def pack(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, algorithm: int) -> Tensor:
+    """``weight`` in the form that ``algorithm`` reads for inputs like ``x``."""
+    with torch.no_grad():
+        if algorithm == LIBRARY:
+            return torch.ops.mkldnn._reorder_convolution_weight(
+                weight.detach(), padding, stride, dilation, groups, list(x.shape)
+            )
+        return op("conv_bn_act_pack")(weight.detach(), groups, algorithm)
+
+
+def convolve(x: Tensor, weight: Tensor, packed: Tensor, algorithm: int, geometry: tuple[Any, ...], bn: Any) -> Tensor:
+    """``relu(bn(conv(x)))`` by one algorithm: what is timed. ``bn``: running mean and variance, weight and bias."""
+    rest = (*bn, None, *geometry, 1e-5, False, 1, 0.0)
+    if algorithm == LIBRARY:
+        return op("conv_bn_act")(x, packed, None, *rest)
+    return op("conv_bn_act_packed")(x, weight, packed, algorithm, None, *rest)
+
+
+def _measured(x: Tensor, weight: Tensor, geometry: tuple[Any, ...], exact: bool, default: int) -> tuple[int, Tensor | None]:
+    """(the fastest algorithm by timing on this very weight and input, its pack if one was made); see _autotune.py."""
+    codes = candidates(x, weight, *geometry, exact)
+    if default not in codes or len(codes) == 1:
+        return default, None
+    packs: dict[int, Tensor] = {}
+    still = x.contiguous(memory_format=torch.channels_last)  # as an input inside a network lies
+    ones, zeros = x.new_ones(weight.shape[0]), x.new_zeros(weight.shape[0])
+
+    def prepare(code: int) -> Any:
+        packs[code] = pack(x, weight, *geometry, code)
+        return lambda: convolve(still, weight, packs[code], code, geometry, (zeros, ones, ones, zeros))
+
+    n, channels, height, width, outputs, *rest = _sizes(x, weight, *geometry)
+    kernel, stride, padding, dilation = ("x".join(map(str, pair)) for pair in rest[:4])
+    key = f"N{n} C{channels} H{height} W{width} C_out{outputs} k{kernel} s{stride} p{padding} d{dilation} g{geometry[3]}"
+    best = _autotune.choose(key, default, {code: lambda code=code: prepare(code) for code in codes})
+    return best, packs.get(best)
 
 
 def _holder(module: torch.nn.Module, weight: Tensor) -> PackedWeight:
@@ -104,17 +161,19 @@ def packed_weight(
     if algorithm is None:
         if len(holder.choices) >= 256:  # inputs of ever new sizes
             holder.choices.clear()
-        algorithm = holder.choices[key] = choose(x, weight, stride, padding, dilation, groups, exact)
+        algorithm = choose(x, weight, stride, padding, dilation, groups, exact)
+        settled = True
+        if _autotune.wanted():
+            settled = _autotune.possible()
+            if settled:
+                algorithm, made = _measured(x, weight, (stride, padding, dilation, groups), exact, algorithm)
+                if made is not None:
+                    holder.packs.setdefault(algorithm, made)
+        if settled:
+            holder.choices[key] = algorithm
     packed = holder.packs.get(algorithm)
     if packed is None:
-        with torch.no_grad():
-            if algorithm == LIBRARY:
-                packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight.detach(), padding, stride, dilation, groups, list(x.shape)
-                )
-            else:
-                packed = op("conv_bn_act_pack")(weight.detach(), groups, algorithm)
-        holder.packs[algorithm] = packed
+        packed = holder.packs[algorithm] = pack(x, weight, stride, padding, dilation, groups, algorithm)
     return algorithm, packed
 
 

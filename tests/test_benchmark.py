@@ -74,6 +74,17 @@ def test_rounds_interleave_and_rotate(monkeypatch):
     assert timings["b"].median == timings["b"].p20 == timings["b"].best == 0.25
 
 
+def test_shuffled_rounds_hold_every_candidate_in_changing_orders(monkeypatch):
+    clock = _FakeClock(dict.fromkeys("abcd", 4.0))
+    monkeypatch.setattr(_timing, "_CpuClock", lambda: clock)
+    benchmark.measure({name: (lambda name=name: name) for name in "abcd"}, rounds=12, shuffle=1)
+    order = "".join(name for name, _ in clock.log[8:])
+    rounds = [order[i : i + 4] for i in range(0, 48, 4)]
+    assert all(sorted(found) == list("abcd") for found in rounds) and len(set(rounds)) > 4
+    before = {pair[0] for found in rounds for pair in zip(found, found[1:], strict=False) if pair[1] == "d"}
+    assert before == set("abc")
+
+
 def test_a_slow_case_stops_at_the_budget():
     timings = benchmark.measure({"slow": lambda: torch.randn(1000)}, rounds=50, budget_s=0.0)
     assert len(timings["slow"].samples_ms) == 5

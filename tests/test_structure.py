@@ -36,7 +36,7 @@ EXCEPTIONS = {
 ROOMS = (
     ("_version", "_activation"),
     ("_extension",),
-    ("_define",),
+    ("_define", "_autotune"),
     ("_backend",),
     ("ops", "reference", "_triton", "_packing"),
     ("functional",),

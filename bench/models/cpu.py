@@ -1,21 +1,21 @@
-"""Whole models, inference on the CPU: ours against eager, torch.compile, ONNX Runtime and OpenVINO, interleaved in one process.
+"""Whole models, inference on the CPU: ours against eager, folded, torch.compile, ONNX Runtime, OpenVINO and ncnn, interleaved.
 
     python bench/models/cpu.py [--only resnet50-b1,…] [--rounds 15] [--threads 2] [--compile] [--json FILE] [--plot FILE]
 
 Parity against fp64 comes first: a candidate whose error is above the limit gets no time. Peers that are not installed are named
 with the reason. The floor of a model is its direct multiply-adds over the measured peak of the machine (a large fp32 matrix
-product or convolution); Winograd goes below it. `pip install onnxruntime openvino onnx` brings the peers.
+product or convolution); Winograd goes below it. Every round takes one sample of each candidate in a fresh random order, after a
+rest in which the threads of the one before stop spinning. --merge keeps the rows that FILE has and this run has not, so that a
+table can be made in pieces on a shared machine. The peers are in _peers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import io
+import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import _peers
 from _results import models_table, save
 
 import dl4ds_kernels as dk
@@ -41,9 +42,8 @@ ROWS = {
     "resnet50-b16": ("resnet50", 16, 224, 1.25),
     "densenet121-b1": ("densenet121", 1, 224, 1.2),
 }
-PEERS = ("onnxruntime", "openvino")
 _LIMIT = 1e-4
-_SETTLE_S = 0.005  # between two candidates: the threads of the one before stop spinning
+_SETTLE_S = 0.02  # between two candidates: the threads of the one before stop spinning
 
 
 class _UNet(nn.Module):
@@ -124,32 +124,11 @@ def macs(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), buffer, dynamo=False, input_names=["x"], opset_version=17)
-    return buffer.getvalue()
-
-
-def _onnxruntime(exported: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
-    array = x.numpy()
-    return lambda: session.run(None, {"x": array})[0]
-
-
-def _openvino(exported: bytes, x: Tensor, threads: int) -> Callable[[], Any]:
-    import openvino
-
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(exported), "CPU", settings).create_infer_request()
-    array = x.numpy()
-    return lambda: request.infer({0: array})[0]
+def first_call_s(model: nn.Module, x: Tensor) -> float:
+    """Seconds of ``dk.optimize`` and the first call together: planning, packing of all weights, one inference."""
+    start = time.perf_counter()
+    dk.optimize(model)(x)
+    return time.perf_counter() - start
 
 
 def candidates(
@@ -159,17 +138,8 @@ def candidates(
     last, x_last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     ours, exact = dk.optimize(model), dk.optimize(model, exact=True)
     found: dict[str, Callable[[], Any]] = {"eager": lambda: model(x), "eager channels_last": lambda: last(x_last)}
-    if with_compile:
-        compiled = torch.compile(copy.deepcopy(last), dynamic=False)
-        found["torch.compile"] = lambda: compiled(x_last)
-    missing = {}
-    exported = onnx_bytes(model, x)
-    for name, make in zip(PEERS, (_onnxruntime, _openvino), strict=True):
-        if importlib.util.find_spec(name) is None:
-            missing[name] = f"{name} is not installed"
-        else:
-            found[name] = make(exported, x, threads)
-    return found | {"ours": lambda: ours(x), "ours exact": lambda: exact(x)}, missing
+    peers, missing = _peers.make(model, x, threads, with_compile)
+    return found | peers | {"ours": lambda: ours(x), "ours exact": lambda: exact(x)}, missing
 
 
 def run(name: str, rounds: int, threads: int, with_compile: bool, peak: float) -> dict[str, Any]:
@@ -177,6 +147,7 @@ def run(name: str, rounds: int, threads: int, with_compile: bool, peak: float) -
     kind, batch, size, goal = ROWS[name]
     model = build(kind)
     x = torch.randn(batch, 3, size, size)
+    first = first_call_s(model, x)
     calls, missing = candidates(model, x, threads, with_compile)
     truth = copy.deepcopy(model).double()(x.double())
     errors = {key: benchmark.relative_error(torch.as_tensor(call()), truth) for key, call in calls.items()}
@@ -186,10 +157,19 @@ def run(name: str, rounds: int, threads: int, with_compile: bool, peak: float) -
         wrong["ours exact"] = errors["ours exact"]
     right = {key: call for key, call in calls.items() if key not in wrong}
 
-    timings = benchmark.measure(right, rounds=rounds, min_sample_ms=1.0, budget_s=120, settle_s=_SETTLE_S)
-    floor = 2 * macs(model, x) / peak / 1e6
-    row: dict[str, Any] = {"name": name, "goal": goal, "floor_ms": round(floor, 3), "missing": missing, "wrong": wrong}
-    row["candidates"] = {key: timing.as_dict() | {"error": float(f"{errors[key]:.3g}")} for key, timing in timings.items()}
+    timings = benchmark.measure(right, rounds=rounds, min_sample_ms=1.0, budget_s=120, settle_s=_SETTLE_S, shuffle=0)
+    flops = 2 * macs(model, x)
+    floor = flops / peak / 1e6
+    row: dict[str, Any] = {"name": name, "goal": goal, "threads": threads, "floor_ms": round(floor, 3)}
+    row |= {"first_call_s": round(first, 3), "missing": missing, "wrong": wrong, "candidates": {}}
+    for key, timing in timings.items():
+        rate = flops / timing.median / 1e6
+        row["candidates"][key] = timing.as_dict() | {
+            "error": float(f"{errors[key]:.3g}"),
+            "gflops": round(rate, 1),  # of direct work
+            "of_peak": round(rate / peak, 3),
+            "gap": round(timing.median / floor, 3),  # times the floor
+        }
     others = {key: timing.median for key, timing in timings.items() if not key.startswith("ours")}
     best = min(others, key=others.__getitem__)
     row["best_peer"] = best
@@ -207,7 +187,7 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(key for row in rows for key in row["candidates"]))
-    figure, axes = plt.subplots(figsize=(1.7 * len(rows) + 2, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(7.0, 1.7 * len(rows) + 2), 4.2), layout="constrained")
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         at, heights, low, high = [], [], [], []
@@ -224,7 +204,7 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylabel("speed, best peer = 1")
     axes.set_title(f"Inference, fp32, {machine}", fontsize=10)
-    axes.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    axes.legend(ncols=min(6, len(names)), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -235,7 +215,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="also time torch.compile (compiles for minutes)")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="overview; one plot a model is put beside it")
+    parser.add_argument("--merge", action="store_true", help="keep the rows of --json's file that this run has not")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else list(ROWS)
     unknown = [name for name in chosen if name not in ROWS]
@@ -249,11 +230,21 @@ def main() -> int:
             rows.append(run(name, arguments.rounds, arguments.threads, arguments.compile, peak))
             print(models_table(rows[-1:]), flush=True)
     document = {"machine": benchmark.machine(), "peak_gflops": round(peak, 1), "rows": rows}
+    if arguments.merge and arguments.json and arguments.json.exists():
+        before = json.loads(arguments.json.read_text())
+        same = all(before["machine"].get(key) == document["machine"][key] for key in ("cpu", "threads", "torch"))
+        if not same:
+            parser.error(f"--merge: {arguments.json} is from another machine, thread count or torch")
+        kept = {row["name"]: row for row in before["rows"]} | {row["name"]: row for row in rows}
+        document["rows"] = [kept[name] for name in ROWS if name in kept]
     if arguments.json:
         save(arguments.json, document)
     if arguments.plot:
         machine = document["machine"]
-        plot(rows, arguments.plot, f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+        label = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        plot(document["rows"], arguments.plot, label)
+        for row in document["rows"]:
+            plot([row], arguments.plot.with_stem(f"{arguments.plot.stem}_{row['name']}"), label)
     wrong = {row["name"]: row["wrong"] for row in rows if row["wrong"]}
     if wrong:
         print(f"wrong results, not timed: {wrong}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,6 +122,7 @@ def measure(
     device: torch.device | str = "cpu",
     budget_s: float = 60.0,
     settle_s: float = 0.0,
+    shuffle: int | None = None,
     advance: Callable[[], None] | None = None,
 ) -> dict[str, Timing]:
     """Time ``candidates`` (name -> call without arguments) against each other.
@@ -130,7 +132,9 @@ def measure(
         min_sample_ms: a sample repeats the call until it lasts about that long.
         device: where the calls run; "cuda" times with events and a flushed L2.
         budget_s: no further round starts after so many seconds, once there are five.
-        settle_s: rest before every sample, for candidates whose idle threads spin a while.
+        settle_s: rest before every sample, for candidates whose idle threads spin a while; then one untimed call, so that
+            every candidate is timed with its own threads awake and its own data in cache.
+        shuffle: seed of a fresh random order in every round; None rotates the order by one a round.
         advance: called once a round, for a progress bar.
 
     Returns:
@@ -146,7 +150,7 @@ def measure(
             fn()
         once = min(clock.sample(fn, 1)[0] for _ in range(2))
         calls[name] = max(1, min(10_000, math.ceil(min_sample_ms / max(once, 1e-6))))
-    names = list(candidates)
+    names, dice = list(candidates), None if shuffle is None else random.Random(shuffle)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     start = time.perf_counter()
     with _no_garbage_collection():
@@ -154,8 +158,13 @@ def measure(
             if index >= _MIN_ROUNDS and time.perf_counter() - start > budget_s:
                 break
             shift = index % len(names) if names else 0
-            for name in names[shift:] + names[:shift]:  # no candidate always runs after the same neighbour's start
-                time.sleep(settle_s)
+            order = names[shift:] + names[:shift]  # no candidate always begins a round
+            if dice is not None:
+                dice.shuffle(order)  # nor does it always follow the same neighbour, whose data fill the caches
+            for name in order:
+                if settle_s:
+                    time.sleep(settle_s)
+                    candidates[name]()
                 samples[name].append(clock.sample(candidates[name], calls[name]))
             if advance is not None:
                 advance()
