@@ -28,7 +28,7 @@ MIN_LIBRARY_MACS = 8_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
-ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)"}
+ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)"}
 
 _SLOT = "_dl4ds_packed"
 

@@ -112,6 +112,7 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
 
+#include "ops/conv_bn_act/conv_depthwise_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
 
@@ -128,6 +129,7 @@ const ConvKernels kConvKernels = {
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
     &scale_shift,
+    &depthwise_row,
 };
 
 }  // namespace DL4DS_ISA

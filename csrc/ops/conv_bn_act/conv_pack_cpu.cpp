@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_depthwise_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -91,6 +91,9 @@ void pack_direct(const ConvShape& s, const float* weight, float* packed) {
 }  // namespace
 
 int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
+    if (algorithm == ConvAlgorithm::kDepthwise) {
+        return depthwise_packed_floats(s);
+    }
     const int64_t width = conv_kernels().panel;
     const int64_t lanes = panels_of(s.group_channels_out(), width) * width * s.groups;
     const int64_t positions = algorithm == ConvAlgorithm::kWinograd2   ? 16
@@ -102,6 +105,8 @@ int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
 void conv_pack_weight(ConvAlgorithm algorithm, const ConvShape& s, const float* weight, float* packed) {
     if (algorithm == ConvAlgorithm::kDirect) {
         pack_direct(s, weight, packed);
+    } else if (algorithm == ConvAlgorithm::kDepthwise) {
+        depthwise_pack_weight(s, weight, packed);
     } else {
         pack_winograd(static_cast<int>(algorithm), s, weight, packed);
     }

@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kOp = "conv_bn_act";
 
 ConvAlgorithm algorithm_from_code(int64_t code) {
-    DL4DS_CHECK(code == 1 || code == 2 || code == 4, kOp, ": algorithm: expected 1, 2 or 4, got ", code);
+    DL4DS_CHECK(code >= 1 && code <= 4, kOp, ": algorithm: expected 1, 2, 3 or 4, got ", code);
     return static_cast<ConvAlgorithm>(code);
 }
 

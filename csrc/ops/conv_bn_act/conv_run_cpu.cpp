@@ -8,6 +8,7 @@
 #include "common/cpu/output.h"
 #include "common/cpu/parallel.h"
 #include "ops/conv_bn_act/conv_ahead_cpu.h"
+#include "ops/conv_bn_act/conv_depthwise_cpu.h"
 #include "ops/conv_bn_act/conv_engine_cpu.h"
 
 namespace dl4ds {
@@ -248,6 +249,10 @@ bool run_winograd(int m, const ConvArgs& args) {
 bool conv_run(ConvAlgorithm algorithm, const ConvArgs& args) {
     if (algorithm == ConvAlgorithm::kDirect) {
         run_direct(args);
+        return true;
+    }
+    if (algorithm == ConvAlgorithm::kDepthwise) {
+        depthwise_run(args);
         return true;
     }
     return run_winograd(static_cast<int>(algorithm), args);
