@@ -28,7 +28,11 @@ MIN_LIBRARY_MACS = 8_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
-ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)"}
+TRANSPOSED = 5  # conv_transpose_bn_act_packed
+ALGORITHMS = {
+    LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
+    TRANSPOSED: "transposed 2x2",
+}  # fmt: skip
 
 _SLOT = "_dl4ds_packed"
 
@@ -124,6 +128,16 @@ def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     if packed is None and _extension.host().cpu_features()["isa"] in ("avx512", "avx2"):
         with torch.no_grad():
             packed = holder.packs[DIRECT] = op("conv_bn_act_pack")(weight.detach(), 1, DIRECT)
+    return packed
+
+
+def transposed_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
+    """``weight`` (C, C_out, 2, 2) of a transposed convolution, packed; None on a machine where that is not used."""
+    holder = _holder(module, weight)
+    packed = holder.packs.get(TRANSPOSED)
+    if packed is None and _extension.host().cpu_features()["isa"] in ("avx512", "avx2"):
+        with torch.no_grad():
+            packed = holder.packs[TRANSPOSED] = op("conv_transpose_bn_act_pack")(weight.detach())
     return packed
 
 
