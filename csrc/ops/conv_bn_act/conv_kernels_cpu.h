@@ -115,6 +115,7 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 #include "ops/conv_bn_act/conv_depthwise_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
+#include "ops/conv_bn_act/conv_fields_kernels_cpu.h"
 
 namespace dl4ds {
 namespace DL4DS_ISA {
@@ -124,7 +125,7 @@ const ConvKernels kConvKernels = {
     kMaxRows,
     kGemm,
     kGemmFinish,
-    &pack,
+    &pack_fields,
     &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
