@@ -75,7 +75,7 @@ def _parse(kernel: Any, stride: Any, padding: Any, dilation: Any) -> _Geometry |
     least = []
     for k, s, p, gap in zip(*pairs, strict=True):
         reach = gap * (k - 1) + 1
-        if k < 1 or s < 1 or gap < 1 or p < 0 or 2 * p > reach:
+        if k < 1 or s < 1 or gap < 1 or p < 0 or 2 * p > k:
             return None
         least.append(reach - 2 * p)
     return _Geometry(pairs, *least)

@@ -34,7 +34,7 @@ Tensor output(int64_t n, int64_t channels, int64_t height, int64_t width) {
 PoolAxis axis(const char* op, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
               bool ceil_mode) {
     const int64_t reach = dilation * (kernel - 1) + 1, room = size + 2 * padding - reach;
-    DL4DS_CHECK(2 * padding <= reach, op, ": padding: expected at most half of the kernel, got ", padding);
+    DL4DS_CHECK(2 * padding <= kernel, op, ": padding: expected at most half of the kernel, got ", padding);
     // Rounded down also where room is negative (then ceil_mode may still leave one window).
     const int64_t top = room + (ceil_mode ? stride - 1 : 0);
     int64_t out = (top >= 0 ? top / stride : -1) + 1;
