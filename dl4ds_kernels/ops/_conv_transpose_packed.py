@@ -11,7 +11,7 @@ from .._define import define_op
 
 
 def _fake_pack(weight: Tensor) -> Tensor:
-    raise RuntimeError("conv_transpose_bn_act_pack: packed weights are made outside of tracing; their size depends on the machine")
+    raise RuntimeError("conv_transpose_bn_act_pack: packed weights are made outside of tracing")
 
 
 def _fake_packed(x: Tensor, weight: Tensor, *args: Any) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .._define import define_op
 
-
 # Plain numbers instead of lists, which cost a microsecond each on their way to C++.
 _GEOMETRY = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
 

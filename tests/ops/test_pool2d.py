@@ -1,4 +1,4 @@
-"""The inference poolings: bit for bit stock torch's maxima and averages, any geometry, every instruction set, and dk.optimize."""
+"""The inference poolings: bit for bit stock torch's maxima and averages, any geometry, every ISA, and dk.optimize."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def test_the_rest_is_stock(name: str, backend: str | None) -> None:
     for x in (
         torch.randn(2, 5, 9, 9), torch.randn(2, 5, 9, 9, dtype=torch.float64).to(memory_format=CL),
         torch.randn(2, 5, 9, 9).to(memory_format=CL).bfloat16(), torch.randn(5, 9, 9), torch.randn(2, 1, 9, 9),
-        torch.randn(2, 8, 1, 1) if not arguments else torch.randn(2, 8, 3, 3), torch.randn(2, 40, 9, 9).to(memory_format=CL)[:, 3:20],
+        torch.randn(2, 8, 1, 1) if not arguments else torch.randn(2, 8, 3, 3),
+        torch.randn(2, 40, 9, 9).to(memory_format=CL)[:, 3:20],
     ):  # fmt: skip
         same(ours(x, *arguments, backend=backend), stock(x, *arguments))
     a, b = (torch.randn(2, 40, 30, 30, generator=torch.Generator().manual_seed(0)).to(memory_format=CL) for _ in range(2))
@@ -164,7 +165,21 @@ def test_the_rest_is_stock(name: str, backend: str | None) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(0,), (-1,), (3, 0), (3, 1, 2), (3, 1, -1), (9, 1), ("a",), (3, 1, 0, 0), ((1, 2, 3),), (None,), (2.5,), ([2, 2],), ([2],)],
+    [
+        (0,),
+        (-1,),
+        (3, 0),
+        (3, 1, 2),
+        (3, 1, -1),
+        (9, 1),
+        ("a",),
+        (3, 1, 0, 0),
+        ((1, 2, 3),),
+        (None,),
+        (2.5,),
+        ([2, 2],),
+        ([2],),
+    ],
     ids=str,
 )
 def test_errors_are_torchs(arguments: tuple[Any, ...]) -> None:
@@ -254,8 +269,8 @@ def test_optimize(monkeypatch: pytest.MonkeyPatch) -> None:
 @kernels
 @pytest.mark.parametrize(
     "pool",
-    [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d(1),
-     nn.MaxPool2d(2, return_indices=True), nn.AdaptiveAvgPool2d(2), nn.MaxPool2d([2, 2])],
+    [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+     nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2, return_indices=True), nn.AdaptiveAvgPool2d(2), nn.MaxPool2d([2, 2])],
     ids=str,
 )  # fmt: skip
 def test_modules(pool: nn.Module) -> None:
@@ -274,6 +289,7 @@ def test_modules(pool: nn.Module) -> None:
 @kernels
 def test_which_calls_are_taken() -> None:
     """By size, unless the backend was named."""
+
     def path(x: Tensor, backend: str | None = None) -> str:
         pairs = pools._geometry(x, 2, None, 0)
         return pools._path("max_pool2d", x, backend, pools._enough(x, pairs, backend, pools._LEAST_COMPARED))

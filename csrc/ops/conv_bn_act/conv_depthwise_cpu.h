@@ -1,5 +1,5 @@
-// Depthwise convolution of the engine (conv_engine_cpu.h): groups == channels == channels_out, any kernel, stride,
-// padding and dilation. Packed weight: [tap][channels, padded to whole panels].
+// Depthwise convolution of the engine (conv_engine_cpu.h): groups == channels == channels_out, any kernel,
+// stride, padding and dilation. Packed weight: [tap][channels, padded to whole panels].
 #pragma once
 
 #include "ops/conv_bn_act/conv_engine_cpu.h"

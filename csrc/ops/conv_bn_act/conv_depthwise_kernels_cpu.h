@@ -1,6 +1,6 @@
-// Depthwise convolution: one output row at a time, a vector of channels of up to kPixels neighbouring pixels in
-// registers. Included once per ISA by conv_kernels_cpu.h. Every output is summed tap by tap in the weight's
-// order, taps in the padding left out, whatever the blocking.
+// Depthwise convolution: one output row at a time, a vector of channels of up to kPixels neighbouring pixels
+// in registers. Included once per ISA by conv_kernels_cpu.h. Every output is summed tap by tap in the
+// weight's order, taps in the padding left out, whatever the blocking.
 namespace dl4ds {
 namespace DL4DS_ISA {
 
@@ -17,12 +17,12 @@ struct TapRows {
     int64_t step;    // from one tap row to the next
 };
 
-/// kWidth x any height of taps with kStride between kCount pixels; 0 for both: as the shape says. `x` is the first
-/// pixel's first column; taps [q_begin, q_end) of a row count.
+/// kWidth x any height of taps with kStride between kCount pixels; 0 for both: as the shape says. `x` is the
+/// first pixel's first column; taps [q_begin, q_end) of a row count.
 template <int kWidth, int kStride, int kCount, bool kPartial>
-DL4DS_INLINE void depthwise_lanes(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows, const float* x,
-                                  int64_t q_begin, int64_t q_end, const Clamp& limits, float* out,
-                                  const float* residual, int64_t c, int64_t n) {
+DL4DS_INLINE void depthwise_lanes(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows,
+                                  const float* x, int64_t q_begin, int64_t q_end, const Clamp& limits,
+                                  float* out, const float* residual, int64_t c, int64_t n) {
     const int64_t stride = (kStride ? kStride : s.stride_w) * p.stride_w;
     const int64_t tap = (kWidth ? 1 : s.dilation_w) * p.stride_w, width = kWidth ? kWidth : s.kernel_w;
     Vec<float> acc[kCount];
@@ -39,7 +39,8 @@ DL4DS_INLINE void depthwise_lanes(const DepthwiseArgs& p, const ConvShape& s, co
                 const Vec<float> w = load(weight + q * p.padded);
 #pragma GCC unroll 8
                 for (int i = 0; i < kCount; ++i) {
-                    const int column = i * kStride + q;  // a constant: loads that several taps share are merged
+                    const int column =
+                        i * kStride + q;  // a constant: loads that several taps share are merged
                     acc[i] = multiply_add(load_lanes<kPartial>(row + column * p.stride_w, n), w, acc[i]);
                 }
             }
@@ -66,26 +67,26 @@ DL4DS_INLINE void depthwise_lanes(const DepthwiseArgs& p, const ConvShape& s, co
 
 /// kCount output pixels from column `ox` on, all channels.
 template <int kWidth, int kStride, int kCount>
-void depthwise_pixels(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows, int64_t ox, int64_t q_begin,
-                      int64_t q_end, const Clamp& limits) {
+void depthwise_pixels(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows, int64_t ox,
+                      int64_t q_begin, int64_t q_end, const Clamp& limits) {
     const float* x = rows.x + (ox * s.stride_w - s.pad_w) * p.stride_w;
     float* out = p.out + ox * s.channels;
     const float* residual = p.finish.residual == nullptr ? nullptr : p.finish.residual + ox * s.channels;
     int64_t c = 0;
     for (; c + kLanes<float> <= s.channels; c += kLanes<float>) {
-        depthwise_lanes<kWidth, kStride, kCount, false>(p, s, rows, x, q_begin, q_end, limits, out, residual, c,
-                                                        kLanes<float>);
+        depthwise_lanes<kWidth, kStride, kCount, false>(p, s, rows, x, q_begin, q_end, limits, out, residual,
+                                                        c, kLanes<float>);
     }
     if (c < s.channels) {
-        depthwise_lanes<kWidth, kStride, kCount, true>(p, s, rows, x, q_begin, q_end, limits, out, residual, c,
-                                                       s.channels - c);
+        depthwise_lanes<kWidth, kStride, kCount, true>(p, s, rows, x, q_begin, q_end, limits, out, residual,
+                                                       c, s.channels - c);
     }
 }
 
 /// Pixels [begin, end), all of whose columns lie inside the map.
 template <int kWidth, int kStride>
-void depthwise_inner(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows, int64_t begin, int64_t end,
-                     const Clamp& limits) {
+void depthwise_inner(const DepthwiseArgs& p, const ConvShape& s, const TapRows& rows, int64_t begin,
+                     int64_t end, const Clamp& limits) {
     const int64_t taps = s.kernel_w;
     int64_t ox = begin;
     for (; ox + kPixels <= end; ox += kPixels) {
@@ -117,7 +118,8 @@ inline void depthwise_row(const DepthwiseArgs& args) {
     const DepthwiseArgs p = args;
     const ConvShape s = *p.shape;
     const Clamp limits = clamp_of(p.finish.activation);
-    const int64_t y0 = p.y * s.stride_h - s.pad_h, wo = s.out_width(), reach = (s.kernel_w - 1) * s.dilation_w;
+    const int64_t y0 = p.y * s.stride_h - s.pad_h, wo = s.out_width(),
+                  reach = (s.kernel_w - 1) * s.dilation_w;
     TapRows rows{0, 0, p.x + y0 * p.stride_h, s.dilation_h * p.stride_h};
     taps_inside(y0, s.kernel_h, s.dilation_h, s.height, rows.begin, rows.end);
     // Output columns whose every tap is inside.
@@ -129,7 +131,9 @@ inline void depthwise_row(const DepthwiseArgs& args) {
     for (int64_t ox = 0; ox < wo; ++ox) {
         if (ox == begin && end > begin) {
             const bool plain = s.dilation_w == 1 && s.stride_w <= 2;
-            const int kind = plain && (s.kernel_w == 3 || s.kernel_w == 5) ? static_cast<int>(s.kernel_w * 10 + s.stride_w) : 0;
+            const int kind = plain && (s.kernel_w == 3 || s.kernel_w == 5)
+                                 ? static_cast<int>(s.kernel_w * 10 + s.stride_w)
+                                 : 0;
             switch (kind) {
                 case 31:
                     depthwise_inner<3, 1>(p, s, rows, begin, end, limits);

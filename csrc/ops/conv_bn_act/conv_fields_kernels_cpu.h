@@ -1,10 +1,12 @@
-// Packing of receptive fields with few channels (an image's three: the stem of a network), where a kernel row's values lie
-// side by side but do not fall on whole chunks. Included once per ISA by conv_kernels_cpu.h, after the general packing,
-// which writes a field as one line first and then spreads it: two passes, and loads that cross the stores just made.
+// Packing of receptive fields with few channels (an image's three: the stem of a network), where a kernel
+// row's values lie side by side but do not fall on whole chunks. Included once per ISA by conv_kernels_cpu.h,
+// after the general packing, which writes a field as one line first and then spreads it: two passes, and
+// loads that cross the stores just made.
 namespace dl4ds {
 namespace DL4DS_ISA {
 
-/// A part of one kernel row inside one vector: from lane `at` on, what lies `offset` behind the field's corner in lane 0.
+/// A part of one kernel row inside one vector: from lane `at` on, what lies `offset` behind the field's
+/// corner in lane 0.
 struct Piece {
     int64_t offset;
     int at;
@@ -44,7 +46,8 @@ struct Pieces {
 };
 
 /// Vector `v` of the fields at the corners into its places of the panel; a null corner is left out.
-DL4DS_INLINE void join_pieces(const Pieces& pieces, int v, const float* const* corner, int64_t rows, float* to) {
+DL4DS_INLINE void join_pieces(const Pieces& pieces, int v, const float* const* corner, int64_t rows,
+                              float* to) {
     const Piece* piece = pieces.piece + pieces.begin[v];
     const int count = pieces.begin[v + 1] - pieces.begin[v];
     const Mask<float> lane = lane_index<float>();
@@ -111,9 +114,10 @@ inline void pack_fields(const PackArgs& args) {
     for (int64_t i = 0; i < p.rows; ++i, at.next()) {
         const int64_t y0 = at.y * s.stride_h - s.pad_h, x0 = at.x * s.stride_w - s.pad_w;
         const int64_t bottom = y0 + (s.kernel_h - 1) * s.dilation_h;
-        // A vector reads up to kLanes - 1 values behind a kernel row (and before one, but the first): the map's last row
-        // must have them.
-        const bool room = bottom + 1 < s.height || (x0 * channels + length + kChunk - 1 <= s.width * channels);
+        // A vector reads up to kLanes - 1 values behind a kernel row (and before one, but the first): the
+        // map's last row must have them.
+        const bool room =
+            bottom + 1 < s.height || (x0 * channels + length + kChunk - 1 <= s.width * channels);
         const bool inside = y0 >= 0 && bottom < s.height && x0 >= 0 && x0 + s.kernel_w <= s.width && room;
         corner[i] = inside ? p.x + at.n * p.stride_n + y0 * p.stride_h + x0 * channels : nullptr;
         slow += inside ? 0 : 1;

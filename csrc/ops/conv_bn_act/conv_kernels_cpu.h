@@ -115,6 +115,8 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 #include "ops/conv_bn_act/conv_depthwise_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
+
+// After the packing that it falls back to.
 #include "ops/conv_bn_act/conv_fields_kernels_cpu.h"
 
 namespace dl4ds {

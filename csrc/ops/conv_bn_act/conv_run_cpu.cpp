@@ -96,7 +96,8 @@ void add_next_block(Ahead& ahead, const ConvArgs& args, int64_t first, int64_t e
             add_input(ahead, {in.x, in.stride_n, in.stride_h, in.stride_w, in.channels}, s, first, end - 1);
         }
     } else {
-        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first, end - 1);
+        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first,
+                  end - 1);
     }
     if (args.epilogue.residual != nullptr) {
         ahead.add(args.epilogue.residual + first * s.channels_out,

@@ -1,7 +1,8 @@
-// Transposed convolution 2x2 with stride 2 (U-Net's upsampling) on the engine's micro-kernel. No output pixel gets
-// more than one input pixel, so it is one GEMM: for each of the two output rows of an input row, the pixels
-// (W x C) times a matrix of 2 C_out columns (left and right output pixel) gives W x 2 C_out values, which lie in
-// memory just as the output row does. BatchNorm, bias and activation are applied to the accumulators.
+// Transposed convolution 2x2 with stride 2 (U-Net's upsampling) on the engine's micro-kernel. No output pixel
+// gets more than one input pixel, so it is one GEMM: for each of the two output rows of an input row, the
+// pixels (W x C) times a matrix of 2 C_out columns (left and right output pixel) gives W x 2 C_out values,
+// which lie in memory just as the output row does. BatchNorm, bias and activation are applied to the
+// accumulators.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -51,7 +52,8 @@ struct TransposedArgs {
     GemmFinish finish;  // scale and shift of 2 C_out columns, padded to whole panels
 };
 
-/// A unit is a segment of an input row, low enough for one A panel; its output pixels are 2 C_out values apart.
+/// A unit is a segment of an input row, low enough for one A panel; its output pixels are 2 C_out values
+/// apart.
 struct Units {
     int64_t width, segments, tallest, count;
 
@@ -65,12 +67,16 @@ struct Units {
     int64_t pixels(int64_t unit) const { return width * (unit % segments + 1) / segments - begin(unit); }
 };
 
-/// Units by panels: blocks whose packed pixels stay in L2. Where they are few, the threads share out the panels too,
-/// and each packs its pixels again.
+/// Units by panels: blocks whose packed pixels stay in L2. Where they are few, the threads share out the
+/// panels too, and each packs its pixels again.
 class Transposed {
   public:
     Transposed(const TransposedArgs& args, int64_t threads)
-        : args_(args), t_(args.shape), x_(*args.x), units_(x_, conv_kernels().max_rows), panels_(2 * t_.panels()) {
+        : args_(args),
+          t_(args.shape),
+          x_(*args.x),
+          units_(x_, conv_kernels().max_rows),
+          panels_(2 * t_.panels()) {
         const int64_t budget = cache_sizes().l2_bytes / 2 / 4;
         const int64_t wanted = std::clamp<int64_t>(budget / (units_.tallest * line()), 1, 8);
         blocks_ = std::max(ceil_div(units_.count, wanted), std::min(units_.count, threads));
@@ -79,7 +85,8 @@ class Transposed {
     }
 
     void run() {
-        const int64_t items = blocks_ * shares_, floats = (ceil_div(units_.count, blocks_) * units_.tallest + 1) * line();
+        const int64_t items = blocks_ * shares_,
+                      floats = (ceil_div(units_.count, blocks_) * units_.tallest + 1) * line();
         Scratch scratch(workers_ * floats * 4);
         float* const memory = scratch.as<float>();
         const int64_t work = units_.count * units_.tallest * t_.channels * t_.columns() / 4;
@@ -98,14 +105,17 @@ class Transposed {
 
     /// Where an output row's part of a unit begins; below: 0 or 1.
     float* output(int64_t unit, int64_t below) const {
-        return args_.out + ((2 * units_.row(unit) + below) * units_.width + units_.begin(unit)) * t_.columns();
+        return args_.out +
+               ((2 * units_.row(unit) + below) * units_.width + units_.begin(unit)) * t_.columns();
     }
 
     void pack(int64_t first, int64_t last, float* a) const {
-        const ConvShape pixels{x_.sizes[0], t_.channels, x_.sizes[2], x_.sizes[3], t_.columns(), 1, 1, 1, 1, 0, 0, 1, 1, 1};
+        const ConvShape pixels{
+            x_.sizes[0], t_.channels, x_.sizes[2], x_.sizes[3], t_.columns(), 1, 1, 1, 1, 0, 0, 1, 1, 1};
         for (int64_t u = first; u < last; ++u, a += units_.tallest * line()) {
             conv_kernels().pack({x_.as<float>(), x_.strides[0], x_.strides[2], x_.strides[3], &pixels,
-                                 units_.row(u) * units_.width + units_.begin(u), units_.pixels(u), a, nullptr});
+                                 units_.row(u) * units_.width + units_.begin(u), units_.pixels(u), a,
+                                 nullptr});
         }
     }
 
@@ -113,7 +123,8 @@ class Transposed {
     void add(Ahead& ahead, int64_t first, int64_t last) const {
         for (int64_t u = first; u < last; ++u) {
             const int64_t row = units_.row(u), n = row / x_.sizes[2], y = row % x_.sizes[2];
-            const float* x = x_.as<float>() + n * x_.strides[0] + y * x_.strides[2] + units_.begin(u) * x_.strides[3];
+            const float* x =
+                x_.as<float>() + n * x_.strides[0] + y * x_.strides[2] + units_.begin(u) * x_.strides[3];
             ahead.add(x, x + units_.pixels(u) * x_.strides[3]);
             for (int64_t below = 0; below < 2; ++below) {
                 ahead.add(output(u, below), output(u, below) + units_.pixels(u) * t_.columns());
@@ -136,11 +147,13 @@ class Transposed {
             finish.scale += column, finish.shift += column;
             finish.columns = std::min(kernels.panel, t_.columns() - column);
             for (int64_t u = first; u < last; ++u) {
-                // The first units ask for the next panel, each for one part of it; the others for the next block.
+                // The first units ask for the next panel, each for one part of it; the others for the next
+                // block.
                 const int64_t i = u - first;
-                const char* ahead = i * 16 < kernels.panel
-                                        ? reinterpret_cast<const char*>(b + t_.panel_floats() + i * t_.channels * 16)
-                                        : next.take(t_.channels * 64, reinterpret_cast<const char*>(b));
+                const char* ahead =
+                    i * 16 < kernels.panel
+                        ? reinterpret_cast<const char*>(b + t_.panel_floats() + i * t_.channels * 16)
+                        : next.take(t_.channels * 64, reinterpret_cast<const char*>(b));
                 kernels.gemm_finish[units_.pixels(u)]({a + i * units_.tallest * line(), b, t_.channels,
                                                        output(u, below) + column, t_.columns(), ahead},
                                                       finish);
@@ -158,7 +171,8 @@ class Transposed {
 
 }  // namespace
 
-/// [below][panel][c][panel width]: column j of row `below` is output channel j % C_out of the pixel j / C_out.
+/// [below][panel][c][panel width]: column j of row `below` is output channel j % C_out of the pixel j /
+/// C_out.
 Tensor conv_transpose_bn_act_pack(Tensor weight) {
     const TensorInfo wi = tensor_info(weight);
     const TransposedShape t = weight_shape(wi);
@@ -182,8 +196,8 @@ Tensor conv_transpose_bn_act_pack(Tensor weight) {
 
 Tensor conv_transpose_bn_act_packed(Tensor x, Tensor weight, Tensor packed, std::optional<Tensor> bias,
                                     std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
-                                    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, double eps,
-                                    bool eps_std, int64_t activation, double negative_slope) {
+                                    std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                                    double eps, bool eps_std, int64_t activation, double negative_slope) {
     TensorInfo xi = tensor_info(x);
     const TransposedShape t = weight_shape(tensor_info(weight));
     const TensorInfo pi = tensor_info(packed);
@@ -226,10 +240,12 @@ Tensor conv_transpose_bn_act_packed(Tensor x, Tensor weight, Tensor packed, std:
     }
     uint32_t threads = 1;
     shim_check(torch_get_num_threads(&threads), "get_num_threads");
-    const TransposedArgs args{
-         t, &xi, pi.as<float>(), oi.as<float>(),
-         {fill.scale, fill.shift, nullptr, 0, activation_from_code(kOp, activation),
-          static_cast<float>(negative_slope)}};
+    const TransposedArgs args{t,
+                              &xi,
+                              pi.as<float>(),
+                              oi.as<float>(),
+                              {fill.scale, fill.shift, nullptr, 0, activation_from_code(kOp, activation),
+                               static_cast<float>(negative_slope)}};
     Transposed(args, threads).run();
     return out;
 }

@@ -11,8 +11,8 @@ namespace dl4ds {
 namespace {
 
 void check_pair(const char* op, const char* name, int64_t height, int64_t width, int64_t least) {
-    DL4DS_CHECK(height >= least && width >= least, op, ": ", name, ": expected two numbers of at least ", least,
-                ", got ", height, " and ", width);
+    DL4DS_CHECK(height >= least && width >= least, op, ": ", name, ": expected two numbers of at least ",
+                least, ", got ", height, " and ", width);
 }
 
 /// x as dense channels_last; another layout is copied.
@@ -22,7 +22,8 @@ Tensor input(const char* op, const Tensor& x) {
                 ": x: expected (N, C, H, W) with C, H, W > 0, got shape ", xi.shape());
     check_dtype(op, "x", xi, DType::kFloat32);
     const auto strides = dense_strides(xi.sizes, 4, Format::kChannelsLast);
-    return same_strides(xi.strides, strides.data(), xi.sizes, 4) ? x : copy_with_strides(x, xi, strides.data());
+    return same_strides(xi.strides, strides.data(), xi.sizes, 4) ? x
+                                                                 : copy_with_strides(x, xi, strides.data());
 }
 
 Tensor output(int64_t n, int64_t channels, int64_t height, int64_t width) {
@@ -41,8 +42,8 @@ PoolAxis axis(const char* op, int64_t size, int64_t kernel, int64_t stride, int6
     if (ceil_mode && (out - 1) * stride >= size + padding) {
         --out;  // the last window would start in the padding behind the map
     }
-    DL4DS_CHECK(out > 0, op, ": x: expected a map at least as large as the kernel, got ", size, " for kernel ",
-                kernel);
+    DL4DS_CHECK(out > 0, op, ": x: expected a map at least as large as the kernel, got ", size,
+                " for kernel ", kernel);
     return {size, out, kernel, stride, padding, dilation};
 }
 

@@ -20,7 +20,8 @@ struct PoolAxis {
         const int64_t end = first >= size ? 0 : std::min(kernel, (size - first + dilation - 1) / dilation);
         return {first, begin, std::max(begin, end)};
     }
-    /// Taps that an average counts when it counts the padding: those up to the padded end (ceil_mode goes past it).
+    /// Taps that an average counts when it counts the padding: those up to the padded end (ceil_mode goes
+    /// past it).
     int64_t padded_taps(int64_t o) const {
         const int64_t first = o * stride - padding;
         return std::min(first + kernel, size + padding) - first;
@@ -29,9 +30,9 @@ struct PoolAxis {
 
 /// The taps of one output row: rows of the map, and per output pixel the columns.
 struct PoolRowArgs {
-    const float* x;             // the first row of taps that is inside
-    int64_t row_step, rows;     // from one row of taps to the next; how many
-    int64_t column_step;        // from one column of the map to the next
+    const float* x;          // the first row of taps that is inside
+    int64_t row_step, rows;  // from one row of taps to the next; how many
+    int64_t column_step;     // from one column of the map to the next
     int64_t channels;
     const PoolAxis* columns;
     float* out;
@@ -39,12 +40,13 @@ struct PoolRowArgs {
 
 struct AveragePoolArgs {
     PoolRowArgs row;
-    int64_t divisor;            // 0: per window
+    int64_t divisor;  // 0: per window
     bool count_include_pad;
-    int64_t padded_rows;        // PoolAxis::padded_taps of this row
+    int64_t padded_rows;  // PoolAxis::padded_taps of this row
 };
 
-/// out = mean of `pixels` pixels, channels [0, channels); kept in blocks so that the rounding error stays small.
+/// out = mean of `pixels` pixels, channels [0, channels); kept in blocks so that the rounding error stays
+/// small.
 struct GlobalPoolArgs {
     const float* x;
     int64_t pixels, step, channels;

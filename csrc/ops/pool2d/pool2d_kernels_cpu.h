@@ -1,5 +1,5 @@
-// The kernels of pool2d (see pool2d_cpu.h), compiled once per ISA by foreach_isa.h. A window is reduced row by row, as
-// stock torch does it, so that maxima and averages are the same to the last bit.
+// The kernels of pool2d (see pool2d_cpu.h), compiled once per ISA by foreach_isa.h. A window is reduced row
+// by row, as stock torch does it, so that maxima and averages are the same to the last bit.
 namespace dl4ds {
 namespace DL4DS_ISA {
 
@@ -49,8 +49,8 @@ DL4DS_INLINE Vec<float> apply_last(Vec<float> v, float factor) {
 
 /// One output pixel, all channels.
 template <typename Reduce, int kRows, int kColumns, Last kLast>
-DL4DS_INLINE void pool_pixel(const PoolRowArgs& p, const float* x, int64_t tap_step, int64_t taps, float factor,
-                             float* out) {
+DL4DS_INLINE void pool_pixel(const PoolRowArgs& p, const float* x, int64_t tap_step, int64_t taps,
+                             float factor, float* out) {
     int64_t c = 0;
     for (; c + kLanes<float> <= p.channels; c += kLanes<float>) {
         const Vec<float> v =
@@ -59,14 +59,15 @@ DL4DS_INLINE void pool_pixel(const PoolRowArgs& p, const float* x, int64_t tap_s
     }
     if (c < p.channels) {
         const int64_t n = p.channels - c;
-        const Vec<float> v = window<Reduce, kRows, kColumns, true>(x + c, p.row_step, p.rows, tap_step, taps, n);
+        const Vec<float> v =
+            window<Reduce, kRows, kColumns, true>(x + c, p.row_step, p.rows, tap_step, taps, n);
         store_partial(out + c, apply_last<kLast>(v, factor), n);
     }
 }
 
 template <typename Reduce, Last kLast>
-DL4DS_INLINE void pool_any_pixel(const PoolRowArgs& p, const float* x, int64_t tap_step, int64_t taps, float factor,
-                                 float* out) {
+DL4DS_INLINE void pool_any_pixel(const PoolRowArgs& p, const float* x, int64_t tap_step, int64_t taps,
+                                 float factor, float* out) {
     if (p.rows == 2 && taps == 2) {
         pool_pixel<Reduce, 2, 2, kLast>(p, x, tap_step, taps, factor, out);
     } else if (p.rows == 3 && taps == 3) {
@@ -92,7 +93,8 @@ inline void max_row(const PoolRowArgs& args) {
     for (int64_t o = 0; o < axis.out; ++o) {
         int64_t taps;
         const float* x = first_tap(p, axis, o, taps);
-        pool_any_pixel<Largest, Last::kNothing>(p, x, axis.dilation * p.column_step, taps, 1.0f, p.out + o * p.channels);
+        pool_any_pixel<Largest, Last::kNothing>(p, x, axis.dilation * p.column_step, taps, 1.0f,
+                                                p.out + o * p.channels);
     }
 }
 
@@ -105,9 +107,9 @@ inline void average_row(const AveragePoolArgs& args) {
         const float* x = first_tap(p, axis, o, taps);
         const int64_t first = o * axis.stride - axis.padding, past = axis.size + axis.padding - first;
         const int64_t padded = past < axis.kernel ? past : axis.kernel;
-        const int64_t divisor = a.divisor != 0           ? a.divisor
-                                : a.count_include_pad    ? a.padded_rows * padded
-                                                         : p.rows * taps;
+        const int64_t divisor = a.divisor != 0        ? a.divisor
+                                : a.count_include_pad ? a.padded_rows * padded
+                                                      : p.rows * taps;
         const int64_t step = axis.dilation * p.column_step;
         float* out = p.out + o * p.channels;
         if (p.rows * taps == 0) {
@@ -140,7 +142,8 @@ DL4DS_INLINE void mean_lanes(const GlobalPoolArgs& p, int64_t c, int64_t n) {
         }
     }
     for (int j = 0; j < kVecs; ++j) {
-        store_lanes<kPartial>(p.out + c + j * kLanes<float>, total[j] / static_cast<float>(p.pixels), n, false);
+        store_lanes<kPartial>(p.out + c + j * kLanes<float>, total[j] / static_cast<float>(p.pixels), n,
+                              false);
     }
 }
 
