@@ -1,4 +1,4 @@
-"""Depthwise, transposed, stem and pooling layers: ours against stock torch in NCHW and channels_last, interleaved, parity first.
+"""Depthwise, transposed, stem and pooling layers: ours against stock NCHW and channels_last, interleaved, parity first.
 
     python bench/ops/conv_kinds.py [--threads 2] [--only depthwise,transposed,stem,maxpool,avgpool,globalpool]
 
