@@ -30,7 +30,11 @@ MIN_LIBRARY_MACS = 8_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
-ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)", 7: "Strassen"}
+TRANSPOSED = 5  # conv_transpose_bn_act_packed
+ALGORITHMS = {
+    LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
+    TRANSPOSED: "transposed 2x2", 7: "Strassen",
+}  # fmt: skip
 # Those whose error may exceed twice stock torch's own (``exact=True`` leaves them out), and those that a variable switches off.
 INEXACT = frozenset({4, 7})
 SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
@@ -92,6 +96,7 @@ def candidates(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: A
     if exact:
         off |= INEXACT
     supports = _extension.host().conv_supports
+    off = off | {TRANSPOSED}  # another operation
     return [code for code in ALGORITHMS if code not in off and (code == LIBRARY or supports(code, *sizes))]
 
 
@@ -202,6 +207,16 @@ def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     if packed is None and _extension.host().cpu_features()["isa"] in ("avx512", "avx2"):
         with torch.no_grad():
             packed = holder.packs[DIRECT] = op("conv_bn_act_pack")(weight.detach(), 1, DIRECT)
+    return packed
+
+
+def transposed_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
+    """``weight`` (C, C_out, 2, 2) of a transposed convolution, packed; None on a machine where that is not used."""
+    holder = _holder(module, weight)
+    packed = holder.packs.get(TRANSPOSED)
+    if packed is None and _extension.host().cpu_features()["isa"] in ("avx512", "avx2"):
+        with torch.no_grad():
+            packed = holder.packs[TRANSPOSED] = op("conv_transpose_bn_act_pack")(weight.detach())
     return packed
 
 

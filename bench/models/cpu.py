@@ -43,7 +43,7 @@ ROWS = {
     "densenet121-b1": ("densenet121", 1, 224, 1.2),
 }
 _LIMIT = 1e-4
-_SETTLE_S = 0.02  # between two candidates: the threads of the one before stop spinning
+_SETTLE_S = 0.05  # between two candidates: the threads of the one before stop spinning
 
 
 class _UNet(nn.Module):

@@ -52,9 +52,10 @@ def optimize(
 
     Modules whose own forward contains such chains get an instance attribute ``forward`` that runs them fused, in train and
     eval. Everything that is not exactly the stock layer, or cannot be followed, stays as it is; ``model.dl4ds_report`` lists
-    every chain with the reason. A hook or submodule changed later switches the chain back to the stock modules. The model
-    can be compiled, exported, traced, copied and pickled; for ``torch.jit.script``, which reads source code, ``restore`` it
-    first.
+    every chain with the reason. ``nn.MaxPool2d``, ``nn.AvgPool2d``, ``nn.AdaptiveAvgPool2d(1)`` and lone 2x2
+    ``nn.ConvTranspose2d`` with stride 2 take an inference kernel where it applies; they are not listed. A hook or submodule
+    changed later switches the chain back to the stock modules. The model can be compiled, exported, traced, copied and
+    pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
 
     Args:
         model: any ``nn.Module``, on any device.
@@ -98,7 +99,7 @@ def optimize(
         except Exception:
             restore(model)
             raise
-    if not report.replaced:
+    if not report.replaced and not planned:
         warnings.warn(f"dl4ds_kernels.optimize changed nothing: {report.summary()}", stacklevel=2)
     return model
 
@@ -158,7 +159,7 @@ def _plan_model(model: nn.Module, options: Options, selection: _Selection) -> tu
         if not _is_container(module):
             continue
         plan = _plan_container(module, options, (), shared)
-        skip = {chain.key for chain in plan.chains if not selection.takes(model, fqn, chain)}
+        skip = {chain.key for chain in (*plan.chains, *plan.layers) if not selection.takes(model, fqn, chain)}
         if skip and plan.run is not None:
             plan = _plan_container(module, options, skip, shared)
         for chain in plan.chains:

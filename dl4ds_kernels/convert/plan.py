@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
+from .layers import find_layers, rewrite_layers
 from .merge import merge_chains
 from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Traced, stock_signature, trace_forward
@@ -48,11 +49,12 @@ class Chain:
 
 
 class Plan(NamedTuple):
-    """A fused forward ``run(module, *args, **kwargs)``, None if nothing is fused, and its chains."""
+    """A fused forward ``run(module, *args, **kwargs)``, None if nothing is replaced, and its chains."""
 
     run: Callable[..., Any] | None
     chains: list[Chain]
     source: str
+    layers: tuple[Chain, ...] = ()  # single layers; they take part in include and exclude, but are not in the report
 
 
 def default_arguments(module: nn.Module) -> dict[str, Any]:
@@ -84,13 +86,16 @@ def make_plan(
         chains.append(_chain(key, candidate, own))
         if key not in skip:
             pieces += own
-    if not pieces:
-        return Plan(None, chains, "")
     for piece in pieces:
         _rewrite(traced.graph, piece, options)
     merge_chains(traced.graph, module)
+    found = find_layers(traced.graph, module, options.memory_format == "preserve")
+    layers = tuple(Chain(path, "layer", (path,), None) for path in dict.fromkeys(node.target for node in found))
+    keywords = run_keywords(options, convolution=False)
+    if rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces) == 0:
+        return Plan(None, chains, "", layers)
     run, source = _generate(traced)
-    return Plan(run, chains, source)
+    return Plan(run, chains, source, layers)
 
 
 def _chain(key: str, candidate: Candidate, pieces: list[list[Element]]) -> Chain:

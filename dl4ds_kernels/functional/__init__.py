@@ -8,18 +8,22 @@ from .conv_bn_act import conv_bn_act
 from .max_pool_indices import max_pool_indices, max_unpool
 from .nms import batched_nms, nms, nms_padded
 from .nms_variants import darknet_nms, diou_nms, matrix_nms, soft_nms
+from .pool2d import avg_pool2d, global_avg_pool2d, max_pool2d
 from .upsample_add import upsample_add
 
 __all__ = [
     "add_act",
     "add_bn_act",
+    "avg_pool2d",
     "batched_nms",
     "bn_act",
     "bn_act_conv",
     "conv_bn_act",
     "darknet_nms",
     "diou_nms",
+    "global_avg_pool2d",
     "matrix_nms",
+    "max_pool2d",
     "max_pool_indices",
     "max_unpool",
     "nms",

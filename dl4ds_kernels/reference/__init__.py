@@ -4,6 +4,17 @@ from .add_act import add_act
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act
 from .max_pool_indices import max_pool_indices, max_unpool
+from .pool2d import avg_pool2d, global_avg_pool2d, max_pool2d
 from .upsample_add import upsample_add
 
-__all__ = ["add_act", "bn_act", "conv_bn_act", "max_pool_indices", "max_unpool", "upsample_add"]
+__all__ = [
+    "add_act",
+    "avg_pool2d",
+    "bn_act",
+    "conv_bn_act",
+    "global_avg_pool2d",
+    "max_pool2d",
+    "max_pool_indices",
+    "max_unpool",
+    "upsample_add",
+]

@@ -49,6 +49,9 @@ WINOGRAD = [
     Conv(3, 128, 96, 7, 7, padding=2), Conv(1, 1, 1, 3, 3), Conv(1, 64, 64, 56, 56), Conv(1, 7, 70, 1, 40),
 ]  # fmt: skip
 DIRECT_ONLY = [
+    # Few channels: kernel rows that begin anywhere in a chunk, also where the map is not much wider than a row.
+    Conv(2, 3, 40, 9, 33, 7, 2, 3), Conv(1, 1, 8, 12, 40, 5), Conv(1, 4, 8, 9, 4, 3), Conv(2, 5, 33, 30, 31, 3, 1, 0),
+    Conv(1, 3, 20, 24, 23, 11, 4, 2), Conv(1, 2, 9, 17, 8, (3), 1, 2),
     Conv(1, 3, 64, 50, 47, 7, 2, 3), Conv(2, 64, 128, 14, 13, 1, 1, 0), Conv(2, 64, 100, 15, 14, 1, 2, 0),
     Conv(2, 32, 40, 15, 14, 3, 2, 1), Conv(1, 24, 36, 15, 14, 3, 1, 2, 2, 3), Conv(1, 32, 32, 9, 9, 3, 1, 1, 1, 32),
     Conv(1, 20, 30, 9, 9, 5, 3, 2, 1, 2), Conv(1, 5, 6, 9, 9, 4, 1, 3), Conv(1, 2, 3, 4, 300, 3, 1, (1)),
@@ -225,7 +228,7 @@ def test_choice() -> None:
     assert choose(Conv(1, 64, 64, 56, 56), True) == F2
     assert choose(Conv(1, 64, 64, 56, 56, stride=2), False) == DIRECT
     assert choose(Conv(1, 64, 64, 56, 56, dilation=2), False) == DIRECT
-    assert choose(Conv(1, 64, 64, 56, 56, groups=64), False) == _packing.LIBRARY
+    assert choose(Conv(1, 64, 64, 56, 56, groups=16), False) == _packing.LIBRARY
     # So few tiles that reading four times the weight costs more than the multiplications it saves.
     assert choose(Conv(1, 512, 512, 7, 7), False) == F2
 
@@ -274,8 +277,8 @@ def test_bad_arguments_are_named() -> None:
     conv = Conv(1, 8, 8, 6, 6)
     t = make(conv)
     packed = OPS.conv_bn_act_pack(t["weight"], 1, F2)
-    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 4 or 7, got 3"):
-        OPS.conv_bn_act_pack(t["weight"], 1, 3)
+    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 3, 4 or 7, got 5"):
+        OPS.conv_bn_act_pack(t["weight"], 1, 5)
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         OPS.conv_bn_act_pack(torch.randn(8, 8, 3), 1, DIRECT)
     with pytest.raises(RuntimeError, match="algorithm: expected one for weight"):

@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "common/cpu/isa.h"
-#include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_depthwise_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -87,13 +87,16 @@ bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
         return s.taps() == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1 &&
                s.channels % (2 * kChunk) == 0 && s.channels_out % (2 * conv_kernels().panel) == 0;
     }
-    return true;
+    return algorithm != ConvAlgorithm::kDepthwise || is_depthwise(s);
 }
 
 ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
     // With 16-byte vectors the library's own kernels for the machine are the better bet (not measured there).
     if (active_isa() == Isa::kBaseline || s.out_height() < 1 || s.out_width() < 1) {
         return ConvAlgorithm::kLibrary;
+    }
+    if (is_depthwise(s)) {
+        return ConvAlgorithm::kDepthwise;
     }
     // Groups narrower than half a panel leave most of a register empty.
     if (s.groups > 1 && s.group_channels_out() * 2 <= conv_kernels().panel) {

@@ -23,6 +23,7 @@ enum class ConvAlgorithm : int {
     kLibrary = 0,    // oneDNN's primitive, then a pass of ours
     kDirect = 1,     // implicit GEMM
     kWinograd2 = 2,  // F(2x2, 3x3): error like direct convolution's
+    kDepthwise = 3,  // one filter a channel, no GEMM
     kWinograd4 = 4,  // F(4x4, 3x3): error at most 1e-4 of the output's scale
     kStrassen = 7,   // 1x1: error like kWinograd4's, relative to the scale of the whole output
 };
@@ -155,6 +156,18 @@ struct StrassenOutArgs {
     GemmFinish finish;  // at the left channel
 };
 
+/// One output row of a depthwise convolution.
+struct DepthwiseArgs {
+    const float* x;  // pixel (0, 0) of the image
+    int64_t stride_h, stride_w;
+    const ConvShape* shape;
+    int64_t y;            // the output row
+    const float* weight;  // [tap][padded]
+    int64_t padded;
+    float* out;         // the row's first pixel
+    GemmFinish finish;  // of all channels; finish.residual: at the row's first pixel
+};
+
 /// BatchNorm with running statistics (after a convolution with a bias) as scale and shift of every channel;
 /// all vectors are contiguous, null: absent. In double, as in bn_act.
 struct ScaleShiftArgs {
@@ -178,6 +191,7 @@ struct ConvKernels {
     void (*strassen_in)(const StrassenInArgs&);
     bool (*strassen_out)(const StrassenOutArgs&);  // false: as winograd_out
     void (*scale_shift)(const ScaleShiftArgs&);
+    void (*depthwise_row)(const DepthwiseArgs&);
 };
 
 /// The table of the active ISA.

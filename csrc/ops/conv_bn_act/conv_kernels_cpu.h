@@ -112,9 +112,13 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
 
+#include "ops/conv_bn_act/conv_depthwise_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_strassen_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
+
+// After the packing that it falls back to.
+#include "ops/conv_bn_act/conv_fields_kernels_cpu.h"
 
 namespace dl4ds {
 namespace DL4DS_ISA {
@@ -124,13 +128,14 @@ const ConvKernels kConvKernels = {
     kMaxRows,
     kGemm,
     kGemmFinish,
-    &pack,
+    &pack_fields,
     &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
     &strassen_in,
     &strassen_out,
     &scale_shift,
+    &depthwise_row,
 };
 
 }  // namespace DL4DS_ISA

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "common/cpu/parallel.h"
-#include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_depthwise_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -111,6 +111,9 @@ void pack_strassen(const ConvShape& s, const float* weight, float* packed) {
 }  // namespace
 
 int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
+    if (algorithm == ConvAlgorithm::kDepthwise) {
+        return depthwise_packed_floats(s);
+    }
     const int64_t width = conv_kernels().panel;
     if (algorithm == ConvAlgorithm::kStrassen) {
         return s.channels_out * s.channels / 4 * 7;
@@ -127,6 +130,8 @@ void conv_pack_weight(ConvAlgorithm algorithm, const ConvShape& s, const float* 
         pack_direct(s, weight, packed);
     } else if (algorithm == ConvAlgorithm::kStrassen) {
         pack_strassen(s, weight, packed);
+    } else if (algorithm == ConvAlgorithm::kDepthwise) {
+        depthwise_pack_weight(s, weight, packed);
     } else {
         pack_winograd(static_cast<int>(algorithm), s, weight, packed);
     }

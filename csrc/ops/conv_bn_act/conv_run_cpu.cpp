@@ -1,5 +1,6 @@
 // The direct algorithm of the convolution engine: what one thread does with a block of output pixels.
 #include "ops/conv_bn_act/conv_cut_cpu.h"
+#include "ops/conv_bn_act/conv_depthwise_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -92,6 +93,10 @@ void run_direct(const ConvArgs& args) {
 bool conv_run(ConvAlgorithm algorithm, const ConvArgs& args) {
     if (algorithm == ConvAlgorithm::kDirect) {
         run_direct(args);
+        return true;
+    }
+    if (algorithm == ConvAlgorithm::kDepthwise) {
+        depthwise_run(args);
         return true;
     }
     return conv_run_transformed(algorithm, args);

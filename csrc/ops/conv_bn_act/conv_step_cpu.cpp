@@ -144,8 +144,8 @@ Tensor dense_channels_last(const Tensor& t, const TensorInfo& info) {
 }
 
 ConvAlgorithm conv_algorithm_from_code(int64_t code) {
-    DL4DS_CHECK(code == 1 || code == 2 || code == 4 || code == 7, kOp,
-                ": algorithm: expected 1, 2, 4 or 7, got ", code);
+    DL4DS_CHECK((code >= 1 && code <= 4) || code == 7, kOp, ": algorithm: expected 1, 2, 3, 4 or 7, got ",
+                code);
     return static_cast<ConvAlgorithm>(code);
 }
 
