@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
-from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
+from ..modules.local_response_norm import run_local_response_norm
+from .patterns import ACT, ADD, BN, CONV, LRN, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Traced, stock_signature, trace_forward
 
 MISS = object()  # what a generated forward returns when its conditions do not hold
@@ -114,7 +115,7 @@ def _note_problems(graph: fx.Graph, candidates: list[Candidate], container: nn.M
             if module is None or element.problem:
                 continue
             element.problem = module_problem(module, element.kind)
-            if element.problem is None and element.kind != ACT and (calls[id(module)] > 1 or id(module) in shared):
+            if element.problem is None and element.kind not in (ACT, LRN) and (calls[id(module)] > 1 or id(module) in shared):
                 element.problem = ("SHARED_MODULE", f"{element.path} is used in more than one place")
 
 
@@ -127,7 +128,7 @@ def module_problem(module: nn.Module, kind: str) -> tuple[str, str] | None:
         return "HOOKS", f"on {name}"
     if "forward" in module.__dict__:
         return "OVERRIDDEN", f"forward of this {name}"
-    if kind == ACT:
+    if kind in (ACT, LRN):  # nothing of theirs is folded or kept
         return None
     if type(module) not in _EXACT[kind] or getattr(module, "activation", "none") != "none":
         return "SUBCLASS", f"{type(module).__module__}.{name}"
@@ -150,9 +151,11 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
         act = _act_node(graph, by_kind.get(ACT))
         if ADD in by_kind and BN not in by_kind:
             function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
+        elif LRN in by_kind:
+            norm = graph.create_node("get_attr", by_kind[LRN].path)
+            function, arguments = run_local_response_norm, (source_of(piece[0]), norm)
         else:
-            source = piece[0].node.args[0] if piece[0].node.args else piece[0].node.kwargs["input"]
-            arguments = (source, *modules, act)
+            arguments = (source_of(piece[0]), *modules, act)
             if BN in by_kind:
                 function = run_conv_bn_act if CONV in by_kind else run_bn_act
                 arguments += (_residual(by_kind),)
@@ -162,6 +165,11 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
     last.replace_all_uses_with(fused)
     for element in reversed(piece):
         graph.erase_node(element.node)
+
+
+def source_of(element: Element) -> fx.Node:
+    """The node that an element's operation reads."""
+    return element.node.args[0] if element.node.args else element.node.kwargs["input"]
 
 
 def _residual(by_kind: dict[str, Element]) -> fx.Node | None:

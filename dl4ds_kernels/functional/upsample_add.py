@@ -13,8 +13,9 @@ from .._backend import MIN_NUMEL, REFERENCE, STOCK, current, select
 from .._define import CPP, op
 from ._common import call, check_floating, fail, needs_grad
 
-# With gradients two ops of host overhead come on top: measured, channels_last breaks even at four times the size.
-_MIN_NUMEL_GRAD = 4 * MIN_NUMEL["upsample_add"]
+# With gradients the host overhead of two ops comes on top. Stock torch is good at channels_last: measured, it breaks even there
+# between 0.26 and 1 million elements of skip, and at 16384 where torch has to enlarge plane by plane.
+_MIN_NUMEL_GRAD_NHWC = 32 * MIN_NUMEL["upsample_add"]
 
 
 def upsample_add(low: Tensor, skip: Tensor, *, backend: str | None = None) -> Tensor:
@@ -43,8 +44,8 @@ def upsample_add(low: Tensor, skip: Tensor, *, backend: str | None = None) -> Te
             fail("upsample_add", "skip", f"shape {(n, c, 2 * h, 2 * w)} for low {tuple(low.shape)}", tuple(skip.shape))
         grad = needs_grad(low, skip)
         path = select("upsample_add", skip, backend)
-        if path is CPP and grad and skip.numel() < _MIN_NUMEL_GRAD and (backend or current()) == "auto":
-            path = STOCK
+        if path is CPP and grad and skip.numel() < _MIN_NUMEL_GRAD_NHWC and (backend or current()) == "auto":
+            path = path if skip.is_contiguous() else STOCK
         if path is STOCK or low.numel() == 0 or low.dtype != skip.dtype:
             return skip + TF.interpolate(low, scale_factor=2.0, mode="nearest")
         if path is REFERENCE:
