@@ -21,6 +21,9 @@ STEMS = sorted(set(defined_ops().values()))
 EXCEPTIONS = {
     ("conv_bn_act", "header"): "the convolution is the library's and its epilogue is bn_act's kernel",
     ("conv_bn_act", "kernel"): "the convolution is the library's and its epilogue is bn_act's kernel",
+    ("conv_transpose_bn_act", "cuda"): "Triton serves CUDA tensors",
+    ("conv_transpose_bn_act", "kernel"): "Triton serves CUDA tensors",
+    ("conv_transpose_bn_act", "header"): "the Params of a CUDA kernel; Triton serves CUDA tensors",
     ("local_response_norm", "cuda"): "Triton serves CUDA tensors",
     ("local_response_norm", "kernel"): "Triton serves CUDA tensors",
     ("local_response_norm", "header"): "the Params of a CUDA kernel; Triton serves CUDA tensors",

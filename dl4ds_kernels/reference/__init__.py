@@ -3,6 +3,7 @@
 from .add_act import add3_act, add_act
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act
+from .conv_transpose_bn_act import conv_transpose_bn_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .upsample_add import upsample_add
@@ -12,6 +13,7 @@ __all__ = [
     "add_act",
     "bn_act",
     "conv_bn_act",
+    "conv_transpose_bn_act",
     "local_response_norm",
     "max_pool_indices",
     "max_unpool",
