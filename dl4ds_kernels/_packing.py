@@ -30,6 +30,8 @@ LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed
 DIRECT = 1
 ALGORITHMS = {LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 4: "Winograd F(4x4, 3x3)"}
 
+_TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
+ALGORITHMS[_TRANSPOSED_PACK] = "direct, transposed"
 _SLOT = "_dl4ds_packed"
 
 
@@ -127,10 +129,27 @@ def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     return packed
 
 
+def transposed_weight(module: torch.nn.Module, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``weight`` (C_in, C_out, 2, 2) as (4 C_out, C_in, 1, 1), tap by tap, and its pack for the direct algorithm.
+
+    None on a machine where that algorithm is not used.
+    """
+    holder = _holder(module, weight)
+    packed = holder.packs.get(_TRANSPOSED_PACK)
+    if packed is None:
+        if _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"):
+            return None
+        with torch.no_grad():
+            taps = weight.detach().permute(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
+            packed = op("conv_bn_act_pack")(taps, 1, DIRECT)
+        holder.packs[_TRANSPOSED], holder.packs[_TRANSPOSED_PACK] = taps, packed
+    return holder.packs[_TRANSPOSED], packed
+
+
 def algorithms(module: torch.nn.Module) -> tuple[str, ...]:
     """Names of the algorithms that this module holds a pack for."""
     holder = module.__dict__.get(_SLOT)
-    return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs))
+    return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs) if code in ALGORITHMS)
 
 
 def drop(module: torch.nn.Module) -> None:
