@@ -25,6 +25,8 @@ from ._define import op
 # oneDNN's primitive, whose call costs about 30 us more than aten's convolution.
 MIN_MACS = 200_000
 MIN_LIBRARY_MACS = 8_000_000
+# Of a 2x2 transposed convolution with stride 2: below, the host time of its steps (some 100 us) outweighs the faster product.
+MIN_TRANSPOSED_MACS = 30_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1

@@ -105,6 +105,7 @@ def _is_matrix_product(x: Tensor, conv: nn.ConvTranspose2d, memory_format: str, 
         and conv.dilation == (1, 1)
         and conv.groups == 1
         and x.shape[1] == conv.in_channels
+        and x.numel() // conv.in_channels * conv._parameters["weight"].numel() >= _packing.MIN_TRANSPOSED_MACS
         and _worth_packing(x.numel() // conv.in_channels, conv, memory_format)
         and applies(x, conv, backend)
     )

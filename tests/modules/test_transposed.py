@@ -17,6 +17,7 @@ from dl4ds_kernels.modules._transposed import run_up_concat
 @pytest.fixture(autouse=True)
 def _pack_small_layers(monkeypatch: pytest.MonkeyPatch, kernels: None) -> None:
     monkeypatch.setattr(_packing, "MIN_MACS", 0)
+    monkeypatch.setattr(_packing, "MIN_TRANSPOSED_MACS", 0)
 
 
 def packs_here() -> bool:

@@ -1,4 +1,4 @@
-"""bn_act on and into channel slices of larger buffers: inputs without a copy, outputs where they belong, concatenations."""
+"""bn_act on and into channel slices of larger buffers: inputs without a copy, outputs where they belong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dl4ds_kernels._activation import ACTIVATION_CODES, apply_activation
 from dl4ds_kernels._define import TRITON, has_kernel, op, triton_interpreted
-from dl4ds_kernels.functional._into import cat_bn_act
 
 EPS, SLOPE, GUARD = 1e-3, 0.1, 7.0
 SMALL = replace(BASE, shape=(2, 13, 5, 7), training=False)
@@ -119,25 +118,6 @@ def test_same_bits_with_any_number_of_threads(kernels: None) -> None:
         run_into(case, "dl4ds_kernels", x, bn_vectors(case, x), out)
         outs.append(buffer)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_concatenation(backend: str, kernels: None) -> None:
-    if backend == "triton" and not triton_interpreted():
-        pytest.skip("Triton compiles for the GPU of this machine")
-    parts = [torch.randn(2, c, 6, 5).contiguous(memory_format=torch.channels_last) for c in (16, 4, 9)]
-    parts.append(torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)[:, 2:5])
-    whole = torch.cat(parts, 1)
-    v = bn_vectors(replace(SMALL, shape=tuple(whole.shape)), whole)
-    out = cat_bn_act(parts, v["running_mean"], v["running_var"], v["weight"], v["bias"], EPS, False, 1, SLOPE, backend)
-    torch.testing.assert_close(out, stock(SMALL, whole, v))
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    vectors = (v["running_mean"], v["running_var"], v["weight"], v["bias"], EPS, False, 1, SLOPE)
-    assert cat_bn_act([p.contiguous() for p in parts], *vectors, backend) is None
-    assert cat_bn_act(parts[:2], *vectors, backend) is None and cat_bn_act(parts, *vectors, "reference") is None
-    with torch.enable_grad():
-        assert cat_bn_act(parts, *vectors, backend) is None
 
 
 @pytest.mark.parametrize("namespace", ["dl4ds_kernels", TRITON])
