@@ -27,6 +27,8 @@ from ._define import op
 # oneDNN's primitive, whose call costs about 30 us more than aten's convolution.
 MIN_MACS = 200_000
 MIN_LIBRARY_MACS = 8_000_000
+# Of a 2x2 transposed convolution with stride 2: below, the host time of its steps (some 100 us) outweighs the faster product.
+MIN_TRANSPOSED_MACS = 30_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
@@ -39,6 +41,8 @@ ALGORITHMS = {
 INEXACT = frozenset({4, 7})
 SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
 
+_TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
+ALGORITHMS[_TRANSPOSED_PACK] = "direct, transposed"
 _SLOT = "_dl4ds_packed"
 
 
@@ -96,7 +100,7 @@ def candidates(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: A
     if exact:
         off |= INEXACT
     supports = _extension.host().conv_supports
-    off = off | {TRANSPOSED}  # another operation
+    off = off | {TRANSPOSED, _TRANSPOSED_PACK}  # another operation
     return [code for code in ALGORITHMS if code not in off and (code == LIBRARY or supports(code, *sizes))]
 
 
@@ -220,10 +224,27 @@ def transposed_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     return packed
 
 
+def transposed_taps(module: torch.nn.Module, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``weight`` (C_in, C_out, 2, 2) as (4 C_out, C_in, 1, 1), tap by tap, and its pack for the direct algorithm.
+
+    None on a machine where that algorithm is not used.
+    """
+    holder = _holder(module, weight)
+    packed = holder.packs.get(_TRANSPOSED_PACK)
+    if packed is None:
+        if _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"):
+            return None
+        with torch.no_grad():
+            taps = weight.detach().permute(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
+            packed = op("conv_bn_act_pack")(taps, 1, DIRECT)
+        holder.packs[_TRANSPOSED], holder.packs[_TRANSPOSED_PACK] = taps, packed
+    return holder.packs[_TRANSPOSED], packed
+
+
 def algorithms(module: torch.nn.Module) -> tuple[str, ...]:
     """Names of the algorithms that this module holds a pack for."""
     holder = module.__dict__.get(_SLOT)
-    return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs))
+    return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs) if code in ALGORITHMS)
 
 
 def drop(module: torch.nn.Module) -> None:

@@ -377,7 +377,7 @@ def test_a_backend_asked_for_that_is_not_there_fails():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--op", "conv"), "--op: expected one or more of add_act, bn_act, conv_bn_act, nms, got 'conv'"),
+        (("--op", "conv"), "--op: expected one or more of add_act, add3_act, bn_act"),
         ((), "Missing option"),
         (("--op", "add_act", "--shapes", "resnet"), "--shapes: expected all, resnet50"),
         (("--op", "nms", "--shapes", "resnet50"), "--shapes: nms: expected all, yolo"),

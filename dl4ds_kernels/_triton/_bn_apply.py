@@ -11,6 +11,7 @@ from ._device import (
     offset_of,
     pack_bits,
     positive_side,
+    program_index,
     tile_bytes,
     tile_channels,
     tile_indices,
@@ -97,3 +98,22 @@ def bn_bwd_apply_kernel(
             dz += centered * tile_vector(slope_x, c, c_valid, CHANNELS_LAST, TILED)
             dz += tile_vector(offset, c, c_valid, CHANNELS_LAST, TILED)
         tl.store(dx + index, dz.to(dtype), valid)
+
+
+@triton.jit
+def bn_apply_into_kernel(
+    x, out, center, scale, shift, rows, cols, x_pitch, out_pitch,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """out = act((x - center) * scale + shift) over pixels (rows) of channels (cols) that lie x_pitch and out_pitch apart."""
+    column_blocks = tl.cdiv(cols, BLOCK_COLS)
+    program = program_index(WIDE)
+    row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(0) % column_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    c_valid = col < cols
+    valid = (row < rows)[:, None] & c_valid[None, :]
+    acc: tl.constexpr = center.dtype.element_ty
+    z = tl.load(x + (row * x_pitch)[:, None] + col[None, :], valid, 0.0).to(acc)
+    z = (z - tl.load(center + col, c_valid, 0.0)[None, :]) * tl.load(scale + col, c_valid, 0.0)[None, :]
+    z = z + tl.load(shift + col, c_valid, 0.0)[None, :]
+    tl.store(out + (row * out_pitch)[:, None] + col[None, :], activate(z, ACTIVATION, SLOPE).to(out.dtype.element_ty), valid)

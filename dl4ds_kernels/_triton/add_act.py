@@ -50,6 +50,21 @@ def add_act_kernel(
 
 
 @triton.jit
+def add3_act_kernel(
+    x, residual, residual2, out, mask, numel, ALPHA: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The three operands are added from left to right and rounded once."""
+    index, valid, byte, byte_valid = flat_indices(numel, WIDE, BLOCK)
+    z = (sum_of(x, residual, index, valid, 1.0, ACC) + tl.load(residual2 + index, valid, 0.0).to(ACC)) * ALPHA
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(out + index, activate(z, ACTIVATION, SLOPE).to(dtype), valid)
+    if mask is not None:
+        positive = positive_side(z.to(dtype).to(ACC), ACTIVATION) & valid
+        tl.store(mask + byte, pack_bits(positive, 1, BLOCK), byte_valid)
+
+
+@triton.jit
 def add_act_bwd_kernel(
     dout, mask, x, residual, dx, numel, ALPHA: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -78,6 +93,25 @@ def add_act(
         _launch(
             add_act_kernel, out, alpha, activation, negative_slope,
             x=operands[0], residual=operands[1], out=out, mask=mask if mask.numel() else None,
+        )  # fmt: skip
+    return out, mask
+
+
+def add3_act(
+    x: Tensor, residual: Tensor, residual2: Tensor, alpha: float, activation: int, negative_slope: float, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """``(out, mask)`` of three operands; where they lie differently, torch adds the first two."""
+    _common.check_like("add3_act", x, residual=residual, residual2=residual2)
+    dense = torch.ops.aten.is_non_overlapping_and_dense(x)
+    if not (dense and _common.same_order(x, residual) and _common.same_order(x, residual2)):
+        return add_act(torch.add(x, residual), residual2, alpha, activation, negative_slope, save_mask)
+    check(x.dtype in _common.TRITON_DTYPE, "add3_act", "x", "a floating dtype", x.dtype)
+    out = _empty_sum(x)
+    mask = _common.empty_mask(out, save_mask, activation)
+    if out.numel():
+        _launch(
+            add3_act_kernel, out, alpha, activation, negative_slope,
+            x=x, residual=residual, residual2=residual2, out=out, mask=mask if mask.numel() else None,
         )  # fmt: skip
     return out, mask
 

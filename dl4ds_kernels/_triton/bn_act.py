@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops._layout import accumulate_dtype, suggested_format
 from . import _common
-from ._bn_apply import bn_apply_kernel, bn_bwd_apply_kernel
+from ._bn_apply import bn_apply_into_kernel, bn_apply_kernel, bn_bwd_apply_kernel
 from ._bn_merge import FOLD_CONFIG, MERGE_CONFIG, bn_bwd_merge_kernel, bn_fold_kernel, bn_stats_merge_kernel
 from ._bn_reduce import bn_bwd_partial_kernel, bn_stats_partial_kernel, reduce_launch_config
 from ._common import Matrix, check, elementwise_launch_config, elementwise_programs, slope_of
@@ -283,3 +283,69 @@ def bn_act_bwd(
                 **config,
             )
     return results
+
+
+def bn_act_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    out: Tensor,
+    eps: float,
+    eps_std: bool,
+    activation: int,
+    negative_slope: float,
+) -> None:
+    """Eval-mode ``act(bn(x))`` into ``out``: channels_last, or a slice of the channels of such a buffer, as x may be."""
+    op = "bn_act_into"
+    _common.check_x(op, x)
+    channels = x.shape[1]
+    weight, bias, running_mean, running_var = _common.channel_vectors(
+        op, x, channels, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    _common.check_like(op, x, out=out)
+    if x.numel() == 0:
+        return
+    out_pitch = pixel_pitch(out)
+    check(out_pitch >= channels, op, "out", "channels_last, or a slice of its channels", out.stride())
+    if not pixel_pitch(x):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows, block_cols = x.numel() // channels, _common.block_of(channels, 256)
+    block_rows = max(1, 2048 // block_cols)
+    with _common.device_of(x):
+        center, scale, shift = fold_statistics(x, running_mean, running_var, weight, bias, None, eps, eps_std)
+        _common.launch(
+            bn_apply_into_kernel,
+            triton.cdiv(rows, block_rows) * triton.cdiv(channels, block_cols),
+            x=x,
+            out=out,
+            center=center,
+            scale=scale,
+            shift=shift,
+            rows=rows,
+            cols=channels,
+            x_pitch=pixel_pitch(x),
+            out_pitch=out_pitch,
+            ACTIVATION=activation,
+            SLOPE=slope_of(activation, negative_slope),
+            WIDE=_common.is_wide(x.numel(), x, out),
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLS=block_cols,
+            num_warps=4,
+        )
+
+
+def pixel_pitch(t: Tensor) -> int:
+    """Elements from one pixel of t (N, C, *spatial) to the next if that is one number and channels are neighbours, else 0."""
+    if t.shape[1] > 1 and t.stride(1) != 1:
+        return 0
+    pitch, pixels = 0, 1
+    for d in (*range(t.dim() - 1, 1, -1), 0):
+        if t.shape[d] == 1:
+            continue
+        pitch = pitch or t.stride(d)
+        if t.stride(d) != pitch * pixels:
+            return 0
+        pixels *= t.shape[d]
+    return pitch or t.shape[1]

@@ -48,7 +48,7 @@ def _providers(module: Any, backends: str | None, compare: str | None, layout: s
 
 
 def bench(
-    op: Annotated[str, typer.Option(help="add_act, bn_act, conv_bn_act or nms")],
+    op: Annotated[str, typer.Option(help=", ".join(benchmark.OPS))],
     shapes: Annotated[
         str | None,
         typer.Option(help="resnet50, yolo, unet, all, a layer name such as resnet50.layer1, CxHxW; nms: yolo, heavy, sparse"),

@@ -52,9 +52,8 @@ def optimize(
 
     Modules whose own forward contains such chains get an instance attribute ``forward`` that runs them fused, in train and
     eval. Everything that is not exactly the stock layer, or cannot be followed, stays as it is; ``model.dl4ds_report`` lists
-    every chain with the reason. ``nn.MaxPool2d``, ``nn.AvgPool2d``, ``nn.AdaptiveAvgPool2d(1)`` and lone 2x2
-    ``nn.ConvTranspose2d`` with stride 2 take an inference kernel where it applies; they are not listed. A hook or submodule
-    changed later switches the chain back to the stock modules. The model can be compiled, exported, traced, copied and
+    every chain with the reason. ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d(1)`` take an
+    inference kernel where it applies; they are not listed. A hook or submodule changed later switches the chain back to the stock modules. The model can be compiled, exported, traced, copied and
     pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
 
     Args:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modules._run import NO_ACT, ActSpec, act_spec
 
-CONV, BN, ADD, ACT = "conv", "bn", "add", "act"
+CONV, CONV_T, BN, ADD, ACT, LRN = "conv", "conv_transpose", "bn", "add", "act", "lrn"
 _FUNCTION_ACTS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
@@ -33,10 +33,14 @@ PATTERNS = {
     (CONV, BN): "conv_bn",
     (CONV, ACT): "conv_act",
     (CONV,): "conv",
+    (CONV_T, BN, ACT): "conv_transpose_bn_act",
+    (CONV_T, BN): "conv_transpose_bn",
+    (CONV_T, ACT): "conv_transpose_act",
     (BN, ADD, ACT): "bn_add_act",
     (BN, ACT): "bn_act",
     (BN, ADD): "bn_add",
     (ADD, ACT): "add_act",
+    (LRN,): "local_response_norm",
 }
 
 
@@ -106,14 +110,16 @@ class _Matcher:
 
     def line_ending_at(self, node: fx.Node, claimed: set[fx.Node]) -> list[Element]:
         line: list[Element] = []
-        allowed = (ACT, ADD, BN, CONV)
+        allowed = (ACT, ADD, BN, CONV, LRN)
         while isinstance(node, fx.Node) and node not in claimed:
             element = self.element(node)
             if element is None or element.kind not in allowed:
                 break
+            if element.kind == CONV_T and any(e.kind == ADD for e in line):
+                break  # its kernels take no residual
             line.insert(0, element)
             node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
-            allowed = {ACT: (ADD, BN, CONV), ADD: (BN,), BN: (CONV,), CONV: ()}[element.kind]
+            allowed = {ACT: (ADD, BN, CONV, CONV_T), ADD: (BN,), BN: (CONV, CONV_T)}.get(element.kind, ())
         return line
 
     def _chain_operand(self, add: Element, claimed: set[fx.Node]) -> fx.Node | None:
@@ -131,6 +137,10 @@ class _Matcher:
                 return None
             if isinstance(module, nn.Conv2d):
                 return Element(CONV, node, node.target, module)
+            if isinstance(module, nn.ConvTranspose2d):
+                return Element(CONV_T, node, node.target, module)
+            if type(module) is nn.LocalResponseNorm:
+                return Element(LRN, node, node.target, module)
             if is_batch_norm(module):
                 return Element(BN, node, node.target, module)
             act = act_spec(module)

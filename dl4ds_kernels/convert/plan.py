@@ -13,16 +13,19 @@ from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._transposed import run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
+from ..modules.local_response_norm import run_local_response_norm
 from .layers import find_layers, rewrite_layers
 from .merge import merge_chains
-from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
+from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Traced, stock_signature, trace_forward
 
 MISS = object()  # what a generated forward returns when its conditions do not hold
 
 _EXACT = {
     CONV: (nn.Conv2d,),
+    CONV_T: (nn.ConvTranspose2d,),
     BN: (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, BNAct2d),
 }
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -89,7 +92,7 @@ def make_plan(
     for piece in pieces:
         _rewrite(traced.graph, piece, options)
     merge_chains(traced.graph, module)
-    found = find_layers(traced.graph, module, options.memory_format == "preserve")
+    found = find_layers(traced.graph, module)
     layers = tuple(Chain(path, "layer", (path,), None) for path in dict.fromkeys(node.target for node in found))
     keywords = run_keywords(options, convolution=False)
     if rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces) == 0:
@@ -121,7 +124,7 @@ def _note_problems(graph: fx.Graph, candidates: list[Candidate], container: nn.M
             if module is None or element.problem:
                 continue
             element.problem = module_problem(module, element.kind)
-            if element.problem is None and element.kind != ACT and (calls[id(module)] > 1 or id(module) in shared):
+            if element.problem is None and element.kind not in (ACT, LRN) and (calls[id(module)] > 1 or id(module) in shared):
                 element.problem = ("SHARED_MODULE", f"{element.path} is used in more than one place")
 
 
@@ -134,16 +137,16 @@ def module_problem(module: nn.Module, kind: str) -> tuple[str, str] | None:
         return "HOOKS", f"on {name}"
     if "forward" in module.__dict__:
         return "OVERRIDDEN", f"forward of this {name}"
-    if kind == ACT:
+    if kind in (ACT, LRN):  # nothing of theirs is folded or kept
         return None
     if type(module) not in _EXACT[kind] or getattr(module, "activation", "none") != "none":
         return "SUBCLASS", f"{type(module).__module__}.{name}"
     if kind == BN and module.running_mean is None:
         return "NO_RUNNING_STATS", ""
-    tensor = module.weight if kind == CONV else module.running_mean
+    tensor = module.weight if kind in (CONV, CONV_T) else module.running_mean
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
         return "DTYPE", str(tensor.dtype)
-    if kind == CONV and module.padding_mode != "zeros":
+    if kind in (CONV, CONV_T) and module.padding_mode != "zeros":
         return "PADDING_MODE", module.padding_mode
     return None
 
@@ -153,22 +156,34 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
     last = piece[-1].node
     by_kind = {e.kind: e for e in piece}
     with graph.inserting_before(last):
-        modules = [graph.create_node("get_attr", by_kind[kind].path) for kind in (CONV, BN) if kind in by_kind]
+        modules = [graph.create_node("get_attr", by_kind[kind].path) for kind in (CONV, CONV_T, BN) if kind in by_kind]
         act = _act_node(graph, by_kind.get(ACT))
         if ADD in by_kind and BN not in by_kind:
             function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
+        elif LRN in by_kind:
+            norm = graph.create_node("get_attr", by_kind[LRN].path)
+            function, arguments = run_local_response_norm, (source_of(piece[0]), norm)
         else:
-            source = piece[0].node.args[0] if piece[0].node.args else piece[0].node.kwargs["input"]
-            arguments = (source, *modules, act)
-            if BN in by_kind:
+            arguments = (source_of(piece[0]), *modules, act)
+            if CONV_T in by_kind:
+                function = run_conv_transpose_bn_act
+                arguments = (source_of(piece[0]), modules[0], modules[1] if BN in by_kind else None, act)
+            elif BN in by_kind:
                 function = run_conv_bn_act if CONV in by_kind else run_bn_act
                 arguments += (_residual(by_kind),)
             else:
                 function = run_conv_act
-        fused = graph.create_node("call_function", function, arguments, run_keywords(options, CONV in by_kind))
+        fused = graph.create_node(
+            "call_function", function, arguments, run_keywords(options, CONV in by_kind or CONV_T in by_kind)
+        )
     last.replace_all_uses_with(fused)
     for element in reversed(piece):
         graph.erase_node(element.node)
+
+
+def source_of(element: Element) -> fx.Node:
+    """The node that an element's operation reads."""
+    return element.node.args[0] if element.node.args else element.node.kwargs["input"]
 
 
 def _residual(by_kind: dict[str, Element]) -> fx.Node | None:

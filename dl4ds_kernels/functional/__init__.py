@@ -5,6 +5,8 @@ from .add_bn_act import add_bn_act
 from .bn_act import bn_act
 from .bn_act_conv import bn_act_conv
 from .conv_bn_act import conv_bn_act
+from .conv_transpose_bn_act import conv_transpose_bn_act
+from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .nms import batched_nms, nms, nms_padded
 from .nms_variants import darknet_nms, diou_nms, matrix_nms, soft_nms
@@ -19,9 +21,11 @@ __all__ = [
     "bn_act",
     "bn_act_conv",
     "conv_bn_act",
+    "conv_transpose_bn_act",
     "darknet_nms",
     "diou_nms",
     "global_avg_pool2d",
+    "local_response_norm",
     "matrix_nms",
     "max_pool2d",
     "max_pool_indices",

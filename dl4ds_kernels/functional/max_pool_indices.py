@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._backend import REFERENCE, STOCK, current, select
+from .._backend import REFERENCE, STOCK, select
 from .._define import op
 from ._common import call, check_floating, check_tensor, fail, needs_grad
-
-
-def _path(name: str, x: Tensor, backend: str | None) -> str:
-    """Only the CPU has kernels: the rest goes to stock torch unless a backend was asked for by name."""
-    chosen = backend or current() != "auto"
-    return select("max_pool_indices", x, backend) if x.device.type == "cpu" or chosen else STOCK
 
 
 def max_pool_indices(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -29,7 +23,7 @@ def max_pool_indices(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, 
 
     Args:
         x: (N, C, H, W), H and W even; float32, float64, float16 or bfloat16.
-        backend: overrides ``dk.backend`` for this call ("cpu" or "reference").
+        backend: overrides ``dk.backend`` for this call ("cpu", "triton" or "reference"). CUDA tensors take the Triton kernels.
 
     Returns:
         out (N, C, H / 2, W / 2), and where, uint8 of that shape; channels_last if ``x`` is, else contiguous. ``out`` is
@@ -44,7 +38,7 @@ def max_pool_indices(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, 
         if has_torch_function_variadic(x):
             return handle_torch_function(max_pool_indices, (x,), x, backend=backend)
         _check_even("max_pool_indices", x)
-        path = _path("max_pool_indices", x, backend)
+        path = select("max_pool_indices", x, backend)
         if path is REFERENCE:
             return reference.max_pool_indices(x)
         if path is STOCK or x.numel() == 0:
@@ -75,7 +69,7 @@ def max_unpool(y: Tensor, where: Tensor, *, backend: str | None = None) -> Tenso
             return handle_torch_function(max_unpool, (y, where), y, where, backend=backend)
         if y.dim() != 4 or where.shape != y.shape or where.dtype != torch.uint8:
             _explain_unpool(y, where)
-        path = _path("max_unpool", y, backend)
+        path = select("max_pool_indices", y, backend)
         if path is STOCK or path is REFERENCE or y.numel() == 0:
             return reference.max_unpool(y, where)  # torch's own wants 8-byte indices, whose making costs more than this
         return call(op("max_unpool", path), needs_grad(y), y, where)

@@ -10,22 +10,23 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import reference
 from .._backend import MIN_NUMEL, REFERENCE, STOCK, current, select
-from .._define import op
+from .._define import CPP, op
 from ._common import call, check_floating, fail, needs_grad
 
-# With gradients two ops of host overhead come on top: measured, channels_last breaks even at four times the size.
-_MIN_NUMEL_GRAD = 4 * MIN_NUMEL["upsample_add"]
+# With gradients the host overhead of two ops comes on top. Stock torch is good at channels_last: measured, it breaks even there
+# between 0.26 and 1 million elements of skip, and at 16384 where torch has to enlarge plane by plane.
+_MIN_NUMEL_GRAD_NHWC = 32 * MIN_NUMEL["upsample_add"]
 
 
 def upsample_add(low: Tensor, skip: Tensor, *, backend: str | None = None) -> Tensor:
     """``skip + nearest_x2(low)``: how an hourglass network goes back up.
 
-    One pass instead of two: the enlarged map is never written. Small maps go to stock torch, which is faster there. On
-    CUDA tensors two stock ops (there is no kernel yet).
+    One pass instead of two: the enlarged map is never written. Small maps on the CPU go to stock torch, which is faster
+    there. CUDA tensors take the Triton kernel (float64 ones two stock ops unless a backend is asked for).
 
     Args:
         low: (N, C, H, W); float32, float64, float16 or bfloat16. skip: (N, C, 2 H, 2 W), dtype and device of ``low``.
-        backend: overrides ``dk.backend`` for this call ("cpu" or "reference").
+        backend: overrides ``dk.backend`` for this call ("cpu", "triton" or "reference").
 
     Returns:
         (N, C, 2 H, 2 W), dense: channels_last if ``skip`` is, else contiguous. Differentiable once in both.
@@ -42,11 +43,9 @@ def upsample_add(low: Tensor, skip: Tensor, *, backend: str | None = None) -> Te
         if skip.shape != (n, c, 2 * h, 2 * w):
             fail("upsample_add", "skip", f"shape {(n, c, 2 * h, 2 * w)} for low {tuple(low.shape)}", tuple(skip.shape))
         grad = needs_grad(low, skip)
-        # Only the CPU has a kernel: the rest goes to stock torch unless a backend was asked for by name.
-        chosen = backend or current() != "auto"
-        path = select("upsample_add", skip, backend) if skip.device.type == "cpu" or chosen else STOCK
-        if not chosen and grad and skip.numel() < _MIN_NUMEL_GRAD:
-            path = STOCK
+        path = select("upsample_add", skip, backend)
+        if path is CPP and grad and skip.numel() < _MIN_NUMEL_GRAD_NHWC and (backend or current()) == "auto":
+            path = path if skip.is_contiguous() else STOCK
         if path is STOCK or low.numel() == 0 or low.dtype != skip.dtype:
             return skip + TF.interpolate(low, scale_factor=2.0, mode="nearest")
         if path is REFERENCE:

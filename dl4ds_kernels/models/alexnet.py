@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..modules import LocalResponseNorm
 from ._registry import register
 
 
@@ -77,7 +78,7 @@ class AlexNetPaper(nn.Module):
 
 
 def _paper_lrn() -> nn.Module:
-    return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
+    return LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)
 
 
 @register("alexnet", "alexnet", 61_100_840, (3, 224, 224), "torchvision alexnet")

@@ -5,8 +5,6 @@ Reference: Noh, Hong and Han, Learning Deconvolution Network for Semantic Segmen
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import max_pool_indices, max_unpool
@@ -63,21 +61,12 @@ class DeconvNet(nn.Module):
             raise RuntimeError(f"DeconvNet: x: expected sides that are multiples of 32 from 224 on, got {tuple(x.shape[2:])}")
         switches = []
         for stage in self.encoder:
-            x, where = _pool(stage(x))
+            x, where = max_pool_indices(stage(x))
             switches.append(where)
         x = self.middle(x)
         for stage in self.decoder:
-            x = stage(_unpool(x, switches.pop()))
+            x = stage(max_unpool(x, switches.pop()))
         return self.head(x)
-
-
-def _pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """2x2 maxima and their places; off the CPU, where the package has no kernel, as torch keeps them."""
-    return max_pool_indices(x) if x.device.type == "cpu" else F.max_pool2d(x, 2, 2, return_indices=True)
-
-
-def _unpool(x: Tensor, where: Tensor) -> Tensor:
-    return max_unpool(x, where) if where.dtype == torch.uint8 else F.max_unpool2d(x, where, 2, 2)
 
 
 def _step(conv: nn.Module, channels: int, batch_norm: bool) -> list[nn.Module]:

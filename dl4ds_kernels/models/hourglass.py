@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import upsample_add
+from ..functional import add_act, upsample_add
 from ..modules import FusedSequential
 from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
 from ._init import he_fan_in
@@ -124,7 +124,7 @@ class StackedHourglass(nn.Module):
             y = self.fc[i](self.res[i](hourglass(x)))
             heatmaps.append(self.score[i](y))
             if i < len(self.fc_):
-                x = x + self.fc_[i](y) + self.score_[i](heatmaps[-1])
+                x = add_act(x, self.fc_[i](y), self.score_[i](heatmaps[-1]), activation="none")
         return heatmaps
 
 

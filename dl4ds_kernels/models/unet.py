@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import FusedSequential
+from ..modules._transposed import run_up_concat
 from ._init import he_fan_in
 from ._registry import register
 
@@ -92,12 +93,13 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.dropout(skips.pop())
         for up, decode in zip(self.up, self.decode, strict=True):
-            x, skip = up(x), skips.pop()
+            skip, size = skips.pop(), torch.Size(2 * s for s in x.shape[2:])
             if self.padding == "valid":
-                skip = center_crop(skip, x.shape[2:])
-            elif x.shape[2:] != skip.shape[2:]:
-                x = _pad_to(x, skip.shape[2:])
-            x = decode(torch.cat((skip, x), 1))
+                skip = center_crop(skip, size)
+            if size == skip.shape[2:]:
+                x = decode(run_up_concat(skip, x, up))
+            else:
+                x = decode(torch.cat((skip, _pad_to(up(x), skip.shape[2:])), 1))
         return self.head(x)
 
     def _check(self, x: Tensor) -> None:

@@ -3,6 +3,8 @@
 from .add_act import AddAct
 from .bn_act import BNAct2d
 from .conv_bn_act import ConvBNAct2d
+from .conv_transpose_bn_act import ConvTransposeBNAct2d
+from .local_response_norm import LocalResponseNorm
 from .locally_connected import LocallyConnected2d
 from .preact import BNActConv2d, PreActBasicBlock, PreActBottleneck
 from .residual import BasicBlock, Bottleneck
@@ -16,7 +18,9 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNAct2d",
+    "ConvTransposeBNAct2d",
     "FusedSequential",
+    "LocalResponseNorm",
     "LocallyConnected2d",
     "OrderedResidual2d",
     "PreActBasicBlock",

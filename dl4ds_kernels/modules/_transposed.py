@@ -1,4 +1,9 @@
-"""Inference of ``nn.ConvTranspose2d`` with a 2x2 kernel and stride 2 on the CPU: one GEMM with the epilogue fused."""
+"""Run stock transposed convolutions fused: BatchNorm and activation behind them, or a concatenation around them.
+
+In inference on the CPU a 2x2 transposed convolution with stride 2 is a matrix product with 4 C_out columns, which our direct
+convolution does as a 1x1 one, BatchNorm and activation in its epilogue; a copy then puts the four taps side by side. That copy
+may as well go into a slice of a wider buffer: a U-Net's concatenation then costs the copy of the skip connection alone.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from .. import _packing
-from .._define import op
+from .._define import CPP, op
+from ..functional import conv_transpose_bn_act
 from ..functional._common import call
 from ._packed import Epilogue, applies
-from ._run import _no_global_hooks, is_plain
+from ._run import (
+    NO_ACT,
+    ActSpec,
+    _act_fusable,
+    _apply,
+    _bn_fusable,
+    _epilogue,
+    _eps_mode,
+    _no_global_hooks,
+    _slope,
+    _worth_packing,
+    is_plain,
+    run_bn_act,
+)  # fmt: skip
+from .bn_act import batch_statistics_choice
 
 # Multiply-adds of a call from which the kernel wins over stock torch, alone and with a BatchNorm or activation to save.
 _LEAST_ALONE = 40_000_000
 _LEAST_FUSED = 2_000_000
-NO_EPILOGUE = Epilogue(None, None, None, None, 0.0, False, 0, 0.0)
 
 
 def is_two_by_two(conv: nn.Module) -> bool:
@@ -32,7 +51,7 @@ def is_two_by_two(conv: nn.Module) -> bool:
 
 
 def run_conv_transpose_act(
-    x: Tensor, conv: nn.ConvTranspose2d, epilogue: Epilogue = NO_EPILOGUE, *, backend: str | None = None
+    x: Tensor, conv: nn.ConvTranspose2d, epilogue: Epilogue, *, backend: str | None = None
 ) -> Tensor | None:
     """``act(bn(conv(x)))``, x (N, C, H, W) -> (N, C_out, 2 H, 2 W) in channels_last; None where the path does not apply."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_two_by_two(conv):
@@ -58,10 +77,101 @@ def run_conv_transpose_act(
     return call(op("conv_transpose_bn_act_packed"), False, x, weight, packed, bias, *epilogue)
 
 
-def run_conv_transpose(x: Tensor, conv: nn.Module, *, backend: str | None = None) -> Tensor:
-    """``conv(x)`` of a stock module: the kernel where it applies, the module otherwise."""
-    if isinstance(x, Tensor) and _no_global_hooks():
-        out = run_conv_transpose_act(x, conv, backend=backend)
+def _conv_fusable(conv: nn.Module) -> bool:
+    return type(conv) is nn.ConvTranspose2d and conv.padding_mode == "zeros" and is_plain(conv)
+
+
+def run_conv_transpose_bn_act(
+    x: Tensor,
+    conv: nn.Module,
+    bn: nn.Module | None,
+    act: ActSpec = NO_ACT,
+    *,
+    memory_format: str = "auto",
+    exact: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``act(bn(conv(x)))`` of stock modules with a transposed convolution, fused where they allow it; ``bn`` may be None.
+
+    ``memory_format`` as in :func:`run_conv_bn_act`. ``exact`` changes nothing: all of this is.
+    """
+    fusable = _conv_fusable(conv) and (bn is None or _bn_fusable(bn)) and _act_fusable(act) and _no_global_hooks()
+    if not (fusable and isinstance(x, Tensor) and x.dim() == 4):
+        y = conv(x)
+        return _apply(act, y) if bn is None else run_bn_act(y, bn, act, backend=backend)
+    if conv.training or (bn is not None and bn.training):
+        _packing.drop(conv)
+    elif memory_format != "preserve" and (bn is None or bn._buffers["running_mean"] is not None):
+        out = run_conv_transpose_act(x, conv, _epilogue(bn, act), backend=backend)
         if out is not None:
             return out
-    return conv(x)
+    geometry = {name: getattr(conv, name) for name in ("stride", "padding", "output_padding", "dilation", "groups")}
+    vectors: dict[str, Tensor | None] = {}
+    options = {"batch_norm": bn is not None, "training": False}
+    if bn is not None:
+        training, momentum, vectors["running_mean"], vectors["running_var"] = batch_statistics_choice(bn)
+        vectors |= {"bn_weight": bn._parameters["weight"], "bn_bias": bn._parameters["bias"]}
+        options |= {"training": training, "momentum": momentum, "eps": bn.eps, "eps_mode": _eps_mode(bn)}
+    return conv_transpose_bn_act(
+        x, conv._parameters["weight"], conv._parameters["bias"], **vectors, **geometry, **options, activation=act.name,
+        negative_slope=_slope(act), backend=backend,
+    )  # fmt: skip
+
+
+def run_up_concat(skip: Tensor, x: Tensor, up: nn.Module, *, memory_format: str = "auto", backend: str | None = None) -> Tensor:
+    """``torch.cat((skip, up(x)), 1)``; in inference on the CPU both are written into one channels_last buffer."""
+    if (
+        isinstance(x, Tensor)
+        and isinstance(skip, Tensor)
+        and x.dim() == skip.dim() == 4
+        and _conv_fusable(up)
+        and _no_global_hooks()
+        and not up.training
+        and skip.dtype is x.dtype
+        and skip.is_cpu
+        and (skip.shape[0], *skip.shape[2:]) == (x.shape[0], 2 * x.shape[2], 2 * x.shape[3])
+        and _is_matrix_product(x, up, memory_format, backend)
+    ):
+        taps = _taps(x, up, _epilogue(None, NO_ACT))
+        if taps is not None:
+            channels = skip.shape[1]
+            buffer = call(op("conv_buffer", CPP), False, skip, channels + up.out_channels)
+            buffer[:, :channels].copy_(skip)
+            _place(taps, buffer[:, channels:])
+            return buffer
+    return torch.cat((skip, up(x)), 1)
+
+
+def _is_matrix_product(x: Tensor, conv: nn.ConvTranspose2d, memory_format: str, backend: str | None) -> bool:
+    return (
+        conv.kernel_size == conv.stride == (2, 2)
+        and conv.padding == conv.output_padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and x.shape[1] == conv.in_channels
+        and x.numel() // conv.in_channels * conv._parameters["weight"].numel() >= _packing.MIN_TRANSPOSED_MACS
+        and _worth_packing(x.numel() // conv.in_channels, conv, memory_format)
+        and applies(x, conv, backend)
+    )
+
+
+def _taps(x: Tensor, conv: nn.ConvTranspose2d, epilogue: Epilogue) -> Tensor | None:
+    """(N, 4 C_out, H, W) in channels_last: of each pixel the four pixels that it becomes; None where there is no kernel."""
+    found = _packing.transposed_taps(conv, conv._parameters["weight"])
+    if found is None or not epilogue.is_float32():
+        return None
+    weight, packed = found
+    vectors = [None if v is None else v.repeat(4) for v in (conv._parameters["bias"], *epilogue[:4])]
+    return call(
+        op("conv_bn_act_packed", CPP), False, x, weight, packed, _packing.DIRECT, *vectors, None, (1, 1), (0, 0), (1, 1), 1,
+        *epilogue[4:],
+    )  # fmt: skip
+
+
+def _place(taps: Tensor, out: Tensor) -> Tensor:
+    """The taps side by side in ``out`` (N, C_out, 2 H, 2 W), channels_last or a slice of channels of such a tensor."""
+    n, channels, height, width = out.shape
+    taps = taps.permute(0, 2, 3, 1).view(n, height // 2, width // 2, 2, 2, channels)
+    rows = out.permute(0, 2, 3, 1).unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2))
+    rows.copy_(taps.transpose(2, 3))
+    return out

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_bn_act
+from ._transposed import run_conv_transpose_bn_act
 
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
 
 
@@ -33,6 +34,10 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
         if kind in _CONVOLUTIONS and type(after) in _NORMS:
             act = _act(children, i + 2)
             x = run_conv_bn_act(x, module, after, act)
+            i += 2 if act is NO_ACT else 3
+        elif kind is nn.ConvTranspose2d and type(after) in _NORMS:
+            act = _act(children, i + 2)
+            x = run_conv_transpose_bn_act(x, module, after, act)
             i += 2 if act is NO_ACT else 3
         elif kind in _NORMS:
             act = _act(children, i + 1)

@@ -53,9 +53,8 @@ define_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton=False,
 )
-define_op("max_pool_indices_bwd", "(Tensor dout, Tensor where) -> Tensor", fake=_fake_unpool, triton=False)
+define_op("max_pool_indices_bwd", "(Tensor dout, Tensor where) -> Tensor", fake=_fake_unpool)
 define_op(
     "max_unpool",
     "(Tensor y, Tensor where) -> Tensor",
@@ -63,6 +62,5 @@ define_op(
     fake=_fake_unpool,
     setup_context=_setup_unpool,
     backward=_backward_unpool,
-    triton=False,
 )
-define_op("max_unpool_bwd", "(Tensor dout, Tensor where) -> Tensor", stem="max_pool_indices", fake=_fake_gather, triton=False)
+define_op("max_unpool_bwd", "(Tensor dout, Tensor where) -> Tensor", stem="max_pool_indices", fake=_fake_gather)

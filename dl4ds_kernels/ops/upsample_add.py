@@ -42,6 +42,5 @@ define_op(
     setup_context=_setup_context,
     backward=_backward,
     autocast=_autocast,
-    triton=False,
 )
-define_op("upsample_add_bwd", "(Tensor dout) -> Tensor", fake=_fake_bwd, triton=False)
+define_op("upsample_add_bwd", "(Tensor dout) -> Tensor", fake=_fake_bwd)

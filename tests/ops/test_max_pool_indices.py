@@ -29,7 +29,7 @@ CASES = (
 
 @pytest.fixture(params=["reference", "cpu", None], ids=["reference", "cpu", "auto"])
 def backend(request: pytest.FixtureRequest) -> str | None:
-    """Those that serve this op: there is no CUDA and no Triton kernel."""
+    """Those that serve this op on CPU tensors; test_max_pool_indices_triton.py has Triton's."""
     if request.param == "cpu":
         request.getfixturevalue("kernels")
     return request.param

@@ -13,7 +13,7 @@ from _cases import BASE, DTYPES, Case, each, images
 from conftest import device_of
 from torch import Tensor
 
-from dl4ds_kernels._define import op
+from dl4ds_kernels._define import op, triton_interpreted
 from dl4ds_kernels.functional import upsample_add
 
 WRT = ("low", "skip")
@@ -54,18 +54,19 @@ def gradient(case: Case) -> Tensor:
 
 
 def three_ways(case: Case, backend: str, wrt: tuple[str, ...]) -> tuple[Results, Results, Results]:
-    tensors = problem(case, device_of(backend))
-    dout = gradient(case) if wrt else None
+    device = "cpu" if triton_interpreted() else device_of(backend)
+    tensors = problem(case, device)
+    dout = gradient(case).to(device) if wrt else None
     return (
         run(ours(case, backend), tensors, dout, wrt),
         run(stock(case), tensors, dout, wrt),
-        run(stock(case), widen(tensors), None if dout is None else dout.double(), wrt),
+        run(stock(case), widen(tensors), None if dout is None else dout.double().cpu(), wrt),
     )
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu"] + ["triton"] * torch.cuda.is_available())
 def backend(request: pytest.FixtureRequest) -> str:
-    """The two that serve this op: there is no CUDA and no Triton kernel."""
+    """Those that serve this op; where there is no GPU, test_upsample_add_triton.py has Triton's."""
     if request.param == "cpu":
         request.getfixturevalue("kernels")
     return request.param
@@ -83,7 +84,7 @@ def test_backward(case: Case, backend: str) -> None:
 
 @each([replace(SMALL, shape=(2, 3, 2, 3), dtype=torch.float64, layout=a, residual=b) for a, b in PAIRS])
 def test_gradcheck(case: Case, backend: str) -> None:
-    t = problem(case)
+    t = problem(case, device_of(backend))
     leaves = [v.detach().requires_grad_() for v in t.values()]
     torch.autograd.gradcheck(lambda low, skip: upsample_add(low, skip, backend=backend), leaves)
 
@@ -132,6 +133,7 @@ def test_nan_and_infinity(backend: str) -> None:
     low = torch.tensor([[[[float("nan"), float("inf")], [1.0, -0.0]]]])
     skip = torch.zeros(1, 1, 4, 4)
     skip[0, 0, 0, 3] = float("-inf")
+    low, skip = low.to(device_of(backend)), skip.to(device_of(backend))
     assert torch.equal(upsample_add(low, skip, backend=backend).isnan(), stock(BASE)({"low": low, "skip": skip}).isnan())
 
 

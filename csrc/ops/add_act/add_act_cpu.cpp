@@ -40,6 +40,7 @@ void forward_all(DType dtype, Activation act, const AddActArgs& whole, uint8_t* 
         AddActArgs p = whole;
         p.x = advance(whole.x, begin * size);
         p.residual = advance(whole.residual, begin * size);
+        p.third = advance(whole.third, begin * size);
         p.out = advance(whole.out, begin * size);
         p.mask = mask == nullptr ? nullptr : &bits;
         p.n = end - begin;
@@ -84,25 +85,32 @@ bool is_flat(const TensorInfo& x, const TensorInfo& residual) {
 
 bool streams(int64_t bytes) { return bytes > cache_sizes().llc_bytes / 2; }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alpha, int64_t activation,
-                                           double negative_slope, bool save_mask) {
-    constexpr const char* kOp = "add_act";
+/// act(alpha * (x + residual [+ third])) and its bit mask.
+std::tuple<Tensor, Tensor> forward(const char* kOp, const Tensor& x, const Tensor& residual,
+                                   const Tensor* third, double alpha, int64_t activation,
+                                   double negative_slope, bool save_mask) {
     const TensorInfo xi = tensor_info(x), ri = tensor_info(residual);
+    const TensorInfo ti = third == nullptr ? TensorInfo{} : tensor_info(*third);
     const Activation act = checked_activation(kOp, activation);
     DL4DS_CHECK(is_floating(xi.dtype), kOp, ": x: expected dtype float32, float64, float16 or bfloat16, got ",
                 dtype_name(xi.dtype));
     check_pair(kOp, "residual", ri, xi);
+    if (ti.present) {
+        check_pair(kOp, "residual2", ti, xi);
+    }
     const bool with_mask = save_mask && activation_has_mask(act);
     Tensor mask = empty_vector_cpu(with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
-    const bool flat = is_flat(xi, ri);
+    const bool flat = is_flat(xi, ri) && (!ti.present || is_flat(xi, ti));
     Tensor out =
         flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
+    if (!flat && ti.present) {
+        out = torch_add(out, *third);
+    }
     const TensorInfo oi = tensor_info(out);
     AddActArgs p{};
     p.x = flat ? xi.data : oi.data;
     p.residual = flat ? ri.data : nullptr;
+    p.third = flat ? ti.data : nullptr;
     p.out = oi.data;
     p.n = xi.numel;
     p.alpha = alpha;
@@ -110,6 +118,18 @@ std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alp
     p.streaming = flat && streams(xi.numel * dtype_size(xi.dtype));
     forward_all(xi.dtype, act, p, with_mask ? tensor_info(mask).as<uint8_t>() : nullptr);
     return {out, mask};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> add_act_fwd_cpu(Tensor x, Tensor residual, double alpha, int64_t activation,
+                                           double negative_slope, bool save_mask) {
+    return forward("add_act", x, residual, nullptr, alpha, activation, negative_slope, save_mask);
+}
+
+std::tuple<Tensor, Tensor> add3_act_fwd_cpu(Tensor x, Tensor residual, Tensor residual2, double alpha,
+                                            int64_t activation, double negative_slope, bool save_mask) {
+    return forward("add3_act", x, residual, &residual2, alpha, activation, negative_slope, save_mask);
 }
 
 Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Tensor> x,
@@ -173,6 +193,7 @@ Tensor add_act_bwd_cpu(Tensor dout, std::optional<Tensor> mask, std::optional<Te
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("add_act", TORCH_BOX(&add_act_fwd_cpu));
+    m.impl("add3_act", TORCH_BOX(&add3_act_fwd_cpu));
     m.impl("add_act_bwd", TORCH_BOX(&add_act_bwd_cpu));
 }
 

@@ -9,10 +9,11 @@
 
 namespace dl4ds {
 
-/// out = act(alpha * (x + residual)) over n elements in memory order.
+/// out = act(alpha * (x + residual + third)) over n elements in memory order.
 struct AddActArgs {
     const void* x;
     const void* residual;  // null: out = act(alpha * x)
+    const void* third;     // null: of two operands
     void* out;             // may be x
     BitWriter* mask;       // null: none; else takes one bit per element
     int64_t n;

@@ -11,6 +11,9 @@ DL4DS_INLINE void add_act_lanes(const AddActArgs& p, int64_t i, int64_t n, bool 
     if (p.residual != nullptr) {
         z += load_lanes<kPartial>(static_cast<const scalar_t*>(p.residual) + i, n);
     }
+    if (p.third != nullptr) {
+        z += load_lanes<kPartial>(static_cast<const scalar_t*>(p.third) + i, n);
+    }
     z *= static_cast<T>(p.alpha);
     if constexpr (activation_has_mask(kAct)) {
         if (p.mask != nullptr) {
