@@ -17,8 +17,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modules._run import NO_ACT, ActSpec, act_spec
+from .foreign import has_activation, is_norm_act
 
-CONV, BN, ADD, ACT = "conv", "bn", "add", "act"
+# NORM_ACT: a BatchNorm whose module applies an activation too (timm's); it ends a chain.
+CONV, BN, ADD, ACT, NORM_ACT = "conv", "bn", "add", "act", "norm_act"
 _FUNCTION_ACTS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
@@ -37,6 +39,8 @@ PATTERNS = {
     (BN, ACT): "bn_act",
     (BN, ADD): "bn_add",
     (ADD, ACT): "add_act",
+    (CONV, NORM_ACT): "conv_bn_act",
+    (NORM_ACT,): "bn_act",
 }
 
 
@@ -78,7 +82,8 @@ class Candidate:
                 run.append(element)
             if element.problem or i in self.cuts or i == len(self.elements) - 1:
                 # A convolution left over from a broken chain gains nothing by itself; one that stands alone does.
-                if tuple(e.kind for e in run) in PATTERNS and (len(run) > 1 or len(self.elements) == 1):
+                alone = len(run) == 1 and len(self.elements) > 1 and run[0].kind == CONV
+                if tuple(e.kind for e in run) in PATTERNS and not alone:
                     yield run
                 run = []
 
@@ -106,14 +111,14 @@ class _Matcher:
 
     def line_ending_at(self, node: fx.Node, claimed: set[fx.Node]) -> list[Element]:
         line: list[Element] = []
-        allowed = (ACT, ADD, BN, CONV)
+        allowed: tuple[str, ...] = (NORM_ACT, ACT, ADD, BN, CONV)
         while isinstance(node, fx.Node) and node not in claimed:
             element = self.element(node)
             if element is None or element.kind not in allowed:
                 break
             line.insert(0, element)
             node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
-            allowed = {ACT: (ADD, BN, CONV), ADD: (BN,), BN: (CONV,), CONV: ()}[element.kind]
+            allowed = {ACT: (ADD, BN, CONV), ADD: (BN,), BN: (CONV,), NORM_ACT: (CONV,), CONV: ()}[element.kind]
         return line
 
     def _chain_operand(self, add: Element, claimed: set[fx.Node]) -> fx.Node | None:
@@ -131,6 +136,8 @@ class _Matcher:
                 return None
             if isinstance(module, nn.Conv2d):
                 return Element(CONV, node, node.target, module)
+            if is_norm_act(module) and has_activation(module):
+                return Element(NORM_ACT, node, node.target, module)
             if is_batch_norm(module):
                 return Element(BN, node, node.target, module)
             act = act_spec(module)

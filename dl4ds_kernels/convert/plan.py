@@ -14,15 +14,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
-from .patterns import ACT, ADD, BN, CONV, PATTERNS, Candidate, Element, find_candidates
-from .trace import TENSOR, Traced, stock_signature, trace_forward
+from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
+from .passing import skip_passing
+from .patterns import ACT, ADD, BN, CONV, NORM_ACT, PATTERNS, Candidate, Element, find_candidates
+from .trace import TENSOR, Tensors, Traced, stock_signature, trace_forward
 
 MISS = object()  # what a generated forward returns when its conditions do not hold
 
-_EXACT = {
-    CONV: (nn.Conv2d,),
-    BN: (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, BNAct2d),
-}
+_STOCK = {CONV: CONVOLUTIONS, BN: (*NORMS, BNAct2d), NORM_ACT: ()}
+_TENSOR_LISTS = ("list[tensor]", "list[torch.tensor]")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -52,12 +52,21 @@ class Plan(NamedTuple):
     run: Callable[..., Any] | None
     chains: list[Chain]
     source: str
+    inlined: tuple[str, ...] = ()  # containers below this one whose chains are among these
 
 
 def default_arguments(module: nn.Module) -> dict[str, Any]:
-    """What a plan made ahead of any call assumes: parameters without a default are tensors, the others keep it."""
-    parameters = stock_signature(module).parameters.values()
-    return {p.name: TENSOR if p.default is p.empty else p.default for p in parameters}
+    """What a plan made ahead of any call assumes: parameters without a default are tensors, the others keep it.
+
+    One annotated as a list of tensors is a list of two; a call with more makes another plan.
+    """
+
+    def assumed(p: inspect.Parameter) -> Any:
+        if p.default is not p.empty:
+            return p.default
+        return Tensors(list, 2) if str(p.annotation).lower().replace("typing.", "") in _TENSOR_LISTS else TENSOR
+
+    return {p.name: assumed(p) for p in stock_signature(module).parameters.values()}
 
 
 def make_plan(
@@ -68,7 +77,7 @@ def make_plan(
     Raises:
         Untraceable: the forward cannot be represented by a graph.
     """
-    traced = trace_forward(module, arguments)
+    traced = skip_passing(trace_forward(module, arguments), module)
     candidates = find_candidates(traced.graph, module)
     _note_problems(traced.graph, candidates, module, shared)
     # A convolution that stands alone and cannot be replaced is no missed fusion.
@@ -84,11 +93,11 @@ def make_plan(
         if key not in skip:
             pieces += own
     if not pieces:
-        return Plan(None, chains, "")
+        return Plan(None, chains, "", traced.inlined)
     for piece in pieces:
         _rewrite(traced.graph, piece, options)
     run, source = _generate(traced)
-    return Plan(run, chains, source)
+    return Plan(run, chains, source, traced.inlined)
 
 
 def _chain(key: str, candidate: Candidate, pieces: list[list[Element]]) -> Chain:
@@ -129,9 +138,13 @@ def module_problem(module: nn.Module, kind: str) -> tuple[str, str] | None:
         return "OVERRIDDEN", f"forward of this {name}"
     if kind == ACT:
         return None
-    if type(module) not in _EXACT[kind] or getattr(module, "activation", "none") != "none":
+    if kind != CONV and is_norm_act(module):
+        problem = norm_act_problem(module)
+        if problem is not None:
+            return problem
+    elif stock_type(module, _STOCK[kind]) is None or getattr(module, "activation", "none") != "none":
         return "SUBCLASS", f"{type(module).__module__}.{name}"
-    if kind == BN and module.running_mean is None:
+    if kind != CONV and module.running_mean is None:
         return "NO_RUNNING_STATS", ""
     tensor = module.weight if kind == CONV else module.running_mean
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
@@ -146,14 +159,21 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
     last = piece[-1].node
     by_kind = {e.kind: e for e in piece}
     with graph.inserting_before(last):
+        if NORM_ACT in by_kind:
+            by_kind[BN] = by_kind.pop(NORM_ACT)
         modules = [graph.create_node("get_attr", by_kind[kind].path) for kind in (CONV, BN) if kind in by_kind]
         act = _act_node(graph, by_kind.get(ACT))
+        foreign = any(is_foreign(by_kind[kind].module) for kind in (CONV, BN) if kind in by_kind)
         if ADD in by_kind and BN not in by_kind:
             function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
         else:
             source = piece[0].node.args[0] if piece[0].node.args else piece[0].node.kwargs["input"]
             arguments = (source, *modules, act)
-            if BN in by_kind:
+            if foreign:
+                function = run_foreign
+                conv, norm = (modules.pop(0) if kind in by_kind else None for kind in (CONV, BN))
+                arguments = (source, conv, norm, act, _residual(by_kind))
+            elif BN in by_kind:
                 function = run_conv_bn_act if CONV in by_kind else run_bn_act
                 arguments += (_residual(by_kind),)
             else:
