@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules import FusedSequential
-from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_bn_act
+from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.sequential import run_sequence
 from ._init import he_fan_in
 from ._registry import register
@@ -57,9 +57,9 @@ class DenseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
-            z = self.conv2(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)))
+            z = run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
         else:
-            z = self.conv1(z)
+            z = run_conv_act(z, self.conv1)
         return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
 
 
