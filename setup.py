@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TARGET = "0x020b000000000000"  # torch 2.11: the oldest libtorch stable ABI with from_blob and a deleter
 RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
-CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -Wall -Wextra -Wno-psabi"
+CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -fno-math-errno -Wall -W -Wno-psabi"
 NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
 LINK_FLAGS = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
 

@@ -36,7 +36,7 @@ _SLOT = "_dl4ds_packed"
 class PackedWeight:
     """Holder of one module's packed weights; copies and pickles as an empty holder."""
 
-    __slots__ = ("weight", "storage", "pointer", "version", "packs", "choices", "__weakref__")
+    __slots__ = ("weight", "storage", "pointer", "version", "packs", "choices", "programs", "__weakref__")
 
     def __init__(self) -> None:
         self.drop()
@@ -48,6 +48,7 @@ class PackedWeight:
         self.pointer = self.version = -1
         self.packs: dict[int, Tensor] = {}  # by algorithm
         self.choices: dict[tuple[Any, ...], int] = {}  # sizes of a call -> algorithm
+        self.programs: dict[tuple[Any, ...], Any] = {}  # of chains that begin here: modules/_chain.py
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (PackedWeight, ())
@@ -115,6 +116,24 @@ def packed_weight(
                 packed = op("conv_bn_act_pack")(weight.detach(), groups, algorithm)
         holder.packs[algorithm] = packed
     return algorithm, packed
+
+
+def chosen(
+    module: torch.nn.Module, weight: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
+) -> int | None:
+    """The algorithm that a call of ``packed_weight`` with an input of ``shape`` took; None if there was none yet."""
+    key = (torch.Size(shape), stride, padding, dilation, groups, exact, torch.get_num_threads())
+    return _holder(module, weight).choices.get(key)
+
+
+def programs(module: torch.nn.Module, weight: Tensor) -> dict[tuple[Any, ...], Any]:
+    """Where ``modules/_chain.py`` keeps what it made for the chains that begin with this convolution."""
+    return _holder(module, weight).programs
+
+
+def kept(module: torch.nn.Module, weight: Tensor, algorithm: int) -> Tensor | None:
+    """The packed form of ``weight`` for an algorithm, None if there is none of this weight."""
+    return _holder(module, weight).packs.get(algorithm)
 
 
 def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:

@@ -68,7 +68,8 @@ def entries() -> dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]]:
         rows[f"timm {name}"] = (lambda lib, name=name: lib.create_model(name, pretrained=False), (1, 3, 224, 224))
     for kind, encoder in SMP:
         rows[f"smp {kind} {encoder}"] = (
-            lambda lib, kind=kind, encoder=encoder: getattr(lib, kind)(encoder, encoder_weights=None, classes=2), (1, 3, 256, 256)
+            lambda lib, kind=kind, encoder=encoder: getattr(lib, kind)(encoder, encoder_weights=None, classes=2),
+            (1, 3, 256, 256),
         )  # fmt: skip
     for name, build in MONAI.items():
         rows[f"monai {name}"] = (build, (1, 1, 256, 256))

@@ -9,24 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules._run import (
-    ActSpec,
-    DenseLayerParts,
-    run_bn_act,
-    run_conv_act,
-    run_conv_bn_act,
-    run_dense_block,
-    run_dense_conv,
-)  # fmt: skip
+from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
+from ..modules._run import NO_ACT, ActSpec, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
 from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
 _DENSE_BLOCK = ("torchvision.models.densenet", "_DenseBlock")
+_TRANSITION = ("torchvision.models.densenet", "_Transition")
 _DENSE_CHAINS = (
     ("bn_act", ("norm1", "relu1"), ("bn", "act")),
     ("conv_bn_act", ("conv1", "norm2", "relu2"), ("conv", "bn", "act")),
     ("conv", ("conv2",), ("conv",)),
 )
+_TRANSITION_CHAINS = (("bn_act", ("norm", "relu"), ("bn", "act")), ("conv", ("conv",), ("conv",)))
 
 
 def block_plan(module: nn.Module, options: Options, skip: Collection[str], shared: Collection[int] = ()) -> Plan | None:
@@ -35,7 +30,44 @@ def block_plan(module: nn.Module, options: Options, skip: Collection[str], share
         return _dense_layer(module, options, skip, shared)
     if (type(module).__module__, type(module).__qualname__) == _DENSE_BLOCK:
         return _dense_block(options)
+    if (type(module).__module__, type(module).__qualname__) == _TRANSITION:
+        return _transition(module, options, skip, shared)
     return None
+
+
+def _chains(
+    module: nn.Module, table: tuple[Any, ...], skip: Collection[str], shared: Collection[int]
+) -> tuple[list[Chain], list[bool]]:
+    """(the chains of the report, which of them are fused) of (pattern, members, kinds) rows."""
+    chains, fused = [], []
+    for pattern, members, kinds in table:
+        problem = None
+        for path, kind in zip(members, kinds, strict=True):
+            problem = problem or module_problem(getattr(module, path), kind)
+            if problem is None and id(getattr(module, path)) in shared:
+                problem = ("SHARED_MODULE", f"{path} is used in more than one place")
+        chains.append(Chain(members[0], pattern, members, problem))
+        fused.append(problem is None and members[0] not in skip)
+    return chains, fused
+
+
+def _transition(module: nn.Module, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan | None:
+    """torchvision's DenseNet transition. In inference the pooling is done on the way into the 1x1 convolution.
+
+    The mean over 2x2 pixels and the convolution, both linear, change places: a quarter of its multiplications.
+    """
+    if [*module._modules] != ["norm", "relu", "conv", "pool"]:
+        return None
+    chains, fused = _chains(module, _TRANSITION_CHAINS, skip, shared)
+    if not all(fused):
+        return None
+    keywords = run_keywords(options)
+
+    def forward(self: Any, input: Tensor) -> Any:
+        relu = ActSpec("relu", 0.0, self.relu)
+        return run_chain((input,), (Step(self.conv, None, NO_ACT, (0,), before=(self.norm, relu), pool=self.pool),), **keywords)
+
+    return Plan(forward, chains, "")
 
 
 def _dense_block(options: Options) -> Plan:
@@ -52,8 +84,9 @@ def _dense_block(options: Options) -> Plan:
         hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
         if not isinstance(fused, FusedForward) or fused.skip or hooks or (layer.drop_rate > 0 and layer.training):
             return None
-        relu1, relu2 = ActSpec("relu", 0.0, layer.relu1), ActSpec("relu", 0.0, layer.relu2)
-        return DenseLayerParts(layer.norm1, relu1, layer.conv1, layer.norm2, relu2, layer.conv2)
+        m = layer._modules  # nn.Module's attribute lookup is slow, and there are 58 layers
+        relu1, relu2 = ActSpec("relu", 0.0, m["relu1"]), ActSpec("relu", 0.0, m["relu2"])
+        return DenseLayerParts(m["norm1"], relu1, m["conv1"], m["norm2"], relu2, m["conv2"])
 
     def forward(self: Any, init_features: Tensor) -> Any:
         if torch.is_grad_enabled() or self.training or not isinstance(init_features, Tensor):
@@ -61,23 +94,14 @@ def _dense_block(options: Options) -> Plan:
         layers = [parts(layer) for layer in self._modules.values()]
         if any(layer is None for layer in layers):
             return MISS
-        out = run_dense_block(init_features, layers, **keywords)
-        return MISS if out is None else out
+        return run_dense_block(init_features, layers, **keywords)
 
     return Plan(forward, [], "")
 
 
 def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
     """torchvision's DenseNet layer: takes a tensor or a list of tensors, and may checkpoint itself (then it stays stock)."""
-    chains, fused = [], []
-    for pattern, members, kinds in _DENSE_CHAINS:
-        problem = None
-        for path, kind in zip(members, kinds, strict=True):
-            problem = problem or module_problem(getattr(layer, path), kind)
-            if problem is None and id(getattr(layer, path)) in shared:
-                problem = ("SHARED_MODULE", f"{path} is used in more than one place")
-        chains.append(Chain(members[0], pattern, members, problem))
-        fused.append(problem is None and members[0] not in skip)
+    chains, fused = _chains(layer, _DENSE_CHAINS, skip, shared)
     first, second, third = fused
     if not any(fused):
         return Plan(None, chains, "")

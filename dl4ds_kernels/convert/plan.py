@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.bn_act import BNAct2d
 from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
+from .merge import merge_chains
 from .passing import skip_passing
 from .patterns import ACT, ADD, BN, CONV, NORM_ACT, PATTERNS, Candidate, Element, find_candidates
 from .trace import TENSOR, Tensors, Traced, stock_signature, trace_forward
@@ -96,6 +97,7 @@ def make_plan(
         return Plan(None, chains, "", traced.inlined)
     for piece in pieces:
         _rewrite(traced.graph, piece, options)
+    merge_chains(traced.graph, module)
     run, source = _generate(traced)
     return Plan(run, chains, source, traced.inlined)
 

@@ -125,7 +125,9 @@ def _fused(
             x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual, *geometry, False, momentum, eps, eps_std,
             code, negative_slope,
         )[0]  # fmt: skip
-    fits = residual is None or (residual.dtype == x.dtype and tuple(residual.shape) == out_shape(x, weight, *geometry[:3]))
+    fits = residual is None or (
+        residual.dtype == x.dtype and tuple(residual.shape) == out_shape(x.shape, weight, *geometry[:3])
+    )
     out = call(
         op("conv_bn_act", path), False, x, weight, bias, running_mean, running_var, bn_weight, bn_bias,
         residual if fits else None, *geometry, eps, eps_std, code if fits else 0, negative_slope,
@@ -139,11 +141,11 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
 
 
 def out_shape(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    shape: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """(N, C_out, H_out, W_out) of the convolution."""
-    spatial = ((x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1))
-    return (x.shape[0], weight.shape[0], *spatial)
+    """(N, C_out, H_out, W_out) of the convolution of an input of ``shape`` (N, C, H, W)."""
+    spatial = ((shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1))
+    return (shape[0], weight.shape[0], *spatial)
 
 
 def _explain(

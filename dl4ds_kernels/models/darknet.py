@@ -14,7 +14,7 @@ from ..detection.cfg import CfgError, Section, parse_cfg, read_cfg
 from ..detection.weights import WeightsHeader, WeightSlot, load_weights, save_weights
 from ..detection.yolo import YoloLayout
 from ..modules import BNAct2d, ConvBNAct2d, LocallyConnected2d
-from .darknet_norm import DarknetBatchNorm2d, DarknetConvBNAct2d
+from ..modules.darknet_norm import DarknetBatchNorm2d, DarknetConvBNAct2d
 
 # How darknet's two implementations and OpenCV's importer keep the standard deviation from zero.
 BN_CONVENTIONS = {"cpu": ("std", 1e-6), "gpu": ("var", 1e-5), "opencv": ("var", 1e-6)}
@@ -66,9 +66,8 @@ class DarknetNet(nn.Module):
     Args:
         sections: from :func:`dl4ds_kernels.detection.parse_cfg`.
         bn: whose BatchNorm: "cpu" divides by ``sqrt(var) + 1e-6``, "gpu" by ``sqrt(var + 1e-5)``, "opencv" by
-            ``sqrt(var + 1e-6)``. They differ visibly where a channel's variance is tiny. In training all of them normalise by
-            the biased variance, as PyTorch does; darknet's own training normalises by the unbiased one, a factor of
-            ``1 - 1 / (2 N H W)``.
+            ``sqrt(var + 1e-6)``. They differ visibly where a channel's variance is tiny. In training "cpu" and "gpu"
+            normalise by the unbiased variance of the batch, as darknet does, "opencv" (which never trains) by the biased one.
 
     Attributes: ``input_size`` (C, H, W); ``layout``, the :class:`~dl4ds_kernels.detection.YoloLayout` of a ``[detection]``
     section, else None.

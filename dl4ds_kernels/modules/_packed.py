@@ -64,7 +64,7 @@ def run_packed(
     if residual is not None and not (
         residual.dtype is x.dtype
         and residual.device == x.device
-        and tuple(residual.shape) == out_shape(x, weight, *geometry[:3])
+        and tuple(residual.shape) == out_shape(x.shape, weight, *geometry[:3])
     ):
         return None
     algorithm, packed = _packing.packed_weight(conv, weight, x, *geometry, exact)
@@ -99,10 +99,4 @@ def run_bn_act_conv_packed(
     packed = _packing.direct_weight(conv, weight)
     if packed is None:
         return None
-    return call(op("bn_act_conv_packed", CPP), False, xs, weight, packed, *prologue[:7], conv._parameters["bias"], *epilogue)
-
-
-def concatenate(xs: list[Tensor]) -> Tensor:
-    """``torch.cat(xs, 1)`` of (N, C, H, W) tensors in channels_last, into memory of the output pool."""
-    buffer = call(op("conv_buffer", CPP), False, xs[0], sum(x.shape[1] for x in xs))
-    return torch.cat(xs, 1, out=buffer)
+    return call(op("bn_act_conv_packed", CPP), False, xs, weight, packed, *prologue[:7], 1, conv._parameters["bias"], *epilogue)

@@ -16,7 +16,7 @@ from torch.nn.modules import module as _nn_module
 from .. import _packing
 from .._activation import ACTIVATION_CODES, apply_activation
 from ..functional import add_act, bn_act, conv_bn_act
-from ._packed import Epilogue, applies, concatenate, run_bn_act_conv_packed, run_packed
+from ._packed import Epilogue, run_bn_act_conv_packed, run_packed
 from .bn_act import BNAct2d, batch_statistics_choice
 
 _ACTIVATION_TYPES: dict[type, str] = {
@@ -243,48 +243,3 @@ def run_dense_conv(
             return out
     x = run_bn_act(torch.cat(features, 1), bn1, act1, backend=backend)
     return run_conv_bn_act(x, conv, bn2, act2, memory_format=memory_format, exact=exact, backend=backend)
-
-
-class DenseLayerParts(NamedTuple):
-    """The stock modules of one DenseNet layer."""
-
-    bn1: nn.Module
-    act1: ActSpec
-    conv1: nn.Module
-    bn2: nn.Module
-    act2: ActSpec
-    conv2: nn.Module
-
-
-def run_dense_block(
-    x: Tensor,
-    layers: list[DenseLayerParts],
-    *,
-    memory_format: str = "auto",
-    exact: bool = False,
-    backend: str | None = None,
-) -> Tensor | None:
-    """A DenseNet block in inference on the CPU: joined once at its end; None where that does not apply."""
-    if (
-        not layers
-        or torch.is_grad_enabled()
-        or memory_format == "preserve"
-        or torch.compiler.is_compiling()
-        or x.dim() != 4
-        or not applies(x, layers[0].conv1, backend)
-        or not _no_global_hooks()
-    ):
-        return None
-    width = x.shape[1]
-    for part in layers:
-        fits = _conv_fusable(part.conv1) and _conv_fusable(part.conv2) and part.conv1.in_channels == width
-        if not fits or part.conv2.training:
-            return None
-        width += part.conv2.out_channels
-    features = [x]
-    for bn1, act1, conv1, bn2, act2, conv2 in layers:
-        hidden = run_dense_conv(
-            features, bn1, act1, conv1, bn2, act2, memory_format=memory_format, exact=exact, backend=backend
-        )
-        features.append(run_conv_act(hidden, conv2, memory_format=memory_format, exact=exact, backend=backend))
-    return concatenate(features)

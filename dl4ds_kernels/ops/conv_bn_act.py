@@ -124,13 +124,14 @@ define_op(
 
 def _fake_bn_act_conv_packed(xs: list[Tensor], weight: Tensor, *args: Any) -> Tensor:
     n, _, height, width = xs[0].shape
-    return xs[0].new_empty((n, weight.shape[0], height, width)).to(memory_format=torch.channels_last)
+    pool = args[8]
+    return xs[0].new_empty((n, weight.shape[0], height // pool, width // pool)).to(memory_format=torch.channels_last)
 
 
 define_op(
     "bn_act_conv_packed",
     "(Tensor[] xs, Tensor weight, Tensor packed, Tensor? in_mean, Tensor? in_var, Tensor? in_weight, Tensor? in_bias, "
-    "float in_eps, bool in_eps_std, int in_activation, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    "float in_eps, bool in_eps_std, int in_activation, int pool, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
     "Tensor? bn_weight, Tensor? bn_bias, float eps, bool eps_std, int activation, float negative_slope) -> Tensor",
     fake=_fake_bn_act_conv_packed,
     stem="conv_bn_act",
@@ -145,3 +146,17 @@ def _fake_buffer(x: Tensor, channels: int) -> Tensor:
 
 # An uninitialised (N, channels, H, W) in channels_last from the output pool: where a concatenation goes in inference.
 define_op("conv_buffer", "(Tensor x, int channels) -> Tensor", fake=_fake_buffer, stem="conv_bn_act", triton=False)
+
+
+def _fake_chain(inputs: list[Tensor], tensors: list[Tensor], code: list[int], numbers: list[float]) -> Tensor:
+    raise RuntimeError("conv_chain: made for eager inference; under tracing the steps run one by one")
+
+
+# Several steps of conv_bn_act in one call: dl4ds_kernels/modules/_chain.py.
+define_op(
+    "conv_chain",
+    "(Tensor[] inputs, Tensor[] tensors, int[] code, float[] numbers) -> Tensor",
+    fake=_fake_chain,
+    stem="conv_bn_act",
+    triton=False,
+)

@@ -183,16 +183,17 @@ def test_special_values_spread_as_in_stock(algorithm: int, value: float) -> None
             torch.testing.assert_close(out[finite], expected[finite], rtol=1e-4, atol=1e-4)
 
 
-def dense(xs: list[Tensor], t: dict[str, Any], before: tuple[Tensor, ...], act: int) -> Tensor:
+def dense(xs: list[Tensor], t: dict[str, Any], before: tuple[Tensor, ...], act: int, pool: int = 1) -> Tensor:
     packed = OPS.conv_bn_act_pack(t["weight"], 1, DIRECT)
     return OPS.bn_act_conv_packed(
-        xs, t["weight"], packed, *before, 1e-5, False, act, t["bias"], *t["bn"], 1e-5, False, 1, 0.0
+        xs, t["weight"], packed, *before, 1e-5, False, act, pool, t["bias"], *t["bn"], 1e-5, False, 1, 0.0
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("act", [0, 1, 3])
 @pytest.mark.parametrize("channels", [(64, 32, 32), (16, 7), (24,), (1,), (48, 16, 96, 5)], ids=str)
-def test_normalise_on_the_way_in(channels: tuple[int, ...], act: int) -> None:
+@pytest.mark.parametrize("pool", [1, 2])
+def test_normalise_on_the_way_in(channels: tuple[int, ...], act: int, pool: int) -> None:
     c, conv = sum(channels), Conv(2, sum(channels), 50, 9, 7, 1, 1, 0)
     t = make(conv)
     xs = [torch.randn(2, n, 9, 7).to(memory_format=torch.channels_last) for n in channels]
@@ -201,11 +202,11 @@ def test_normalise_on_the_way_in(channels: tuple[int, ...], act: int) -> None:
 
     def reference(dtype: torch.dtype) -> Tensor:
         x = TF.batch_norm(torch.cat(xs, 1).to(dtype), *(v.to(dtype) for v in before), False, 0.1, 1e-5)
-        return stock(conv, t | {"x": ACTS[act](x)}, 1, dtype)
+        return stock(conv, t | {"x": TF.avg_pool2d(ACTS[act](x), pool)}, 1, dtype)
 
     truth = reference(torch.float64)
     stock_error = float((reference(torch.float32) - truth).abs().max())
-    error = float((dense(xs, t, before, act) - truth).abs().max())
+    error = float((dense(xs, t, before, act, pool) - truth).abs().max())
     assert error <= max(2 * stock_error, 2e-6 * float(truth.abs().max()))
 
 
@@ -301,7 +302,7 @@ def test_opcheck() -> None:
     direct = OPS.conv_bn_act_pack(t["weight"], 1, DIRECT)
     xs = [t["x"][:, :16], t["x"][:, 16:]]
     before = (torch.zeros(32), torch.ones(32), None, None)
-    arguments = (xs, t["weight"], direct, *before, 1e-5, False, 1, None, *t["bn"], 1e-5, False, 1, 0.0)
+    arguments = (xs, t["weight"], direct, *before, 1e-5, False, 1, 1, None, *t["bn"], 1e-5, False, 1, 0.0)
     torch.library.opcheck(OPS.bn_act_conv_packed.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -98,13 +98,14 @@ struct ConvSource {
     int64_t stride_n, stride_h, stride_w;
 };
 
-/// clamp(x * scale + shift) on the way into a 1x1 convolution.
+/// clamp(x * scale + shift), then the mean of pool x pool pixels, on the way into a 1x1 convolution.
 struct ConvPrologue {
     const ConvSource* sources;
     int64_t count;
     const float* scale;  // of all channels, padded to a chunk
     const float* shift;
     Activation activation;  // kNone, kRelu or kRelu6
+    int64_t pool;           // 1 or 2; the shape's height and width are those after it
 };
 
 struct PackSourcesArgs {
@@ -134,6 +135,16 @@ struct WinogradOutArgs {
     GemmFinish finish;      // finish.residual: at the tile's first pixel and channel
 };
 
+/// BatchNorm with running statistics (after a convolution with a bias) as scale and shift of every channel;
+/// all vectors are contiguous, null: absent. In double, as in bn_act.
+struct ScaleShiftArgs {
+    const float *mean, *var, *weight, *bias, *conv_bias;
+    int64_t channels;
+    double eps;
+    bool eps_std;
+    float *scale, *shift;
+};
+
 /// Kernels of one ISA. Index 0 is F(2x2, 3x3), 1 is F(4x4, 3x3).
 struct ConvKernels {
     int64_t panel;                                                   // output channels of a B panel
@@ -144,6 +155,7 @@ struct ConvKernels {
     void (*pack_sources)(const PackSourcesArgs&);
     void (*winograd_in[2])(const WinogradInArgs&);
     bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
+    void (*scale_shift)(const ScaleShiftArgs&);
 };
 
 /// The table of the active ISA.

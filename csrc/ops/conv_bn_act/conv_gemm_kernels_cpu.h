@@ -213,9 +213,25 @@ inline void pack(const PackArgs& args) {
     }
 }
 
-/// The channels of `rows` pixels from all sources, through the prologue, into one A panel.
-inline void pack_sources(const PackSourcesArgs& args) {
-    const PackSourcesArgs p = args;
+/// One vector of a source through the prologue: the mean over the pixels of a window.
+template <int kPool, bool kPartial>
+DL4DS_INLINE Vec<float> prologue_at(const float* from, const ConvSource& source, int64_t n, Vec<float> scale,
+                                    Vec<float> shift, const Clamp& limits) {
+    Vec<float> sum{};
+#pragma GCC unroll 2
+    for (int y = 0; y < kPool; ++y) {
+#pragma GCC unroll 2
+        for (int x = 0; x < kPool; ++x) {
+            const float* at = from + y * source.stride_h + x * source.stride_w;
+            const Vec<float> z = clamp(multiply_add(load_lanes<kPartial>(at, n), scale, shift), limits);
+            sum = x + y == 0 ? z : sum + z;
+        }
+    }
+    return kPool == 1 ? sum : sum * broadcast(1.0f / (kPool * kPool));
+}
+
+template <int kPool>
+inline void pack_sources_of(const PackSourcesArgs& p) {
     const ConvPrologue prologue = *p.prologue;
     const Clamp limits = clamp_of(prologue.activation);
     const int64_t width = p.shape->width, plane = p.shape->height * width, step = p.rows * kChunk;
@@ -225,20 +241,34 @@ inline void pack_sources(const PackSourcesArgs& args) {
         float* to = p.a + i * kChunk;
         for (int64_t k = 0; k < prologue.count; ++k) {
             const ConvSource source = prologue.sources[k];
-            const float* from = source.x + n * source.stride_n + y * source.stride_h + x * source.stride_w;
+            const float* from =
+                source.x + n * source.stride_n + kPool * (y * source.stride_h + x * source.stride_w);
             for (int64_t left = source.channels; left > 0; left -= kChunk, to += step) {
 #pragma GCC unroll 4
-                for (int j = 0; j < kChunk;
-                     j += kLanes<float>, scale += kLanes<float>, shift += kLanes<float>) {
-                    const int64_t lanes = left - j;
-                    const Vec<float> value = lanes >= kLanes<float> ? load(from)
-                                             : lanes > 0            ? load_partial(from, lanes)
-                                                                    : Vec<float>{};
-                    from += kLanes<float>;
-                    store(to + j, clamp(multiply_add(value, load(scale), load(shift)), limits));
+                for (int j = 0; j < kChunk; j += kLanes<float>, from += kLanes<float>, scale += kLanes<float>,
+                         shift += kLanes<float>) {
+                    const int64_t n_left = left - j;
+                    const Vec<float> a = load(scale), b = load(shift);
+                    Vec<float> value{};
+                    if (n_left >= kLanes<float>) {
+                        value = prologue_at<kPool, false>(from, source, kLanes<float>, a, b, limits);
+                    } else if (n_left > 0) {
+                        value = prologue_at<kPool, true>(from, source, n_left, a, b, limits);
+                    }
+                    store(to + j, value);
                 }
             }
         }
+    }
+}
+
+/// The channels of `rows` pixels from all sources, through the prologue, into one A panel.
+inline void pack_sources(const PackSourcesArgs& args) {
+    const PackSourcesArgs p = args;
+    if (p.prologue->pool == 2) {
+        pack_sources_of<2>(p);
+    } else {
+        pack_sources_of<1>(p);
     }
 }
 

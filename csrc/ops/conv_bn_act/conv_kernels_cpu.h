@@ -61,6 +61,54 @@ inline void finish_rest(float* out, const GemmFinish& f) {
     }
 }
 
+/// 1 / sqrt(var + eps) or 1 / (sqrt(var) + eps) of n channels. The loops of this function and the next are
+/// left to the compiler's vectorizer: there is no portable vector square root.
+inline void reciprocal_std(const float* var, int64_t n, double eps, bool eps_std, double* out) {
+    if (eps_std) {
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = 1.0 / (__builtin_sqrt(static_cast<double>(var[i])) + eps);
+        }
+    } else {
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = 1.0 / __builtin_sqrt(static_cast<double>(var[i]) + eps);
+        }
+    }
+}
+
+inline void scale_shift(const ScaleShiftArgs& args) {
+    const ScaleShiftArgs p = args;
+    constexpr int64_t kBlock = 64;
+    double a[kBlock], b[kBlock];
+    for (int64_t first = 0; first < p.channels; first += kBlock) {
+        const int64_t n = p.channels - first < kBlock ? p.channels - first : kBlock;
+        for (int64_t i = 0; i < n; ++i) {
+            a[i] = 1.0, b[i] = 0.0;
+        }
+        if (p.var != nullptr) {
+            reciprocal_std(p.var + first, n, p.eps, p.eps_std, a);
+        }
+        for (int64_t i = 0; p.weight != nullptr && i < n; ++i) {
+            a[i] *= static_cast<double>(p.weight[first + i]);
+        }
+        for (int64_t i = 0; p.conv_bias != nullptr && i < n; ++i) {
+            b[i] = static_cast<double>(p.conv_bias[first + i]);
+        }
+        for (int64_t i = 0; p.mean != nullptr && i < n; ++i) {
+            b[i] -= static_cast<double>(p.mean[first + i]);
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            b[i] *= a[i];
+        }
+        for (int64_t i = 0; p.bias != nullptr && i < n; ++i) {
+            b[i] += static_cast<double>(p.bias[first + i]);
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            p.scale[first + i] = static_cast<float>(a[i]);
+            p.shift[first + i] = static_cast<float>(b[i]);
+        }
+    }
+}
+
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
 
@@ -79,6 +127,7 @@ const ConvKernels kConvKernels = {
     &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>},
     {&winograd_out<WinogradF2>, &winograd_out<WinogradF4>},
+    &scale_shift,
 };
 
 }  // namespace DL4DS_ISA

@@ -7,6 +7,7 @@
 #include "common/cpu/isa.h"
 #include "common/cpu/output.h"
 #include "common/cpu/parallel.h"
+#include "ops/conv_bn_act/conv_ahead_cpu.h"
 #include "ops/conv_bn_act/conv_engine_cpu.h"
 
 namespace dl4ds {
@@ -85,6 +86,29 @@ GemmFinish finish_at(const ConvArgs& args, int64_t channel, int64_t columns) {
     return {e.scale + channel, e.shift + channel, nullptr, columns, e.activation, e.slope};
 }
 
+/// Rows [first, end) of the output: what they read and write.
+void add_next_block(Ahead& ahead, const ConvArgs& args, int64_t first, int64_t end) {
+    const ConvShape& s = args.shape;
+    if (args.prologue != nullptr) {
+        ConvShape read = s;  // pooling reads as a kernel of its size does
+        read.kernel_h = read.kernel_w = read.stride_h = read.stride_w = args.prologue->pool;
+        read.height *= args.prologue->pool, read.width *= args.prologue->pool;
+        for (int64_t i = 0; i < args.prologue->count; ++i) {
+            const ConvSource& in = args.prologue->sources[i];
+            add_input(ahead, {in.x, in.stride_n, in.stride_h, in.stride_w, in.channels}, read, first,
+                      end - 1);
+        }
+    } else {
+        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first,
+                  end - 1);
+    }
+    if (args.epilogue.residual != nullptr) {
+        ahead.add(args.epilogue.residual + first * s.channels_out,
+                  args.epilogue.residual + end * s.channels_out);
+    }
+    ahead.add(args.out + first * s.channels_out, args.out + end * s.channels_out);
+}
+
 void run_direct(const ConvArgs& args) {
     const ConvKernels& kernels = conv_kernels();
     const ConvShape& s = args.shape;
@@ -122,19 +146,24 @@ void run_direct(const ConvArgs& args) {
                     kernels.pack(pack);
                 }
             }
+            Ahead next;
+            if (block + 1 < cut.blocks && cut.shares == 1) {
+                add_next_block(next, args, cut.row(block + 1), cut.row(block + 2));
+            }
             const float* b = args.packed + (group * panels + cut.panel(share)) * panel_floats;
             for (int64_t p = cut.panel(share); p < cut.panel(share + 1); ++p, b += panel_floats) {
                 const int64_t channel = group * outputs + p * width;
                 GemmFinish finish = finish_at(args, channel, std::min(width, outputs - p * width));
                 for (int64_t g = 0; g < groups.count; ++g) {
                     const int64_t at = (first + groups.begin(g)) * s.channels_out + channel;
-                    // The first groups ask for the next panel, each for one part of it.
-                    const float* ahead = g * 16 < width ? b + panel_floats + g * k * 16 : b;
+                    // The first groups ask for the next panel, each for one part of it; the others for the
+                    // next block.
+                    const char* ahead = g * 16 < width
+                                            ? reinterpret_cast<const char*>(b + panel_floats + g * k * 16)
+                                            : next.take(k * 64, reinterpret_cast<const char*>(b));
                     finish.residual = args.epilogue.residual ? args.epilogue.residual + at : nullptr;
                     kernels.gemm_finish[groups.height(g)](
-                        {a + groups.begin(g) * line, b, k, args.out + at, s.channels_out,
-                         reinterpret_cast<const char*>(ahead)},
-                        finish);
+                        {a + groups.begin(g) * line, b, k, args.out + at, s.channels_out, ahead}, finish);
                 }
             }
         });

@@ -1,9 +1,9 @@
-"""BatchNorm as darknet trains it: the batch is normalised with the unbiased variance (divisor N - 1), not only averaged with it.
+"""BatchNorm as darknet trains it: normalising, too, with the unbiased variance of the batch (divisor N - 1).
 
 PyTorch normalises with the biased variance and keeps a running average of the unbiased one; darknet uses the unbiased one for
-both. With N values a channel and ``k = sqrt(N / (N - 1))`` the unbiased deviation is k times the biased one, so darknet's result
-is the fused kernel's with ``weight / k`` and ``eps / k`` (or ``eps / k^2`` under the root): no kernel of its own, and the
-gradients of both are right because k is a constant.
+both. With N values a channel and ``k = sqrt(N / (N - 1))`` the unbiased deviation is k times the biased one, so darknet's
+result is the fused kernel's with ``weight / k`` and ``eps / k`` (or ``eps / k^2`` under the root): no kernel of its own, and
+the gradients of both are right because k is a constant.
 
 Reference: darknet, src/blas.c (variance_cpu, normalize_cpu) and src/batchnorm_layer.c.
 """
@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from ..functional import bn_act
-from ..modules import BNAct2d, ConvBNAct2d
-from ..modules._run import is_plain
-from ..modules.bn_act import batch_statistics_choice
+from ._run import is_plain
+from .bn_act import BNAct2d, batch_statistics_choice
+from .conv_bn_act import ConvBNAct2d
 
 
 def darknet_bn_act(x: Tensor, bn: BNAct2d, activation: str = "none", negative_slope: float = 0.1) -> Tensor:

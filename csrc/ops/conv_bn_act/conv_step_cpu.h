@@ -1,0 +1,39 @@
+// One convolution with everything around it, as the packed ops see it: tensors, checked and turned into the
+// engine's arguments.
+#pragma once
+
+#include "ops/conv_bn_act/conv_bn_act_cpu.h"
+#include "ops/conv_bn_act/conv_engine_cpu.h"
+
+namespace dl4ds {
+
+/// act(bn(conv(x)) [+ residual]); with `before`, x first goes through a BatchNorm and an activation (and a
+/// mean over pool x pool pixels), and may be several tensors that are not joined.
+struct ConvStep {
+    ConvAlgorithm algorithm;
+    std::vector<Tensor> xs;
+    Tensor weight, packed;
+    std::optional<Tensor> bias;
+    Convolution conv;
+    std::optional<BnVectors> before;  // 1x1, stride 1, kDirect only
+    int64_t pool = 1;
+    BnVectors after;
+    std::optional<Tensor> residual;
+    bool residual_is_dead = false;  // nobody reads it later: it may become the output
+};
+
+/// The output, in channels_last.
+Tensor run_conv_step(ConvStep& step);
+
+ConvAlgorithm conv_algorithm_from_code(int64_t code);
+
+/// Channels and kernel of a weight (C_out, C / groups, kH, kW); everything else is left open.
+ConvShape conv_weight_shape(const TensorInfo& weight, int64_t groups);
+
+/// t as it is if it lies densely in channels_last, else a copy that does.
+Tensor dense_channels_last(const Tensor& t, const TensorInfo& info);
+
+/// An uninitialised (n, channels, height, width) fp32 tensor in channels_last.
+Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype);
+
+}  // namespace dl4ds

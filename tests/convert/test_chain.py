@@ -1,0 +1,255 @@
+"""Convolutions that feed one another run as one op call in inference, and as themselves wherever something changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import dl4ds_kernels as dk
+from dl4ds_kernels import _extension
+from dl4ds_kernels.modules import _chain
+from dl4ds_kernels.modules._chain import Step, run_chain
+from dl4ds_kernels.modules._run import NO_ACT, ActSpec
+
+pytestmark = pytest.mark.skipif(
+    _extension.host() is None or _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"),
+    reason="the engine is chosen with AVX2 and AVX-512 only",
+)
+
+
+def seeded(net: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return net.eval()
+
+
+def downsample(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+
+class Pair(nn.Sequential):
+    """U-Net's two convolutions."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for c in (32, 48):
+            layers += [nn.Conv2d(c, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+BLOCKS = {
+    "bottleneck": (lambda: Bottleneck(64, 16), 64),
+    "bottleneck down": (lambda: Bottleneck(32, 16, 2, downsample(32, 64, 2)), 32),
+    "basic": (lambda: BasicBlock(48, 48), 48),
+    "basic down": (lambda: BasicBlock(32, 64, 2, downsample(32, 64, 2)), 32),
+    "pair": (Pair, 32),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of steps of every conv_chain call."""
+    found: list[int] = []
+    call = _chain.call
+
+    def counted(overload: Any, differentiable: bool, *args: Any) -> Any:
+        found.append(len(args[3]) // 3)
+        return call(overload, differentiable, *args)
+
+    monkeypatch.setattr(_chain, "call", counted)
+    return found
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    make, channels = BLOCKS[name]
+    return seeded(make()), torch.randn(2, channels, 24, 20)
+
+
+@torch.no_grad()
+def run(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block(name: str, layout: torch.memory_format, calls: list[int]) -> None:
+    net, x = build(name)
+    x = x.to(memory_format=layout)
+    truth = run(copy.deepcopy(net).double(), x.double())
+    fused = dk.optimize(net)
+    first, before = run(fused, x), x.clone()
+    assert calls == []  # the convolutions choose their algorithms one by one
+    second = run(fused, x)
+    assert calls == [3 if "bottleneck" in name else 2]
+    assert torch.equal(first, second) and torch.equal(x, before)
+    assert float((second - truth).abs().max()) <= 2e-5 * float(truth.abs().max())
+
+
+def test_values_are_read_at_every_call(calls: list[int]) -> None:
+    """Statistics, affine parameters, weights in place and weights replaced are never stale."""
+    net, x = build("bottleneck")
+    fused = dk.optimize(net)
+    for _ in range(2):
+        run(fused, x)
+    with torch.no_grad():
+        for target in (fused, net):
+            target.bn1.running_mean += 0.5
+            target.bn3.weight *= 2
+            target.conv2.weight *= 1.5
+            target.conv3.weight = nn.Parameter(target.conv3.weight * 0.5)
+            target.bn2.eps = 0.1
+    for _ in range(3):
+        torch.testing.assert_close(run(fused, x), run(net, x), rtol=1e-4, atol=1e-4)
+    assert calls[-1] == 3
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "patched", "train", "grad", "autocast", "dtype", "subclass", "relu6", "global hook", "bn vector dtype"]
+)
+def test_falls_back(change: str, calls: list[int]) -> None:
+    net, x = build("pair" if change == "autocast" else "basic")
+    fused = dk.optimize(net)
+    for _ in range(2):
+        run(fused, x)
+    calls.clear()
+    seen: list[int] = []
+    both = (net, fused)
+    if change == "hook":
+        fused.bn1.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "patched":
+        fused.conv2.forward = lambda z: seen.append(1) or nn.Conv2d.forward(fused.conv2, z)
+    elif change == "train":
+        for m in both:
+            m.bn2.train()
+    elif change == "dtype":
+        for m in both:
+            m.double()
+        x = x.double()
+    elif change == "subclass":
+        for m in both:
+            m.conv1.__class__ = type("Mine", (nn.Conv2d,), {"forward": lambda self, z: 2 * nn.Conv2d.forward(self, z)})
+    elif change == "relu6":
+        for m in both:
+            m.relu = nn.ReLU6()
+    elif change == "bn vector dtype":
+        for m in both:
+            m.bn1.running_mean = m.bn1.running_mean.double()
+    if change == "bn vector dtype":
+        with pytest.raises(RuntimeError):
+            run(net, x)
+        with pytest.raises(RuntimeError):
+            run(fused, x)
+        return
+    if change == "grad":
+        torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-4)
+        assert fused(x).requires_grad
+    elif change == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(fused, x).dtype is run(net, x).dtype
+    elif change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+        run(fused, x)
+        handle.remove()
+    else:
+        torch.testing.assert_close(run(fused, x), run(net, x), rtol=1e-4, atol=1e-4)
+    assert calls == []
+    if change in ("hook", "patched", "global hook"):
+        assert seen
+
+
+def test_new_sizes_threads_and_copies(calls: list[int]) -> None:
+    net, x = build("basic down")
+    fused = dk.optimize(net)
+    expected = run(net, x)
+    for _ in range(2):
+        run(fused, x)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for _ in range(2):
+            torch.testing.assert_close(run(fused, x), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_num_threads(threads)
+    for z in (x[:1], x[:, :, :15], x[:0]):
+        for _ in range(2):
+            torch.testing.assert_close(run(fused, z), run(net, z), rtol=1e-4, atol=1e-4)
+    for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(run(clone, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_channels_raise_as_stock() -> None:
+    net, x = build("basic")
+    fused = dk.optimize(net)
+    for _ in range(2):
+        run(fused, x)
+    with pytest.raises(RuntimeError):
+        run(fused, x[:, :40])
+    with pytest.raises((RuntimeError, ValueError)):
+        run(fused, x[0, 0])
+
+
+def test_what_stands_between_must_not_write() -> None:
+    """A branch that changes the block's input in place is not moved before the block's first convolution."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+            self.bn_a, self.bn_b = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
+            self.side = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(32, 32, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.bn_a(self.a(x)))
+            side = self.side(x)
+            return torch.relu(self.bn_b(self.b(y)) + side)
+
+    net = seeded(Net())
+    x = torch.randn(2, 32, 24, 20)
+    fused = dk.optimize(net)
+    for _ in range(3):
+        torch.testing.assert_close(run(fused, x.clone()), run(net, x.clone()), rtol=1e-4, atol=1e-4)
+
+
+def test_residual_of_the_chain_itself() -> None:
+    """A residual made by an earlier step gives its memory to the output."""
+    convs = [nn.Conv2d(32, 32, 1).eval() for _ in range(3)]
+    bns = [seeded(nn.BatchNorm2d(32)) for _ in range(3)]
+    relu = ActSpec("relu")
+    steps = (
+        Step(convs[0], bns[0], NO_ACT, (0,)),
+        Step(convs[1], bns[1], relu, (0,)),
+        Step(convs[2], bns[2], relu, (2,), residual=1),
+    )
+    x = torch.randn(2, 32, 24, 20)
+    with torch.no_grad():
+        expected = torch.relu(bns[2](convs[2](torch.relu(bns[1](convs[1](x))))) + bns[0](convs[0](x)))
+        for _ in range(3):
+            torch.testing.assert_close(run_chain((x,), steps), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_code() -> None:
+    """The op checks what it is told before it reads anything."""
+    op = torch.ops.dl4ds_kernels.conv_chain
+    x = torch.randn(1, 16, 4, 4)
+    for code, match in (([], "at least one step"), ([1, 2], "whole steps"), ([1] * 26 + [3], "source registers")):
+        with pytest.raises(RuntimeError, match=match):
+            op([x], [], code, [0.0] * 3)
+    step = [1, 0, 1, -1, *[-1] * 8, -1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 5]
+    with pytest.raises(RuntimeError, match="reads register 5"):
+        op([x], [], step, [0.0] * 3)
+    step[-1] = 0
+    with pytest.raises(RuntimeError, match="tensor 0 of 0"):
+        op([x], [], step, [0.0] * 3)
+    with pytest.raises(RuntimeError, match="numbers"):
+        op([x], [], step, [0.0])
