@@ -7,8 +7,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 #include "common/checks.h"
+#include "common/cpu/team.h"
+#include "common/shim.h"
 
 namespace dl4ds {
 
@@ -29,9 +32,58 @@ void parallel_for(int64_t items, int64_t total_bytes, const Fn& fn) {
     const auto call = [](int64_t begin, int64_t end, void* context) {
         (*static_cast<const Fn*>(context))(begin, end);
     };
-    const auto error = torch_parallel_for(0, items, /*grain_size=*/1, call,
-                                          const_cast<void*>(static_cast<const void*>(&fn)));
+    void* context = const_cast<void*>(static_cast<const void*>(&fn));
+    if (Team* team = Team::current()) {
+        team->loop(items, call, context);
+        return;
+    }
+    const auto error = torch_parallel_for(0, items, /*grain_size=*/1, call, context);
     DL4DS_CHECK(error == 0, "dl4ds_kernels: torch_parallel_for failed");
+}
+
+/// torch.get_num_threads(), also inside with_team.
+inline int64_t num_threads() {
+    if (const Team* team = Team::current()) {
+        return team->threads();
+    }
+    uint32_t threads = 1;
+    shim_check(torch_get_num_threads(&threads), "get_num_threads");
+    return threads;
+}
+
+/// Runs program() on this thread while `threads` - 1 others wait for its parallel_for loops. Inside, every
+/// parallel loop of torch's own runs on this thread alone.
+template <typename Program>
+void with_team(int64_t threads, const Program& program) {
+    if (threads < 2 || Team::current() != nullptr) {
+        program();
+        return;
+    }
+    Team team(threads);
+    std::exception_ptr error;
+    const auto lead = [&] {
+        Team::current() = &team;
+        try {
+            program();
+        } catch (...) {
+            error = std::current_exception();
+        }
+        Team::current() = nullptr;
+        team.finish();
+    };
+    // A thread that is given several indices takes them in order, so the leader never waits behind a helper.
+    parallel_for(threads, kSerialBytes, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+            if (index == 0) {
+                lead();
+            } else {
+                team.help(index);
+            }
+        }
+    });
+    if (error) {
+        std::rethrow_exception(error);
+    }
 }
 
 /// A range of `items` cut into `count` blocks of `size` (the last one shorter); depends on the shape only.

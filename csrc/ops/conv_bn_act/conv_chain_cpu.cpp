@@ -136,7 +136,7 @@ Tensor conv_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, std::
                          activation_from_code(kOp, act),
                          slope};
     };
-    for (size_t i = 0; i < program.steps.size(); ++i) {
+    const auto run = [&](size_t i) {
         const Code& c = program.steps[i];
         const double* number = numbers.data() + kNumbers * i;
         ConvStep step{};
@@ -174,7 +174,16 @@ Tensor conv_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, std::
                 registers[r].reset();  // its memory goes to the next step
             }
         }
-    }
+    };
+    const auto run_all = [&] {
+        for (size_t i = 0; i < program.steps.size(); ++i) {
+            run(i);
+        }
+    };
+    // The library's primitive brings its own parallel region, which would be serial inside a team's.
+    const bool library = std::any_of(program.steps.begin(), program.steps.end(),
+                                     [](const Code& c) { return c.algorithm == 0; });
+    with_team(library ? 1 : num_threads(), run_all);
     return *registers.back();
 }
 

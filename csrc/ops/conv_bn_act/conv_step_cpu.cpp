@@ -202,9 +202,7 @@ Tensor run_conv_step(ConvStep& step) {
     float *scale = vectors.as<float>(), *shift = scale + entries, *in_scale = shift + entries,
           *in_shift = in_scale + in_entries;
     fill_scale_shift(step.after, bias, s.channels_out, conv_kernels().panel, scale, shift);
-    uint32_t threads = 1;
-    shim_check(torch_get_num_threads(&threads), "get_num_threads");
-    args.shape = s, args.packed = packed.as<float>(), args.out = oi.as<float>(), args.threads = threads;
+    args.shape = s, args.packed = packed.as<float>(), args.out = oi.as<float>(), args.threads = num_threads();
     args.epilogue = {scale, shift, residual ? tensor_info(*residual).as<float>() : nullptr,
                      step.after.activation, static_cast<float>(step.after.negative_slope)};
     ConvPrologue prologue{};
