@@ -51,10 +51,11 @@ def optimize(
     """Replace conv-bn-act, bn-act and add-act chains by fused kernels; same type, same state_dict, same signature.
 
     Modules whose own forward contains such chains get an instance attribute ``forward`` that runs them fused, in train and
-    eval. Everything that is not exactly the stock layer, or cannot be followed, stays as it is; ``model.dl4ds_report`` lists
-    every chain with the reason. ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d(1)`` take an
-    inference kernel where it applies; they are not listed. A hook or submodule changed later switches the chain back to the stock modules. The model can be compiled, exported, traced, copied and
-    pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
+    eval. Layers count as stock if they are, if their subclass adds only a constructor, or if they are timm's BatchNormAct2d.
+    Everything else, and what cannot be followed, stays as it is; ``model.dl4ds_report`` lists every chain with the reason.
+    ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d(1)`` take an inference kernel where it applies; they are not
+    listed. A hook or submodule changed later switches the chain back to the stock modules. The model can be compiled,
+    exported, traced, copied and pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
 
     Args:
         model: any ``nn.Module``, on any device.
@@ -152,7 +153,7 @@ _Planned = tuple[nn.Module, Plan, set[str]]
 def _plan_model(model: nn.Module, options: Options, selection: _Selection) -> tuple[list[_Planned], Report]:
     """Plans for every container that has something to fuse, and the report on all of them."""
     shared = _shared_modules(model)
-    planned, rows = [], []
+    planned, rows, covered = [], [], set()
     where = _backend_name(model, options.backend)
     for fqn, module in model.named_modules():
         if not _is_container(module):
@@ -161,7 +162,8 @@ def _plan_model(model: nn.Module, options: Options, selection: _Selection) -> tu
         skip = {chain.key for chain in (*plan.chains, *plan.layers) if not selection.takes(model, fqn, chain)}
         if skip and plan.run is not None:
             plan = _plan_container(module, options, skip, shared)
-        for chain in plan.chains:
+        covered |= {f"{fqn}.{path}".lstrip(".") for path in plan.inlined}
+        for chain in plan.chains if fqn not in covered else ():  # else they are in the rows of the container around it
             rows += _rows(fqn, chain, chain.key in skip, where)
         if plan.run is not None:
             # Reasons known only here (shared across containers) hold for later specialisations too.

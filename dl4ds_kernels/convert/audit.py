@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import sys
 from types import CodeType, FrameType
 from typing import Any
@@ -44,11 +45,16 @@ class audited:
 
     def __enter__(self) -> None:
         self._constants.__enter__()
+        # A collection now would run finalisers of unrelated objects, which the watcher would take for the forward's own calls.
+        self._collecting = gc.isenabled()
+        gc.disable()
         self._previous = sys.getprofile()
         sys.setprofile(self._watcher)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         sys.setprofile(self._previous)
+        if self._collecting:
+            gc.enable()
         self._constants.__exit__(kind, value, trace)
         if self._watcher.found:
             raise Untraceable(self._watcher.found)

@@ -7,17 +7,18 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .audit import Untraceable
 from .blocks import block_plan
+from .passing import FusedMarker
 from .plan import MISS, Options, Plan, make_plan
-from .trace import TENSOR, stock_signature
+from .trace import argument_kind, stock_signature
 
 _MAX_SPECIALISATIONS = 8
 
 
-class FusedForward:
+class FusedForward(FusedMarker):
     """A module's forward with its chains fused; set as an instance attribute, so the class and the state_dict stay untouched.
 
     Holds plans for the argument kinds and attribute values seen so far (train and eval may differ); a call that no plan fits
@@ -65,7 +66,7 @@ class FusedForward:
         if self._planned < _MAX_SPECIALISATIONS and not torch.compiler.is_compiling():
             bound = stock_signature(module).bind(*args, **kwargs)  # TypeError for wrong arguments, as from the stock forward
             bound.apply_defaults()
-            kinds = {name: TENSOR if isinstance(value, Tensor) else value for name, value in bound.arguments.items()}
+            kinds = {name: argument_kind(value) for name, value in bound.arguments.items()}
             self._planned += 1
             run = self._plan(kinds)
             if run is not None:

@@ -17,8 +17,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modules._run import NO_ACT, ActSpec, act_spec
+from .foreign import has_activation, is_norm_act
 
-CONV, CONV_T, BN, ADD, ACT, LRN = "conv", "conv_transpose", "bn", "add", "act", "lrn"
+# NORM_ACT: a BatchNorm whose module applies an activation too (timm's); it ends a chain.
+CONV, CONV_T, BN, ADD, ACT, NORM_ACT, LRN = "conv", "conv_transpose", "bn", "add", "act", "norm_act", "lrn"
 _FUNCTION_ACTS = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
@@ -40,6 +42,9 @@ PATTERNS = {
     (BN, ACT): "bn_act",
     (BN, ADD): "bn_add",
     (ADD, ACT): "add_act",
+    (CONV, NORM_ACT): "conv_bn_act",
+    (NORM_ACT,): "bn_act",
+    (CONV_T,): "conv_transpose",
     (LRN,): "local_response_norm",
 }
 
@@ -82,7 +87,8 @@ class Candidate:
                 run.append(element)
             if element.problem or i in self.cuts or i == len(self.elements) - 1:
                 # A convolution left over from a broken chain gains nothing by itself; one that stands alone does.
-                if tuple(e.kind for e in run) in PATTERNS and (len(run) > 1 or len(self.elements) == 1):
+                alone = len(run) == 1 and len(self.elements) > 1 and run[0].kind == CONV
+                if tuple(e.kind for e in run) in PATTERNS and not alone:
                     yield run
                 run = []
 
@@ -110,7 +116,7 @@ class _Matcher:
 
     def line_ending_at(self, node: fx.Node, claimed: set[fx.Node]) -> list[Element]:
         line: list[Element] = []
-        allowed = (ACT, ADD, BN, CONV, LRN)
+        allowed: tuple[str, ...] = (NORM_ACT, ACT, ADD, BN, CONV, CONV_T, LRN)
         while isinstance(node, fx.Node) and node not in claimed:
             element = self.element(node)
             if element is None or element.kind not in allowed:
@@ -119,7 +125,9 @@ class _Matcher:
                 break  # its kernels take no residual
             line.insert(0, element)
             node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
-            allowed = {ACT: (ADD, BN, CONV, CONV_T), ADD: (BN,), BN: (CONV, CONV_T)}.get(element.kind, ())
+            allowed = {
+                ACT: (ADD, BN, CONV, CONV_T), ADD: (BN,), BN: (CONV, CONV_T), NORM_ACT: (CONV,),
+            }.get(element.kind, ())  # fmt: skip
         return line
 
     def _chain_operand(self, add: Element, claimed: set[fx.Node]) -> fx.Node | None:
@@ -141,6 +149,8 @@ class _Matcher:
                 return Element(CONV_T, node, node.target, module)
             if type(module) is nn.LocalResponseNorm:
                 return Element(LRN, node, node.target, module)
+            if is_norm_act(module) and has_activation(module):
+                return Element(NORM_ACT, node, node.target, module)
             if is_batch_norm(module):
                 return Element(BN, node, node.target, module)
             act = act_spec(module)

@@ -16,18 +16,17 @@ from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_c
 from ..modules._transposed import run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
+from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
 from .layers import find_layers, rewrite_layers
 from .merge import merge_chains
-from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, PATTERNS, Candidate, Element, find_candidates
-from .trace import TENSOR, Traced, stock_signature, trace_forward
+from .passing import skip_passing
+from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, NORM_ACT, PATTERNS, Candidate, Element, find_candidates
+from .trace import TENSOR, Tensors, Traced, stock_signature, trace_forward
 
 MISS = object()  # what a generated forward returns when its conditions do not hold
 
-_EXACT = {
-    CONV: (nn.Conv2d,),
-    CONV_T: (nn.ConvTranspose2d,),
-    BN: (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d, BNAct2d),
-}
+_STOCK = {CONV: CONVOLUTIONS, CONV_T: (nn.ConvTranspose2d,), BN: (*NORMS, BNAct2d), NORM_ACT: ()}
+_TENSOR_LISTS = ("list[tensor]", "list[torch.tensor]")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -57,13 +56,22 @@ class Plan(NamedTuple):
     run: Callable[..., Any] | None
     chains: list[Chain]
     source: str
+    inlined: tuple[str, ...] = ()  # containers below this one whose chains are among these
     layers: tuple[Chain, ...] = ()  # single layers; they take part in include and exclude, but are not in the report
 
 
 def default_arguments(module: nn.Module) -> dict[str, Any]:
-    """What a plan made ahead of any call assumes: parameters without a default are tensors, the others keep it."""
-    parameters = stock_signature(module).parameters.values()
-    return {p.name: TENSOR if p.default is p.empty else p.default for p in parameters}
+    """What a plan made ahead of any call assumes: parameters without a default are tensors, the others keep it.
+
+    One annotated as a list of tensors is a list of two; a call with more makes another plan.
+    """
+
+    def assumed(p: inspect.Parameter) -> Any:
+        if p.default is not p.empty:
+            return p.default
+        return Tensors(list, 2) if str(p.annotation).lower().replace("typing.", "") in _TENSOR_LISTS else TENSOR
+
+    return {p.name: assumed(p) for p in stock_signature(module).parameters.values()}
 
 
 def make_plan(
@@ -74,7 +82,7 @@ def make_plan(
     Raises:
         Untraceable: the forward cannot be represented by a graph.
     """
-    traced = trace_forward(module, arguments)
+    traced = skip_passing(trace_forward(module, arguments), module)
     candidates = find_candidates(traced.graph, module)
     _note_problems(traced.graph, candidates, module, shared)
     # A convolution that stands alone and cannot be replaced is no missed fusion.
@@ -96,9 +104,9 @@ def make_plan(
     layers = tuple(Chain(path, "layer", (path,), None) for path in dict.fromkeys(node.target for node in found))
     keywords = run_keywords(options, convolution=False)
     if rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces) == 0:
-        return Plan(None, chains, "", layers)
+        return Plan(None, chains, "", traced.inlined, layers)
     run, source = _generate(traced)
-    return Plan(run, chains, source, layers)
+    return Plan(run, chains, source, traced.inlined, layers)
 
 
 def _chain(key: str, candidate: Candidate, pieces: list[list[Element]]) -> Chain:
@@ -139,9 +147,13 @@ def module_problem(module: nn.Module, kind: str) -> tuple[str, str] | None:
         return "OVERRIDDEN", f"forward of this {name}"
     if kind in (ACT, LRN):  # nothing of theirs is folded or kept
         return None
-    if type(module) not in _EXACT[kind] or getattr(module, "activation", "none") != "none":
+    if kind in (BN, NORM_ACT) and is_norm_act(module):
+        problem = norm_act_problem(module)
+        if problem is not None:
+            return problem
+    elif stock_type(module, _STOCK[kind]) is None or getattr(module, "activation", "none") != "none":
         return "SUBCLASS", f"{type(module).__module__}.{name}"
-    if kind == BN and module.running_mean is None:
+    if kind in (BN, NORM_ACT) and module.running_mean is None:
         return "NO_RUNNING_STATS", ""
     tensor = module.weight if kind in (CONV, CONV_T) else module.running_mean
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
@@ -156,8 +168,11 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
     last = piece[-1].node
     by_kind = {e.kind: e for e in piece}
     with graph.inserting_before(last):
+        if NORM_ACT in by_kind:
+            by_kind[BN] = by_kind.pop(NORM_ACT)
         modules = [graph.create_node("get_attr", by_kind[kind].path) for kind in (CONV, CONV_T, BN) if kind in by_kind]
         act = _act_node(graph, by_kind.get(ACT))
+        foreign = any(is_foreign(by_kind[kind].module) for kind in (CONV, BN) if kind in by_kind)
         if ADD in by_kind and BN not in by_kind:
             function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
         elif LRN in by_kind:
@@ -168,6 +183,10 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
             if CONV_T in by_kind:
                 function = run_conv_transpose_bn_act
                 arguments = (source_of(piece[0]), modules[0], modules[1] if BN in by_kind else None, act)
+            elif foreign:
+                function = run_foreign
+                conv, norm = (modules.pop(0) if kind in by_kind else None for kind in (CONV, BN))
+                arguments = (source_of(piece[0]), conv, norm, act, _residual(by_kind))
             elif BN in by_kind:
                 function = run_conv_bn_act if CONV in by_kind else run_bn_act
                 arguments += (_residual(by_kind),)

@@ -15,7 +15,7 @@ REASONS = {
     "HOOKS": "a module of the chain has forward or backward hooks",
     "OVERRIDDEN": "a module of the chain has a forward patched onto the instance",
     "SHARED_MODULE": "the convolution or BatchNorm is used in more than one place",
-    "SUBCLASS": "a subclass or look-alike of the stock layer; only exact types are replaced",
+    "SUBCLASS": "a subclass or look-alike that may compute something else than the stock layer",
     "PARAMETRIZED": "a parameter is computed by torch.nn.utils.parametrize",
     "NO_RUNNING_STATS": "the BatchNorm keeps no running statistics",
     "DTYPE": "no kernel for the dtype of the parameters",

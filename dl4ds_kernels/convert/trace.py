@@ -1,5 +1,7 @@
 """Record one module's own forward as a ``torch.fx`` graph in which every submodule is a single node.
 
+(A Sequential of nothing but BatchNorm, activation and dropout is no node: its children are, since they may continue a chain.)
+
 The forward runs with a stand-in for ``self``: submodules read from it become callable leaves, tensors become proxies, and
 every other attribute that is read becomes a guard, so that a plan made from the trace is used only while the attributes still
 have the values it saw. Nothing is patched globally, so other threads may run models meanwhile. What a trace cannot show
@@ -21,8 +23,29 @@ import torch
 from torch import Tensor, fx, nn
 
 from .audit import Untraceable, audited
+from .passing import is_tail
 
 TENSOR = object()  # an argument that is a tensor; any other argument value is a constant of the trace
+
+
+class Tensors(NamedTuple):
+    """An argument that is a list or tuple of ``count`` tensors."""
+
+    kind: type
+    count: int
+
+    def matches(self, value: Any) -> bool:
+        """Whether ``value`` is one."""
+        return type(value) is self.kind and len(value) == self.count and all(isinstance(item, Tensor) for item in value)
+
+
+def argument_kind(value: Any) -> Any:
+    """What of a call's argument a trace depends on: :data:`TENSOR`, :class:`Tensors`, or the value itself."""
+    if isinstance(value, Tensor):
+        return TENSOR
+    if type(value) in (list, tuple) and value and all(isinstance(item, Tensor) for item in value):
+        return Tensors(type(value), len(value))
+    return value
 
 
 class Traced(NamedTuple):
@@ -33,6 +56,7 @@ class Traced(NamedTuple):
     signature: inspect.Signature  # without self
     guards: tuple[str, ...]
     constants: dict[str, Any]
+    inlined: tuple[str, ...] = ()  # paths of the submodules that are no node of their own
 
 
 def trace_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Traced:
@@ -51,6 +75,8 @@ def trace_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Traced:
             if value is TENSOR:
                 placeholder.known_tensor = True
                 value = placeholder
+            elif isinstance(value, Tensors):
+                value = tracer.hand_out_tensors(placeholder, value)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 keywords[name] = value
             else:
@@ -66,7 +92,8 @@ def trace_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Traced:
     for node in reversed(tracer.graph.nodes):
         if node.op == "get_attr" and not node.users:
             tracer.graph.erase_node(node)
-    return Traced(type(module).__name__, tracer.graph, signature, tuple(tracer.guards), tracer.constants)
+    inlined = tuple(tracer.inlined)
+    return Traced(type(module).__name__, tracer.graph, signature, tuple(tracer.guards), tracer.constants, inlined)
 
 
 def stock_signature(module: nn.Module) -> inspect.Signature:
@@ -109,7 +136,9 @@ class _LeafTracer(fx.Tracer):
         self.guards: dict[str, None] = {}
         self.constants: dict[str, Any] = {}
         self.stand_ins: dict[str, Any] = {}
+        self.inlined: dict[str, None] = {}
         self._handed_out: list[tuple[Any, Any]] = []
+        self._lists: list[tuple[Any, list[Any]]] = []
 
     def proxy(self, node: fx.Node) -> TensorProxy:
         return TensorProxy(node, self)
@@ -139,6 +168,8 @@ class _LeafTracer(fx.Tracer):
     def guard_argument(self, name: str, value: Any) -> None:
         if value is TENSOR:
             self.guard(f"isinstance({name}, {self.constant(Tensor)})")
+        elif isinstance(value, Tensors):
+            self.guard(f"{self.constant(value)}.matches({name})")
         elif value is None or isinstance(value, bool):
             self.guard(f"{name} is {value}")
         elif _is_plain(value) and not isinstance(value, (list, dict)):
@@ -146,6 +177,15 @@ class _LeafTracer(fx.Tracer):
             self.guard(f"type({name}) is {self.constant(type(value))} and {name} == {constant}")
         else:
             raise Untraceable(f"argument {name} is a {type(value).__name__}")
+
+    def hand_out_tensors(self, placeholder: fx.Proxy, argument: Tensors) -> Any:
+        """The list or tuple of proxies that the traced forward sees for such an argument."""
+        items = [self.create_proxy("call_function", operator.getitem, (placeholder, i), {}) for i in range(argument.count)]
+        for item in items:
+            item.known_tensor = True
+        shown = argument.kind(items)
+        self._lists.append((shown, items))
+        return shown
 
     def guard_attribute(self, owner: str, name: str, value: Any) -> Any:
         """Guard on a plain attribute; returns what the traced forward may see of it."""
@@ -168,6 +208,9 @@ class _LeafTracer(fx.Tracer):
         for shown, value in self._handed_out:
             if shown != value:
                 raise Untraceable("changes a list or dict of self")
+        for shown, items in self._lists:
+            if len(shown) != len(items) or any(a is not b for a, b in zip(shown, items, strict=True)):
+                raise Untraceable("changes a list that it was given")
 
 
 _BY_IDENTITY = (
@@ -204,6 +247,8 @@ class _StandIn:
         origin = type(self)._dl4ds_origin
         if not origin.path:
             raise Untraceable("calls itself")
+        if len(args) == 1 and not kwargs and is_tail(origin.module):
+            return origin.inline(self, args[0])
         return origin.tracer.create_proxy("call_module", origin.path, args, kwargs)
 
 
@@ -250,6 +295,14 @@ class _Origin:
             return self.tracer.guard_attribute(self.source, name, getattr(type(module), name))
         self.tracer.guard(f"not hasattr({self.source}, {name!r})")
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+
+    def inline(self, stand_in: Any, x: Any) -> Any:
+        """The forward of a Sequential, its children as nodes."""
+        self.tracer.guard(f"{self.tracer.constant(is_tail)}({self.source})")
+        self.tracer.inlined[self.path] = None
+        for child in stand_in._modules.values():
+            x = child(x)
+        return x
 
     def child(self, name: str) -> Any:
         module = self.module._modules[name]

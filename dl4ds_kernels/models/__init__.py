@@ -5,12 +5,14 @@
     model = models.resnet50(num_classes=10)  # or models.create("resnet50", num_classes=10)
 
 Models with a torchvision name load torchvision's state_dicts strictly; ``convert_state_dict`` knows timm's and pytorchcv's
-pre-activation layouts. Nothing is downloaded.
+layouts, ``fb_state_dict`` fb.resnet.torch's. ``load_checkpoint`` reads .safetensors, torch.save and Torch7 files. Nothing is
+downloaded.
 """
 
 # ruff: noqa: F401
 from ._registry import ModelInfo, build_on_meta, count_parameters, create, list_models, model_info
 from .alexnet import AlexNet, AlexNetPaper, alexnet, alexnet_paper
+from .checkpoints import load_checkpoint, read_state_dict, save_checkpoint
 from .cifar_resnet import (
     CifarPreActResNet,
     CifarResNet,
@@ -36,7 +38,9 @@ from .densenet import (
     DenseNet,
     cifar_densenet,
     cifar_densenet40_k12,
+    cifar_densenet100_k12,
     cifar_densenet100_k12_bc,
+    cifar_densenet100_k24,
     cifar_densenet190_k40_bc,
     cifar_densenet250_k24_bc,
     densenet121,
@@ -44,6 +48,7 @@ from .densenet import (
     densenet169,
     densenet201,
 )
+from .fb_resnet import fb_state_dict
 from .hourglass import (
     Hourglass,
     StackedHourglass,
@@ -65,6 +70,7 @@ from .preact_resnet import (
     preact_resnet200,
 )
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152, resnet200
+from .torch7 import load_t7
 from .unet import UNet, unet, unet_bn, unet_bn_bilinear
 from .unet3d import UNet3d, unet3d
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..modules import LocalResponseNorm
+from ..modules import FusedSequential, LocalResponseNorm
 from ._registry import register
 
 
@@ -22,7 +22,7 @@ class AlexNet(nn.Module):
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()
         relu, pool = (lambda: nn.ReLU(inplace=True)), (lambda: nn.MaxPool2d(3, 2))
-        self.features = nn.Sequential(
+        self.features = FusedSequential(
             nn.Conv2d(3, 64, 11, stride=4, padding=2), relu(), pool(),
             nn.Conv2d(64, 192, 5, padding=2), relu(), pool(),
             nn.Conv2d(192, 384, 3, padding=1), relu(),
@@ -54,7 +54,7 @@ class AlexNetPaper(nn.Module):
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()
         relu, pool, lrn = (lambda: nn.ReLU(inplace=True)), (lambda: nn.MaxPool2d(3, 2)), _paper_lrn
-        self.features = nn.Sequential(
+        self.features = FusedSequential(
             nn.Conv2d(3, 96, 11, stride=4), relu(), lrn(), pool(),
             nn.Conv2d(96, 256, 5, padding=2, groups=2), relu(), lrn(), pool(),
             nn.Conv2d(256, 384, 3, padding=1), relu(),

@@ -14,6 +14,7 @@ from ..detection.cfg import CfgError, Section, parse_cfg, read_cfg
 from ..detection.weights import WeightsHeader, WeightSlot, load_weights, save_weights
 from ..detection.yolo import YoloLayout
 from ..modules import BNAct2d, ConvBNAct2d, LocallyConnected2d
+from ..modules.darknet_norm import DarknetBatchNorm2d, DarknetConvBNAct2d
 
 # How darknet's two implementations and OpenCV's importer keep the standard deviation from zero.
 BN_CONVENTIONS = {"cpu": ("std", 1e-6), "gpu": ("var", 1e-5), "opencv": ("var", 1e-6)}
@@ -65,9 +66,8 @@ class DarknetNet(nn.Module):
     Args:
         sections: from :func:`dl4ds_kernels.detection.parse_cfg`.
         bn: whose BatchNorm: "cpu" divides by ``sqrt(var) + 1e-6``, "gpu" by ``sqrt(var + 1e-5)``, "opencv" by
-            ``sqrt(var + 1e-6)``. They differ visibly where a channel's variance is tiny. In training all of them normalise by
-            the biased variance, as PyTorch does; darknet's own training normalises by the unbiased one, a factor of
-            ``1 - 1 / (2 N H W)``.
+            ``sqrt(var + 1e-6)``. They differ visibly where a channel's variance is tiny. In training "cpu" and "gpu"
+            normalise by the unbiased variance of the batch, as darknet does, "opencv" (which never trains) by the biased one.
 
     Attributes: ``input_size`` (C, H, W); ``layout``, the :class:`~dl4ds_kernels.detection.YoloLayout` of a ``[detection]``
     section, else None.
@@ -139,7 +139,8 @@ class DarknetNet(nn.Module):
             )
         geometry = (shape[0], filters, size, stride, padding, 1, groups)
         if s.integer("batch_normalize", 0):
-            layer: nn.Module = ConvBNAct2d(*geometry, activation=activation, negative_slope=_SLOPE, **self._bn_options())
+            kind = ConvBNAct2d if self.bn_convention == "opencv" else DarknetConvBNAct2d
+            layer: nn.Module = kind(*geometry, activation=activation, negative_slope=_SLOPE, **self._bn_options())
         else:
             layer = nn.Sequential(nn.Conv2d(*geometry), *_act(activation))
         return layer, (filters, *((d + 2 * padding - size) // stride + 1 for d in shape[1:]))
@@ -173,7 +174,9 @@ class DarknetNet(nn.Module):
         return nn.Dropout(s.number("probability", 0.2)), shape
 
     def _batchnorm(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        return BNAct2d(shape[0], activation="none", **self._bn_options()), shape
+        if self.bn_convention == "opencv":
+            return BNAct2d(shape[0], activation="none", **self._bn_options()), shape
+        return DarknetBatchNorm2d(shape[0], **self._bn_options()), shape
 
     def _crop(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         height, width = s.integer("crop_height", 1), s.integer("crop_width", 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules import FusedSequential
-from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_bn_act
+from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.sequential import run_sequence
 from ._init import he_fan_in
 from ._registry import register
@@ -57,9 +57,9 @@ class DenseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
-            z = self.conv2(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)))
+            z = run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
         else:
-            z = self.conv1(z)
+            z = run_conv_act(z, self.conv1)
         return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
 
 
@@ -235,12 +235,14 @@ def _cifar_builder(depth: int, growth: int, bc: bool, parameters: int) -> Callab
     name = f"cifar_densenet{depth}_k{growth}" + ("_bc" if bc else "")
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"CIFAR DenseNet{'-BC' if bc else ''} (L={depth}, k={growth}); options as :class:`DenseNet`."
-    source = f"pytorchcv {name.removeprefix('cifar_')}_cifar10" if bc else "paper (1.0M)"
+    source = f"pytorchcv {name.removeprefix('cifar_')}_cifar10" if bc else f"paper ({parameters / 1e6:.1f}M)"
     return register(name, "densenet", parameters, (3, 32, 32), source)(build)
 
 
 densenet121, densenet161, densenet169, densenet201 = (_builder(depth) for depth in _NETS)
 cifar_densenet40_k12 = _cifar_builder(40, 12, False, 1_019_722)
+cifar_densenet100_k12 = _cifar_builder(100, 12, False, 6_979_642)
+cifar_densenet100_k24 = _cifar_builder(100, 24, False, 27_249_082)
 cifar_densenet100_k12_bc = _cifar_builder(100, 12, True, 769_162)
 cifar_densenet250_k24_bc = _cifar_builder(250, 24, True, 15_324_406)
 cifar_densenet190_k40_bc = _cifar_builder(190, 40, True, 25_624_430)

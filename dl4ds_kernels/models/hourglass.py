@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..functional import add_act, upsample_add
 from ..modules import FusedSequential
-from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
+from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ._init import he_fan_in
 from ._registry import register
 
@@ -42,7 +42,7 @@ class HourglassResidual(nn.Module):
         act = ActSpec("relu", 0.0, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
         z = run_conv_bn_act(run_bn_act(x, self.bn1, act), self.conv1, self.bn2, act)
-        return self.conv3(run_conv_bn_act(z, self.conv2, self.bn3, act)) + shortcut
+        return run_conv_act(run_conv_bn_act(z, self.conv2, self.bn3, act), self.conv3) + shortcut
 
 
 def _residual(channels: int, out: int) -> nn.Sequential:

@@ -105,6 +105,8 @@ def run_conv_transpose_bn_act(
         out = run_conv_transpose_act(x, conv, _epilogue(bn, act), backend=backend)
         if out is not None:
             return out
+    if bn is None and act.name == "none":
+        return conv(x)  # nothing to fuse
     geometry = {name: getattr(conv, name) for name in ("stride", "padding", "output_padding", "dilation", "groups")}
     vectors: dict[str, Tensor | None] = {}
     options = {"batch_norm": bn is not None, "training": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..functional import add_act
-from ._run import ActSpec, run_bn_act, run_conv_bn_act
+from ._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from .residual import conv1x1, conv3x3
 
 
@@ -40,7 +40,7 @@ class BNActConv2d(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(run_bn_act(x, self.bn, ActSpec("relu", 0.0, self.relu)))
+        return run_conv_act(run_bn_act(x, self.bn, ActSpec("relu", 0.0, self.relu)), self.conv)
 
 
 class _PreActivation(nn.Module):
@@ -105,7 +105,7 @@ class PreActBasicBlock(_PreActivation):
         self.downsample, self.residual_scale = downsample, residual_scale
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.conv2(run_conv_bn_act(x, self.conv1, self.bn2, self._act()))
+        return run_conv_act(run_conv_bn_act(x, self.conv1, self.bn2, self._act()), self.conv2)
 
 
 class PreActBottleneck(_PreActivation):
@@ -146,4 +146,4 @@ class PreActBottleneck(_PreActivation):
 
     def branch(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act(x, self.conv1, self.bn2, self._act())
-        return self.conv3(run_conv_bn_act(x, self.conv2, self.bn3, self._act()))
+        return run_conv_act(run_conv_bn_act(x, self.conv2, self.bn3, self._act()), self.conv3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_bn_act
+from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_act, run_conv_bn_act
 from ._transposed import run_conv_transpose_bn_act
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
@@ -14,9 +14,9 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
 class FusedSequential(nn.Sequential):
     """Runs its children one after the other as ``nn.Sequential`` does, with the same state_dict keys.
 
-    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm
-    followed by an activation too; everything else is called as it is. Children may be exchanged, hooked or frozen at any time:
-    a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
+    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or
+    a 2-D convolution followed by an activation too; everything else is called as it is. Children may be exchanged, hooked or
+    frozen at any time: a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
 
     Shape: as the children say.
     """
@@ -39,6 +39,10 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
             act = _act(children, i + 2)
             x = run_conv_transpose_bn_act(x, module, after, act)
             i += 2 if act is NO_ACT else 3
+        elif kind is nn.Conv2d:
+            act = _act(children, i + 1)
+            x = run_conv_act(x, module, act)
+            i += 1 if act is NO_ACT else 2
         elif kind in _NORMS:
             act = _act(children, i + 1)
             x = run_bn_act(x, module, act)

@@ -1,6 +1,7 @@
 """What is kept because of the modules in a chain: hooks, subclasses, sharing, parametrizations, dtypes, and in which order."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -16,11 +17,40 @@ X4 = image(2, 4)
 
 
 class MyBatchNorm(nn.BatchNorm2d):
-    pass
+    def _check_input_dim(self, input):
+        super()._check_input_dim(input)
 
 
 class MyConv(nn.Conv2d):
+    """Standardises its weight, as timm's StdConv2d does: not a plain convolution."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class RenamedConv(nn.Conv2d):
+    """A constructor of its own and nothing else."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def extra_repr(self):
+        return "renamed"
+
+
+class RenamedNorm(nn.BatchNorm2d):
     pass
+
+
+class WithProperty(nn.Conv2d):
+    @property
+    def dilation(self):
+        return (1, 1)
+
+    @dilation.setter
+    def dilation(self, value):
+        pass
 
 
 def chain(**kwargs):
@@ -81,6 +111,37 @@ def test_kept_with_a_reason(case):
             continue  # stock SyncBatchNorm trains on accelerators only
         with torch.no_grad():
             assert_same(fused.train(training)(X4), model.train(training)(X4))
+
+
+def test_subclasses_that_change_nothing_are_replaced():
+    """They compute what the stock class does; packed weights, hooks and copies are the subclass's own."""
+    stock = seeded(nn.Sequential(RenamedConv(4), RenamedNorm(4), nn.ReLU()))
+    fused = dk.optimize(stock)
+    assert [row.pattern for row in fused.dl4ds_report.replaced] == ["conv_bn_act"] and not fused.dl4ds_report.kept
+    x = image(2, 4, 48)
+    with torch.no_grad():
+        for model in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            with stock_calls() as calls:
+                got = model(x)
+            assert not calls
+            assert_same(got, stock(x))
+        assert type(fused[0]) is RenamedConv and dk.algorithms(fused).keys() == {"0"}
+        fused[0].weight.mul_(2)
+        stock[0].weight.mul_(2)
+        assert_same(fused(x), stock(x))
+        seen = []
+        fused[0].register_forward_hook(lambda *args: seen.append(1))
+        fused[1].register_forward_hook(lambda *args: seen.append(2))
+        assert_same(fused(x), stock(x))
+        assert seen == [1, 2]
+    fused.train(), stock.train()
+    assert_same(fused(x), stock(x))
+    assert_same(fused[1].running_var, stock[1].running_var)
+
+
+def test_a_subclass_that_hides_an_attribute_is_kept():
+    model = nn.Sequential(WithProperty(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    assert [row.reason for row in dk.analyze(model).kept] == ["SUBCLASS"]
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules")

@@ -269,8 +269,96 @@ def test_a_lone_convolution_that_cannot_be_replaced_is_no_missed_fusion():
     check(net, X4, replaced=["conv_bn"])
 
 
-def test_dropout_between_batch_norm_and_activation_is_not_a_chain():
-    check(nn.Sequential(*conv_bn(), nn.Dropout(0.0), nn.ReLU()), X4, replaced=["conv_bn"])
+@pytest.mark.parametrize("between", [nn.Dropout(0.0), nn.Identity(), nn.Sequential(nn.Identity(), nn.Dropout2d(0.0))])
+def test_modules_that_pass_their_input_on_do_not_break_a_chain(between):
+    check(nn.Sequential(*conv_bn(), between, nn.ReLU()), X4, replaced=["conv_bn_act"])
+
+
+def test_dropout_breaks_a_chain_in_training_only():
+    torch.manual_seed(0)
+    model = seeded(nn.Sequential(*conv_bn(), nn.Dropout(0.5), nn.ReLU()))
+    assert [row.pattern for row in dk.analyze(model).replaced] == ["conv_bn_act"]
+    assert [row.pattern for row in dk.analyze(model.train()).replaced] == ["conv_bn"]
+    fused = dk.optimize(model)
+    for training in (True, False, True):
+        model.train(training), fused.train(training)
+        torch.manual_seed(1)
+        want = model(X4)
+        torch.manual_seed(1)
+        with stock_calls() as calls:
+            assert_same(fused(X4), want)
+        assert calls["BatchNorm2d"] == 0 and calls["ReLU"] == int(training)
+
+
+def test_a_hook_or_an_exchange_between_the_members_is_seen():
+    model = seeded(nn.Sequential(*conv_bn(), nn.Identity(), nn.ReLU()))
+    fused, seen = dk.optimize(model), []
+    handle = fused[2].register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        assert_same(fused(X4), model(X4))
+        assert len(seen) == 1 and seen[0].min() < 0
+        handle.remove()
+        fused[2] = nn.Tanh()
+        assert_same(fused(X4), model[3](model[1](model[0](X4)).tanh()))
+
+
+class Tail(nn.Sequential):
+    """As monai's ADN: what follows a convolution."""
+
+
+@pytest.mark.filterwarnings("ignore:.*changed nothing")
+def test_a_tail_of_norm_and_activation_continues_the_chain_around_it():
+    def nested():
+        conv, bn = conv_bn()
+        return nn.Sequential(conv, Tail(bn, nn.Dropout(0.0), nn.ReLU()))
+
+    check(nested(), X4, replaced=["conv_bn_act"])
+    model = seeded(nested())
+    fused = dk.optimize(model)
+    assert [row.members for row in fused.dl4ds_report] == [("0", "1.0", "1.2")]
+    with torch.no_grad():
+        with stock_calls() as calls:
+            got = fused(X4)
+        assert not calls
+        assert_same(got, model(X4))
+        seen = []
+        fused[1].register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        assert_same(fused(X4), model(X4))
+        assert len(seen) == 1 and torch.allclose(seen[0], model[0](X4), atol=1e-5)
+    assert dk.optimize(nested(), exclude="1").dl4ds_report.kept[0].reason == "EXCLUDED"
+    # A convolution inside makes it a container with chains of its own.
+    inner = nn.Sequential(*conv_bn(), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    check(inner, X4, replaced=["conv_bn", "conv_bn"])
+
+
+class Joins(nn.Module):
+    """As timm's DlaRoot: takes a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, xs: list[torch.Tensor]):
+        return F.relu(self.bn(self.conv(torch.cat(xs, 1))) + xs[0])
+
+
+class Consumes(Joins):
+    def forward(self, xs: list[torch.Tensor]):
+        first = xs.pop(0)
+        return F.relu(self.bn(self.conv(torch.cat([first, *xs], 1))))
+
+
+def test_a_list_of_tensors_as_argument():
+    model = seeded(Joins())
+    fused = dk.optimize(model)
+    assert [row.pattern for row in fused.dl4ds_report] == ["conv_bn_add_act"]
+    with torch.no_grad():
+        for xs in ([X4, 2 * X4], [X4, X4[:, :2], X4[:, 2:]], (X4, X4)):
+            with stock_calls() as calls:
+                got = fused(xs)
+            assert not calls
+            assert_same(got, model(xs))
+    assert [row.reason for row in dk.analyze(Consumes()).kept] == ["UNTRACEABLE"]
 
 
 def test_subclassed_sequential_and_module_list():

@@ -264,6 +264,41 @@ def test_bn_conventions(bn: str, divisor) -> None:
     assert net.train()(x).isfinite().all()
 
 
+@pytest.mark.parametrize("bn", ["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["batchnorm", "convolutional"])
+def test_training_normalises_by_the_unbiased_variance(bn: str, kind: str) -> None:
+    """Darknet divides by N - 1 in the batch's own normalisation too: outputs, gradients and averages in fp64, N = 8."""
+    layer = (
+        "[batchnorm]\n" if kind == "batchnorm" else "[convolutional]\nbatch_normalize=1\nfilters=3\nsize=1\nactivation=leaky\n"
+    )
+    net = DarknetNet.from_text(f"[net]\nheight=2\nwidth=2\nchannels=3\n{layer}", bn=bn).double().train()
+    norm = net.layers[0] if kind == "batchnorm" else net.layers[0].bn
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(3, generator=generator, dtype=torch.float64))
+        norm.bias.copy_(torch.randn(3, generator=generator, dtype=torch.float64))
+    x = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64) * 1e-3
+    results = []
+    for by_hand in (False, True):
+        leaf = x.clone().requires_grad_()
+        net.zero_grad()
+        if by_hand:
+            y = leaf if kind == "batchnorm" else torch.nn.functional.conv2d(leaf, net.layers[0].conv.weight)
+            mean, var = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), correction=1, keepdim=True)
+            std = var.sqrt() + 1e-6 if bn == "cpu" else (var + 1e-5).sqrt()
+            y = (y - mean) / std * norm.weight[:, None, None] + norm.bias[:, None, None]
+            out = y if kind == "batchnorm" else torch.where(y > 0, y, 0.1 * y)
+            averages = (0.01 * mean.flatten(), 0.99 + 0.01 * var.flatten())
+        else:
+            out = net(leaf)
+        (out * torch.arange(24, dtype=torch.float64).view(out.shape)).sum().backward()
+        results.append((out.detach(), leaf.grad, *(p.grad.clone() for p in net.parameters())))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+    torch.testing.assert_close(norm.running_mean, averages[0].detach())
+    torch.testing.assert_close(norm.running_var, averages[1].detach())
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(2, 2, None), (2, 1, None), (3, 2, 0), (3, 1, 2), (3, 2, None)])
 @pytest.mark.parametrize("side", [8, 7])
 def test_maxpool_is_darknets(size: int, stride: int, padding: int | None, side: int) -> None:

@@ -1,6 +1,7 @@
 """YOLOv1's nets in plain torch, written from the paper's figure and darknet's layer list, without a .cfg.
 
-Darknet's BatchNorm divides by ``sqrt(var) + 1e-6`` on the CPU; here as its own layer.
+Darknet's BatchNorm divides by ``sqrt(var) + 1e-6`` on the CPU, in training by that of the unbiased variance; here as its own
+layer.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ class DarknetNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=1)
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean += 0.01 * (mean - self.running_mean)
-                self.running_var += 0.01 * (x.var((0, 2, 3), correction=1) - self.running_var)
+                self.running_var += 0.01 * (var - self.running_var)
         mean, std, scale, bias = (v[None, :, None, None] for v in (mean, var.sqrt() + 1e-6, self.weight, self.bias))
         return (x - mean) / std * scale + bias
 

@@ -92,11 +92,20 @@ def test_pytorchcv_densenet(name: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["densenet190_k40_bc_cifar10", "densenet250_k24_bc_cifar10"])
+def test_pytorchcv_densenet_deep(name: str) -> None:
+    ours, stock = getattr(models, f"cifar_{name.removesuffix('_cifar10')}")(), ptcv(name)
+    copy_in_order(ours, stock)
+    check_forward(ours, stock, image(2, 3, 16, 16), (2, 10))
+
+
+@pytest.mark.full
 def test_timm_resnet200() -> None:
     """timm's keys are torchvision's."""
     ours, stock = models.resnet200(), timm_model("resnet200")
     ours.load_state_dict(stock.state_dict(), strict=True)
     check_forward(ours, stock, image(2, 3, 64, 64), (2, 1000))
+    check_training(ours, stock, image(2, 3, 64, 64))
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,17 @@ def test_cifar(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "n", "skip"), [("cifar_resnet110", 18, True), ("cifar_plain56", 9, False)])
+@pytest.mark.parametrize(
+    ("name", "n", "skip"),
+    [
+        ("cifar_resnet32", 5, True), ("cifar_resnet44", 7, True), ("cifar_resnet110", 18, True), ("cifar_plain32", 5, False),
+        ("cifar_plain44", 7, False), ("cifar_plain56", 9, False), ("cifar_plain110", 18, False),
+    ],
+)  # fmt: skip
 def test_cifar_deep(name: str, n: int, skip: bool) -> None:
     ours, reference = twins(getattr(models, name)(), CifarNet(n, skip))
     check_forward(ours, reference, image(8, 3, 32, 32), (8, 10))
+    check_training(ours, reference, image(8, 3, 32, 32))
 
 
 PREACT = {
@@ -139,6 +146,20 @@ def test_unet_full_width() -> None:
     check_forward(ours, stock, image(1, 1, 572, 572), (1, 2, 388, 388))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "bilinear"), [("unet_bn", False), ("unet_bn_bilinear", True)])
+def test_unet_bn_full_width(name: str, bilinear: bool) -> None:
+    ours, stock = twins(getattr(models, name)(), SameUNet(3, 2, 64, bilinear))
+    check_forward(ours, stock, image(1, 3, 128, 144), (1, 2, 128, 144))
+    check_training(ours, stock, image(2, 3, 64, 64))
+
+
+@pytest.mark.full
+def test_unet3d_full_width() -> None:
+    ours, stock = twins(models.unet3d(), UNet3(3, 3, 32))
+    check_forward(ours, stock, image(1, 3, 92, 92, 92), (1, 3, 4, 4, 4))
+
+
 def test_unet3d() -> None:
     ours, stock = twins(models.unet3d(2, 3, width=4), UNet3(2, 3, 4))
     check_forward(ours, stock, image(1, 2, 92, 100, 92), (1, 3, 4, 12, 4))
@@ -164,7 +185,7 @@ def test_deconvnet_training() -> None:
     # The reference's tensors under our names: those that are the same object.
     ours_name = {id(tensor): name for name, tensor in _our_names(stock).items()}
     names = {name: ours_name[id(tensor)] for name, tensor in (*stock.named_parameters(), *stock.named_buffers())}
-    check_training(ours, stock, image(2, 3, 224, 224), steps=1, rename=lambda ts: {names[k]: t for k, t in ts.items()})
+    check_training(ours, stock, image(2, 3, 224, 224), rename=lambda ts: {names[k]: t for k, t in ts.items()})
 
 
 def _places(stock: PaperDeconvNet) -> dict[str, nn.Module]:
@@ -193,9 +214,21 @@ def test_hourglass() -> None:
     ours, stock = models.hourglass(2, joints=5), seeded(PaperHourglass(2, 5))
     _copy_hourglass(ours, stock)
     check_forward(ours, stock, image(2, 3, 64, 128), (2, 5, 16, 32))
+    names = _hourglass_names(stock)
+    check_training(ours, stock, image(2, 3, 64, 128), rename=lambda ts: {names[k]: t for k, t in ts.items()})
 
 
 def _copy_hourglass(ours: nn.Module, stock: PaperHourglass) -> None:
+    ours.load_state_dict(_hourglass_state(stock), strict=True)
+
+
+def _hourglass_names(stock: PaperHourglass) -> dict[str, str]:
+    """The reference's names -> ours: the tensors of both dictionaries are the same memory."""
+    ours = {tensor.data_ptr(): name for name, tensor in _hourglass_state(stock).items()}
+    return {name: ours[tensor.data_ptr()] for name, tensor in stock.state_dict().items()}
+
+
+def _hourglass_state(stock: PaperHourglass) -> dict[str, torch.Tensor]:
     """The reference nests its levels, ours lists them: tensors go by their place in the figure."""
 
     def residual(prefix: str, res: nn.Module) -> dict[str, torch.Tensor]:
@@ -221,4 +254,4 @@ def _copy_hourglass(ours: nn.Module, stock: PaperHourglass) -> None:
         state |= {f"{ours_name}.{k}": v for k, v in theirs.state_dict().items()}
     for s, res in enumerate(stock.after):
         state |= residual(f"res.{s}", res)
-    ours.load_state_dict(state, strict=True)
+    return state

@@ -83,6 +83,31 @@ def test_the_papers_remarks() -> None:
     assert norms == 4_672 and models.count_parameters(unet3d) - norms == 19_069_955
 
 
+@pytest.mark.parametrize(("depth", "growth", "paper"), [(40, 12, 1.0), (100, 12, 7.0), (100, 24, 27.2)])
+def test_cifar_densenets_without_bottlenecks_by_the_papers_rule(depth: int, growth: int, paper: float) -> None:
+    """Layer by layer: BatchNorm and a 3x3 convolution a layer, BatchNorm and a 1x1 convolution a transition, no compression."""
+    channels, count = 16, 3 * 16 * 9
+    for block in range(3):
+        for _ in range((depth - 4) // 3):
+            count += 2 * channels + 9 * channels * growth
+            channels += growth
+        if block < 2:
+            count += 2 * channels + channels * channels
+    count += 2 * channels + 10 * channels + 10
+    assert models.model_info(f"cifar_densenet{depth}_k{growth}").parameters == count
+    assert round(count / 1e6, 1) == pytest.approx(paper, abs=0.051)
+
+
+def test_channels_of_the_dense_blocks_in_the_figures() -> None:
+    """3 -> 35 -> 67 -> 99 with growth 32, and k0 + 4l with growth 4 and five layers."""
+    from dl4ds_kernels.models.densenet import DenseBlock
+
+    for channels, growth, layers, expected in ((3, 32, 3, [3, 35, 67]), (6, 4, 5, [6, 10, 14, 18, 22])):
+        block = DenseBlock(layers, channels, growth, None, 0.0, False)
+        assert [layer.norm1.num_features for layer in block.values()] == expected
+        assert block(torch.randn(2, channels, 5, 5)).shape[1] == channels + layers * growth
+
+
 def test_create_and_options() -> None:
     net = models.create("cifar_resnet20", num_classes=7)
     assert net.fc.out_features == 7

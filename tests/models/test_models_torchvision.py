@@ -76,6 +76,12 @@ def test_training_every_depth(name: str) -> None:
     check_training(*pair(name, num_classes=10), image(4, 3, 96, 96))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg13_bn", "vgg16_bn", "vgg19_bn"])
+def test_training_every_vgg_with_a_small_head(name: str) -> None:
+    check_training(*map(small_head, pair(name)), image(3, 3, 64, 64), bn=name.endswith("_bn"))
+
+
 def test_training_memory_efficient_densenet() -> None:
     ours, stock = pair("densenet121", num_classes=10)
     ours = models.densenet121(num_classes=10, memory_efficient=True)
