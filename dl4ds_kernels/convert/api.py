@@ -99,7 +99,7 @@ def optimize(
         except Exception:
             restore(model)
             raise
-    if not report.replaced and not planned:
+    if not report.replaced and (report.rows or not planned):  # single layers are not in the report
         warnings.warn(f"dl4ds_kernels.optimize changed nothing: {report.summary()}", stacklevel=2)
     return model
 
