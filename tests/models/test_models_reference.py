@@ -215,7 +215,8 @@ def test_hourglass() -> None:
     _copy_hourglass(ours, stock)
     check_forward(ours, stock, image(2, 3, 64, 128), (2, 5, 16, 32))
     names = _hourglass_names(stock)
-    check_training(ours, stock, image(2, 3, 64, 128), rename=lambda ts: {names[k]: t for k, t in ts.items()})
+    # The lowest maps have four values a channel: a larger step amplifies rounding through their BatchNorms.
+    check_training(ours, stock, image(2, 3, 64, 128), lr=1e-7, rename=lambda ts: {names[k]: t for k, t in ts.items()})
 
 
 def _copy_hourglass(ours: nn.Module, stock: PaperHourglass) -> None:
