@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension
 from ._define import CPP, TRITON, has_kernel, triton_interpreted
@@ -90,8 +91,8 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
     """Where ``op`` on ``x`` runs: the namespace of a kernel, ``"reference"`` or ``"stock"``."""
     name = choice or _state.name or _default
     if name == "auto":
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return STOCK  # what is exported is standard ops
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+            return STOCK  # what is exported is standard ops; forward-mode derivatives exist for those alone
         device = x.device.type
         if device == "cpu":
             return CPP if x.numel() >= MIN_NUMEL[op] and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
