@@ -84,14 +84,17 @@ def check_vector(op: str, name: str, vector: Any, x: Tensor, channels: int) -> N
         fail(op, name, f"dtype {x.dtype} like x" + (" or torch.float32" if half else ""), vector.dtype)
 
 
+def broadcasts(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes broadcast (torch.broadcast_shapes imports sympy to say no: seconds, when memory may be short)."""
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
 def check_residual(op: str, residual: Any, shape: Sequence[int], device: torch.device) -> None:
     """A residual operand that stock addition can broadcast to ``shape`` on ``device``."""
     check_tensor(op, "residual", residual)
     if residual.device != device:
         fail(op, "residual", f"a tensor on {device} like x", residual.device)
-    try:
-        torch.broadcast_shapes(tuple(shape), tuple(residual.shape))
-    except RuntimeError:
+    if not broadcasts(shape, residual.shape):
         fail(op, "residual", f"a shape that broadcasts with {tuple(shape)}", tuple(residual.shape))
 
 

@@ -13,7 +13,7 @@ from .. import _backend, reference
 from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_activation
 from .._backend import MIN_NUMEL, REFERENCE, STOCK, select
 from .._define import op
-from ._common import call, check_tensor, fail, needs_grad
+from ._common import broadcasts, call, check_tensor, fail, needs_grad
 
 _SMALL = MIN_NUMEL["add_act"]
 
@@ -84,7 +84,5 @@ def _explain(x: Any, residual: Any, activation: Any) -> None:
     check_tensor("add_act", "residual", residual)
     if residual.device != x.device:
         fail("add_act", "residual", f"a tensor on {x.device} like x", residual.device)
-    try:
-        torch.broadcast_shapes(x.shape, residual.shape)
-    except RuntimeError:
+    if not broadcasts(x.shape, residual.shape):
         fail("add_act", "residual", f"a shape that broadcasts with x {tuple(x.shape)}", tuple(residual.shape))
