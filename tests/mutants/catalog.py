@@ -32,7 +32,7 @@ def _k(path: str, expression: str) -> tuple[str, ...]:
 MUTANTS: tuple[Mutant, ...] = (
     # Python: functionals, contracts, references, backend choice
     Mutant("relu-drops-nan", "python", "dl4ds_kernels/_activation.py", "        return torch.relu(z)\n",
-           "        return torch.where(z > 0, z, torch.zeros_like(z))\n", _k(F + "test_numeric_faults.py", "F14 and auto")),
+           "        return torch.where(z > 0, z, torch.zeros_like(z))\n", _k(F + "test_numeric_faults.py", "F14 and reference")),
     Mutant("running-mean-not-updated", "python", "dl4ds_kernels/functional/bn_act.py",
            "            running_mean.copy_(new_mean)\n", "            pass\n", _k(F + "test_numeric_faults.py", "F09 and functional")),
     Mutant("gradient-weight-and-bias-swapped", "python", "dl4ds_kernels/ops/bn_act.py",
