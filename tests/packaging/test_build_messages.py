@@ -1,4 +1,4 @@
-"""What setup.py says when something is missing: no compiler, no nvcc, a toolkit of another CUDA, CPU-only torch. One sentence each.
+"""What setup.py says when something is missing: no compiler, no nvcc, another CUDA, CPU-only torch. One sentence each.
 
 setup.py runs as a program, on a copy, to the point of the message; compilers and toolkits are fakes. Torn files and unsupported
 GPUs are in tests/robustness/test_install_faults.py (F52, F53).
