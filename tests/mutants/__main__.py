@@ -87,7 +87,7 @@ def pytest(tests: tuple[str, ...]) -> tuple[int, str]:
     """Exit code of pytest in the copy, and its last line."""
     env = {**os.environ, "PYTHONPATH": str(COPY)}
     marks = () if "-m" in tests else ("-m", "not full")
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=line", "-p", "no:warnings", *tests, *marks]
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=line", "--disable-warnings", *tests, *marks]
     done = subprocess.run(command, cwd=COPY, env=env, capture_output=True, text=True, timeout=1800)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
