@@ -277,3 +277,12 @@ def test_F47_a_hundred_times_the_same_bits(backend: str | None, kernels: None) -
                 assert torch.equal(a, b), f"call {i}"
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+
+
+@EACH
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_F15_mean_that_drifts_through_the_image(layout: torch.memory_format, backend: str | None, kernels: None) -> None:
+    """Parts of a channel with different means: merging their variances needs the distance of the means."""
+    x = image(2, 8, 384, 128) + torch.linspace(0, 100, 384).view(1, 1, 384, 1)
+    x = x.to(memory_format=layout)
+    same("bn_act", x, *bn_vectors(8), training=True, activation="none", backend=backend)
