@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dl4ds_kernels-setup
 PYTEST := $(PY) -m pytest
 
-.PHONY: help setup build demo test test-fast test-full sim gates bench lint format docs clean
+.PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs clean
 help:           ## this list
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -45,6 +45,9 @@ test-fast: build ## the inner loop, under 3 minutes
 
 test-full: build ## everything, long runs included
 	$(PYTEST)
+
+test-asan: build ## the CPU kernels under AddressSanitizer and UBSan: bench/results/test-asan.md
+	$(PY) -m tests.sanitize --report bench/results/test-asan.md
 
 sim: build      ## every GPU kernel of one op on the PTX simulator: make sim OP=add_act
 	$(PYTEST) tests/test_cuda_kernels.py -m "not full" -k "$(OP)"

@@ -1,5 +1,4 @@
 """Builds the two compiled parts with ninja; everything else is in pyproject.toml. No network, no GPU needed.
-
 _C     csrc/bindings.cpp and every csrc/**/*_cpu.cpp: pybind11 host facts and the CPU kernels (libtorch stable ABI).
 _cuda  every csrc/**/*_cuda.cpp (host compiler) and csrc/**/*.cu (nvcc): only where torch is a CUDA build.
 """
@@ -24,6 +23,8 @@ RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -fno-math-errno -Wall -W -Wno-psabi"
 NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
 LINK_FLAGS = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
+if os.environ.get("SOURCE_DATE_EPOCH"):  # a reproducible build: nvcc's line tables and names of temporary files stay out
+    NVCC_FLAGS, LINK_FLAGS = NVCC_FLAGS.replace(" -lineinfo", ""), LINK_FLAGS + " -Wl,-s"
 
 
 def sources(*patterns):
@@ -40,18 +41,20 @@ def nvcc_version(home):
 def cuda_plan():
     """(toolkit or None, its version, why CUDA is skipped): CUDA_HOME if complete, else nvcc from PyPI, else the system's."""
     choice, cuda = os.environ.get("DL4DS_BUILD_CUDA", "auto"), torch.version.cuda
-    if choice not in ("0", "1", "auto"):
-        sys.exit(f"DL4DS_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
+    _ = choice in ("0", "1", "auto") or sys.exit(f"DL4DS_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
     if choice == "0" or cuda is None:
         reason = "DL4DS_BUILD_CUDA=0" if choice == "0" else f"torch {torch.__version__} is not a CUDA build"
     else:
         major, spec = cuda.split(".")[0], importlib.util.find_spec("nvidia")
         pypi = [f"{p}/cu{major}" for p in (spec.submodule_search_locations if spec else [])]
-        for home in (os.environ.get("CUDA_HOME"), *pypi, "/usr/local/cuda"):
-            version = nvcc_version(Path(home)) if home else None
+        homes = (os.environ.get("CUDA_HOME"), *pypi, "/usr/local/cuda")
+        versions = {home: nvcc_version(Path(home)) for home in homes if home}
+        for home, version in versions.items():
             if version and version.split(".")[0] == major:
                 return Path(home), version, None
-        reason = f"no complete CUDA {major} toolkit: set CUDA_HOME or `pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
+        found = ", ".join(f"{home}: {f'CUDA {v}' if v else 'no nvcc and headers'}" for home, v in versions.items())
+        reason = f"no complete CUDA {major} toolkit for this torch, found {found}: set CUDA_HOME or "
+        reason += f"`pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
     if choice == "1":
         sys.exit(f"DL4DS_BUILD_CUDA=1, but {reason}")
     return None, None, reason
@@ -62,16 +65,15 @@ def gencode(archs):
     for arch in re.split(r"[;\s]+", archs.strip()):
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             sys.exit(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0+PTX, got {arch!r}")
-        number = arch.removesuffix("+PTX").replace(".", "")
-        kinds = ("sm", "compute") if arch.endswith("+PTX") else ("sm",)
+        number, kinds = arch.removesuffix("+PTX").replace(".", ""), ("sm", "compute")[: 1 + arch.endswith("+PTX")]
         flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
     return " ".join(flags)
 
 
 def max_jobs():
     """MAX_JOBS, else what cores and free memory allow (2 GiB a compiler)."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return int(os.environ.get("MAX_JOBS") or max(1, min(len(os.sched_getaffinity(0)), int(free / 2))))
+    free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    return int(os.environ.get("MAX_JOBS") or max(1, min(len(os.sched_getaffinity(0)), free_gib // 2)))
 
 
 class NinjaBuild(build_ext):
@@ -85,25 +87,24 @@ class NinjaBuild(build_ext):
         build = ROOT / "build" / f"cpython-{sys.version_info.major}{sys.version_info.minor}-torch-{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         cxx, torch_root = os.environ.get("CXX", "g++"), Path(torch.__file__).parent
+        _ = shutil.which(cxx.split()[0]) or sys.exit(f"dl4ds_kernels: no C++ compiler {cxx!r} on PATH: install g++, or set CXX")
         systems = [f"{torch_root}/include", sysconfig.get_paths()["include"], pybind11.get_include()]
         include = " ".join([f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in systems)])
         home, cuda_version, skipped = cuda_plan()
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHS
-        version = self.distribution.get_version()
+        archs, version = os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHS, self.distribution.get_version()
         facts = f"'-DDL4DS_VERSION=\"{version}\"' '-DDL4DS_CUDA_ARCHS=\"{archs if home else ''}\"'"
-        libraries = f"-L{torch_root}/lib -ltorch_cpu -ldl"
+        libs = f"-L{torch_root}/lib -ltorch_cpu -ldl"
         with open(build / "build.ninja", "w") as file:
             n = ninja_syntax.Writer(file, width=120)
-            command = f"{cxx} -MMD -MF $out.d {CXX_FLAGS} -DTORCH_TARGET_VERSION={TARGET} {include} $extra -c $in -o $out"
-            n.rule("cxx", command, depfile="$out.d", deps="gcc")
+            flags = f"-ffile-prefix-map={ROOT}=. {CXX_FLAGS} -DTORCH_TARGET_VERSION={TARGET}"
+            n.rule("cxx", f"{cxx} -MMD -MF $out.d {flags} {include} $extra -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("link", f"{cxx} {LINK_FLAGS} $in -o $out $libraries")
-            self.part(n, build, "_C", sources("bindings.cpp", "**/*_cpu.cpp"), facts, libraries)
+            self.part(n, build, "_C", sources("bindings.cpp", "**/*_cpu.cpp"), facts, libs)
             if home:
-                command = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc -c $in -o $out"
-                n.rule("nvcc", command, depfile="$out.d", deps="gcc")  # no torch include: nvcc never sees a torch header
-                libraries += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
-                extra = f"-DUSE_CUDA -isystem {home}/include"
-                self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), extra, libraries)
+                nvcc = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc"  # no torch headers here
+                n.rule("nvcc", f"{nvcc} -c $in -o $out", depfile="$out.d", deps="gcc")
+                libs += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
+                self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
         print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
         if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
             sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
@@ -125,8 +126,7 @@ class NinjaBuild(build_ext):
     def cudart_link(self, build, home):
         """The linker wants libcudart.so; PyPI has libcudart.so.13 only, and site-packages is not ours to write to."""
         found = [p for d in ("lib64", "lib") for p in sorted((home / d).glob("libcudart.so*"))]
-        if not found:
-            sys.exit(f"dl4ds_kernels: no libcudart.so in {home}: `pip install nvidia-cuda-runtime`, or set CUDA_HOME")
+        _ = found or sys.exit(f"dl4ds_kernels: no libcudart.so in {home}: `pip install nvidia-cuda-runtime`, or set CUDA_HOME")
         link = build / "link/libcudart.so"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)

@@ -4,7 +4,8 @@
 
 1. ``python -m dl4ds_kernels info``.
 2. Parity against fp64 of every op, backend, dtype and layout, forward and backward, on odd and on real shapes.
-3. Timings of ResNet-50's layers against eager and torch.compile.
+3. The rows of the fault checklist that need a GPU (gpu_faults.py): F19, F26, F47 to F50, F53.
+4. Timings of ResNet-50's layers against eager and torch.compile.
 
 The JSON file has the GPU's name; exit 0 only if everything was right. Without a GPU it says so in one line and exits 2.
 """
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_faults
 import torch
 from _results import save
 
@@ -95,6 +97,10 @@ def main() -> int:
     checked = parity()
     problems += _report("parity", checked)
     document["parity"] = [row.as_dict() for row in checked]
+    document["faults"] = gpu_faults.run()
+    for name, result in document["faults"].items():
+        print(f"  {name}: {result}")
+        problems += result != "right" and not result.startswith("SKIP")
     if not arguments.no_timing:
         timed = timings(arguments.batch, arguments.rounds)
         problems += _report("timed", timed)

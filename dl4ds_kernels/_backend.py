@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension
 from ._define import CPP, TRITON, has_kernel, triton_interpreted
@@ -91,14 +92,14 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
     """Where ``op`` on ``x`` runs: the namespace of a kernel, ``"reference"`` or ``"stock"``."""
     name = choice or _state.name or _default
     if name == "auto":
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return STOCK  # what is exported is standard ops
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+            return STOCK  # what is exported is standard ops; forward-mode derivatives exist for those alone
         device = x.device.type
         if device == "cpu":
             return CPP if x.numel() >= MIN_NUMEL[op] and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
         if device != "cuda" or x.dtype not in FLOATING or (x.dtype == torch.float64 and op not in _FP64_ON_GPU):
             return STOCK
-        if has_kernel(op, CPP, "cuda"):
+        if has_kernel(op, CPP, "cuda") and _extension.runs_on_gpu(x.device.index):
             return CPP
         return TRITON if has_kernel(op, TRITON, "cuda") and _has_triton() else STOCK
     _check(name, f"{op}: backend")
@@ -108,6 +109,8 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
     expected = {"cpu": "cpu", "cuda": "cuda"}.get(name)
     if expected and device != expected:
         raise RuntimeError(f"{op}: backend: {name!r} needs {expected} tensors, got x on {x.device}")
+    if name == "cuda" and _extension.status()["_cuda"].loaded and not _extension.runs_on_gpu(x.device.index):
+        raise RuntimeError(f"{op}: backend: {_extension.no_code_for(torch.cuda.get_device_capability(x.device.index))}")
     if name == "triton" and device == "cpu" and not triton_interpreted():
         raise RuntimeError(
             f"{op}: backend: 'triton' needs CUDA tensors, got x on {x.device} (TRITON_INTERPRET=1 runs it on the CPU)"

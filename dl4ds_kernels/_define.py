@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,24 @@ import torch
 from . import _extension
 
 CPP, TRITON = "dl4ds_kernels", "dl4ds_kernels_triton"
-_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (CPP, TRITON)}
+
+
+def _library(namespace: str) -> torch.library.Library:
+    """The only definition of a namespace in this process; ImportError where another copy of the package made it."""
+    try:
+        return torch.library.Library(namespace, "DEF")
+    except RuntimeError as error:
+        previous = re.search(r"Previous registration of TORCH_LIBRARY was registered at (\S+?):\d+", str(error))
+        if previous is None:
+            raise
+        raise ImportError(
+            f"dl4ds_kernels: the ops {namespace}:: are registered already in this process, by {previous.group(1)}; "
+            f"expected one copy of the package, got a second one in {os.path.dirname(__file__)}. Leave one of them on "
+            "sys.path, and do not delete it from sys.modules (importlib.reload works)"
+        ) from None
+
+
+_libraries = {namespace: _library(namespace) for namespace in (CPP, TRITON)}
 _defined: dict[str, str] = {}  # op name -> stem of the file that holds its kernels
 _kernels: set[tuple[str, str, str]] = set()  # (op name, namespace, device type) with a kernel to run
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}

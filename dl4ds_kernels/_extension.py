@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import json
+import re
 import struct
 import types
 from dataclasses import dataclass
@@ -53,9 +54,11 @@ def _torch_version() -> tuple[int, int]:
 def build_info() -> dict[str, Any]:
     """Facts written by setup.py when it built the parts (empty for a tree that was never built)."""
     try:
-        return json.loads((_PACKAGE / "_build_info.json").read_text())
+        facts = json.loads((_PACKAGE / "_build_info.json").read_text())
     except (OSError, ValueError):
         return {}
+    # All facts are texts or null; anything else was not written by setup.py.
+    return {k: v for k, v in facts.items() if v is None or isinstance(v, str)} if isinstance(facts, dict) else {}
 
 
 def _find(stem: str) -> Path | None:
@@ -105,6 +108,10 @@ def _load_cuda() -> None:
     path = _find("_cuda")
     built = build_info().get("cuda_version")
     if torch.version.cuda is None:
+        if torch.version.hip is not None:
+            _cuda.reason = f"torch {torch.__version__} is a ROCm build; there is no HIP part"
+            _cuda.cure = "the Triton backend serves these GPUs (pip install triton), stock torch everything else"
+            return
         _cuda.reason = f"torch {torch.__version__} is not a CUDA build"
         _cuda.cure = "install a CUDA build of torch, then " + _REBUILD
         return
@@ -123,7 +130,8 @@ def _load_cuda() -> None:
         torch.ops.load_library(str(path.resolve()))
         _cuda.loaded = True
     except Exception as error:
-        _cuda.reason = f"the CUDA part {path.name} was found but does not load ({error})"
+        # torch's loader names only the file; why is in the exception that it came from
+        _cuda.reason = f"the CUDA part {path.name} was found but does not load ({error.__cause__ or error})"
         _cuda.cure = f"{_REBUILD}; until then the Triton backend serves CUDA tensors"
 
 
@@ -132,6 +140,47 @@ def load() -> None:
     if not _cpu.loaded and not _cpu.reason:
         _load_cpu()
         _load_cuda()
+
+
+def gpu_archs() -> str:
+    """The architectures that the CUDA part was compiled for, as TORCH_CUDA_ARCH_LIST spells them; empty without one."""
+    return _module.cuda_archs() if _module is not None else build_info().get("cuda_archs") or ""
+
+
+def no_code_for(capability: tuple[int, int]) -> str:
+    """Why the CUDA part does not run on a GPU of this capability; empty where it does.
+
+    Machine code runs on GPUs of its major number with the same or a higher minor one; PTX is compiled by the driver for
+    anything newer. Asked before a launch: "no kernel image" comes late and names no cure.
+    """
+    archs = gpu_archs()
+    for entry in filter(None, re.split(r"[;\s]+", archs)):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if found is None:
+            continue
+        major, minor, specific, ptx = int(found[1]), int(found[2]), found[3], found[4]
+        if capability == (major, minor) or (not specific and capability[0] == major and capability[1] >= minor):
+            return ""
+        if ptx and not specific and capability >= (major, minor):
+            return ""
+    number = f"{capability[0]}.{capability[1]}"
+    return (
+        f"the CUDA part was compiled for {archs or 'no GPU'}, this GPU has compute capability {number}; {_REBUILD} with "
+        f"TORCH_CUDA_ARCH_LIST={number}; until then the Triton backend or stock torch serves it"
+    )
+
+
+_runs_on: dict[int, bool] = {}  # by device index
+
+
+def runs_on_gpu(index: int) -> bool:
+    """Whether the CUDA part has code for this GPU; asked of the driver once (not while compiling: then it is assumed)."""
+    known = _runs_on.get(index)
+    if known is None:
+        if torch.compiler.is_compiling():
+            return True
+        known = _runs_on[index] = not no_code_for(torch.cuda.get_device_capability(index))
+    return known
 
 
 def host() -> types.ModuleType | None:
@@ -147,6 +196,10 @@ def status() -> dict[str, Part]:
 def missing_reason(device_type: str) -> str:
     """Why there is no compiled kernel for ``device_type`` and what to do about it."""
     part = {"cpu": _cpu, "cuda": _cuda}.get(device_type)
+    if device_type == "cuda" and _cuda.loaded and torch.cuda.is_available():
+        missing = no_code_for(torch.cuda.get_device_capability())
+        if missing:
+            return missing
     if part is None:
         return f"dl4ds_kernels has no compiled kernels for device type {device_type!r}; move the tensors to cpu or cuda"
     if part.loaded:

@@ -138,6 +138,8 @@ def why_not(provider: str, device: str) -> str | None:
         if kind != provider:
             return f"backend {provider!r} needs {provider} tensors, this run is on {device}"
         part = _extension.status()["_C" if provider == "cpu" else "_cuda"]
+        if kind == "cuda" and part.loaded and torch.cuda.is_available():
+            return _extension.no_code_for(torch.cuda.get_device_capability(device)) or None
         return None if part.loaded else part.message()
     if provider == "triton":
         if kind == "cpu" and not triton_interpreted():

@@ -87,7 +87,7 @@ def layers(selection: str) -> list[Layer]:
     chosen: dict[str, Layer] = {}
     for item in filter(None, (part.strip() for part in selection.split(","))):
         size = re.fullmatch(r"(\d+)x(\d+)x(\d+)", item)
-        if size:
+        if size and all(part.strip("0") for part in size.groups()):
             channels, height, width = map(int, size.groups())
             found = [Layer(item, channels, height, width, channels)]
         else:

@@ -32,7 +32,7 @@ class Section:
     def integer(self, key: str, default: int | None = None) -> int:
         """Option as an integer; CfgError if it is missing without default or not a number."""
         value = self.number(key, default)
-        if value != int(value):
+        if not abs(value) < 2**31 or value != int(value):  # darknet's are C ints
             raise CfgError(f"cfg: [{self.type}] of line {self.line}: {key}: expected an integer, got {self.options[key]!r}")
         return int(value)
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._backend import FLOATING
 
@@ -19,11 +20,25 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def call(overload: Any, differentiable: bool, *args: Any) -> Any:
-    """Call an op; without gradients the Python autograd kernel (tens of microseconds) is stepped over."""
+    """Call an op; without gradients the Python autograd kernel (tens of microseconds) is stepped over.
+
+    The kernels have no forward-mode derivative, and torch would silently take it as zero: a dual tensor is refused.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_dual(overload, args)
     if differentiable or torch.compiler.is_compiling():
         return overload(*args)
     with _below_autograd():
         return overload(*args)
+
+
+def _refuse_dual(overload: Any, args: Sequence[Any]) -> None:
+    for value in args:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            name = overload._schema.name.split("::")[1]
+            raise NotImplementedError(
+                f"{name}: forward-mode AD: expected plain tensors, got a dual tensor (backend='auto' takes stock torch there)"
+            )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -69,14 +84,17 @@ def check_vector(op: str, name: str, vector: Any, x: Tensor, channels: int) -> N
         fail(op, name, f"dtype {x.dtype} like x" + (" or torch.float32" if half else ""), vector.dtype)
 
 
+def broadcasts(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes broadcast (torch.broadcast_shapes imports sympy to say no: seconds, when memory may be short)."""
+    return all(m == n or 1 in (m, n) for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
 def check_residual(op: str, residual: Any, shape: Sequence[int], device: torch.device) -> None:
     """A residual operand that stock addition can broadcast to ``shape`` on ``device``."""
     check_tensor(op, "residual", residual)
     if residual.device != device:
         fail(op, "residual", f"a tensor on {device} like x", residual.device)
-    try:
-        torch.broadcast_shapes(tuple(shape), tuple(residual.shape))
-    except RuntimeError:
+    if not broadcasts(shape, residual.shape):
         fail(op, "residual", f"a shape that broadcasts with {tuple(shape)}", tuple(residual.shape))
 
 

@@ -13,7 +13,7 @@ from .. import _backend, reference
 from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_activation
 from .._backend import MIN_NUMEL, REFERENCE, STOCK, select
 from .._define import CPP, op
-from ._common import call, check_tensor, fail, needs_grad
+from ._common import broadcasts, call, check_tensor, fail, needs_grad
 
 _SMALL = MIN_NUMEL["add_act"]
 _KEEPS_NOTHING = MASK_CODES | {0}  # activations whose gradient needs a bit an element, or not even that
@@ -115,7 +115,5 @@ def _explain(x: Any, residual: Any, residual2: Any, activation: Any) -> None:
         check_tensor("add_act", name, other)
         if other.device != x.device:
             fail("add_act", name, f"a tensor on {x.device} like x", other.device)
-        try:
-            torch.broadcast_shapes(x.shape, other.shape)
-        except RuntimeError:
+        if not broadcasts(x.shape, other.shape):
             fail("add_act", name, f"a shape that broadcasts with x {tuple(x.shape)}", tuple(other.shape))

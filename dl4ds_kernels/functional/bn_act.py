@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _backend, reference
 from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_activation
-from .._backend import MIN_NUMEL, REFERENCE, STOCK, select
-from .._define import op
+from .._backend import MIN_NUMEL, REFERENCE, STOCK, current, select
+from .._define import CPP, op
 from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
 
 _SMALL = MIN_NUMEL["bn_act"]
@@ -40,8 +40,8 @@ def bn_act(
     Backward recomputes the pre-activation value from ``x``; with a residual it keeps one bit an element.
 
     Args:
-        x: (N, C, …) with 2 to 5 dimensions, dense in NCHW or channels_last order or a slice of such a tensor; float32,
-            float64, float16 or bfloat16.
+        x: (N, C, …) with 2 to 5 dimensions (more go to stock torch), dense in NCHW or channels_last order or a slice of such
+            a tensor; float32, float64, float16 or bfloat16.
         running_mean, running_var: (C,); updated in place when ``training``. Both may be None when ``training``.
         weight, bias: (C,) or None; ``x``'s dtype, or float32 beside half-precision ``x``.
         residual: added before the activation; a shape or dtype other than ``x``'s is added by stock torch.
@@ -119,6 +119,8 @@ def _dispatch(
     backend: str | None,
 ) -> Tensor:
     path = select("bn_act", x, backend)
+    if path is CPP and x.dim() > 5 and (backend or current()) == "auto":
+        path = STOCK  # the kernels end at five dimensions, torch does not
     if x.numel() == 0:
         path, eps_std = STOCK, False  # nothing to normalise: stock torch has the shapes and leaves the running statistics alone
     if path is STOCK and not eps_std:

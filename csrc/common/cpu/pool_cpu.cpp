@@ -8,8 +8,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <new>
 
+#include "common/checks.h"
 #include "common/cpu/pool.h"
 
 namespace dl4ds {
@@ -28,12 +28,13 @@ size_t class_size(size_t bytes) {
     return (bytes + step - 1) / step * step;
 }
 
+/// Null where the system has no memory left.
 PoolBlock* map_block(size_t bytes) {
     const bool huge = bytes >= kHugeFrom;
     const size_t mapped = huge ? bytes + kHugePage : bytes;
     void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) {
-        throw std::bad_alloc();
+        return nullptr;
     }
     auto address = reinterpret_cast<uintptr_t>(mapping);
     if (huge) {
@@ -76,13 +77,20 @@ class Pool {
         const size_t bytes = class_size(asked);
         PoolBlock* block = take_idle(bytes);
         if (block == nullptr) {
-            try {
-                block = map_block(bytes);
-            } catch (...) {
+            block = map_block(bytes);
+        }
+        if (block == nullptr) {
+            trim();  // what lies idle may be what is missing
+            block = map_block(bytes);
+        }
+        if (block == nullptr) {
+            {
                 const std::lock_guard lock(mutex_);
                 used_ -= static_cast<int64_t>(bytes);
-                throw;
+                peak_ = used_;
             }
+            throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
+                                " bytes, got none from the system");
         }
         if (poison_) {
             std::memset(block->data, 0xFF, asked);
