@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from .workload import Case, Truth, activation, random, size_of
-from .workload_bn_act import EPS, per_channel, rstd_of
+from .limits import Limits
+from .truth_bn_act import EPS, per_channel, rstd_of
+from .workload import SLOPE, Case, Results, Truth, activation, random, size_of
 
 # x (N, C, H, W), output channels, kernel size, stride, padding, dilation; sliced input
 GEOMETRIES = [
@@ -18,6 +19,30 @@ GEOMETRIES = [
 ]  # fmt: skip
 # Large enough for the tiles of 128 pixels.
 LARGE = [((1, 16, 128, 128), 64, 1, 1, 0, 1, False), ((1, 16, 96, 96), 256, 1, 1, 0, 1, False)]
+
+LIMITS = [
+    Limits(
+        "conv_bn_act_kernel", "triton", ("x", "residual", "out"), small=7.0, load=0.33, waves=2.0, again=8.0, instructions=1500,
+        registers=255, mma=True, note="bound by arithmetic: x is read once a tap and tile, weights once a tile of pixels",
+    ),
+]  # fmt: skip
+WRITTEN = {"conv_bn_act_kernel": {"out"}}
+CAPABILITIES = (80, 90)  # for sm_90 Triton emits wgmma
+
+
+def triton(case: Case) -> Results:
+    """The call through the host function of the Triton backend, with products in fp32 (TF32: tests/_triton_offline.py)."""
+    from dl4ds_kernels._triton import conv_bn_act
+
+    t = case.arguments
+    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+    geometry = (t["stride"], t["padding"], t["dilation"], 1)
+    last = (t["eps"], False, t["activation"], SLOPE)
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+    try:
+        return {"out": conv_bn_act.conv_bn_act(*(t[n] for n in names), *geometry, *last)}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def convolution(t: dict[str, Any], absolute: bool = False) -> torch.Tensor:
