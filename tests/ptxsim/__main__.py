@@ -108,7 +108,7 @@ def gates(options: argparse.Namespace) -> int:
         page = table.render({name: table.collect(name) for name in ("cuda", "triton")})
         Path(options.docs).write_text(page)
         print(page)
-        return int("Not met" in page or "without an argument" in page)
+        return int("Not met" in page)
     backend = importlib.import_module(f"ptxsim.gates.{options.backend}")
     failed = 0
     for op in backend.OPS:

@@ -66,11 +66,11 @@ def uncovered(backend: ModuleType, kernel: str) -> list[str]:
 
 @dataclass
 class Verdict:
-    """What became of a kernel's mutants. explained: (mutant, why nothing can change); open: survivors without an argument."""
+    """What became of a kernel's mutants: those killed, and survivors with an argument (why) or without one (open)."""
 
     kernel: str
     operators: Counter[str]
-    explained: list[tuple[mutate.Mutant, str]] = field(default_factory=list)
+    explained: list[tuple[mutate.Mutant, survivors.Argument]] = field(default_factory=list)
     open: list[mutate.Mutant] = field(default_factory=list)
 
     @property
@@ -81,12 +81,14 @@ class Verdict:
     @property
     def share(self) -> float:
         """Killed, of those that change anything."""
-        return 1 - len(self.open) / max(1, self.tried - len(self.explained))
+        equal = sum(why.equal for _, why in self.explained)
+        return (self.tried - len(self.explained) - len(self.open)) / max(1, self.tried - equal)
 
     def __str__(self) -> str:
         lines = [f"{self.kernel}: {self.tried - len(self.explained) - len(self.open)} of {self.tried} mutants killed"]
-        lines += [f"  no change: {m} ({why})" for m, why in self.explained] + [f"  SURVIVES: {m}" for m in self.open]
-        return "\n".join(lines)
+        for mutant, why in self.explained:
+            lines.append(f"  {'changes nothing' if why.equal else 'not found'}: {mutant} ({why.why})")
+        return "\n".join(lines + [f"  SURVIVES: {m}" for m in self.open])
 
 
 def mutants(backend: ModuleType, kernel: str, most: int = MUTANTS_PER_OPERATOR, seed: int = 0) -> Verdict:
@@ -97,7 +99,7 @@ def mutants(backend: ModuleType, kernel: str, most: int = MUTANTS_PER_OPERATOR, 
         found = survivors.arguments_for(kernel, mutant)
         argument = next((a for a in found if not a.never or measure.never_differs(backend, kernel, mutant)), None)
         if argument:
-            verdict.explained.append((mutant, argument.why))
+            verdict.explained.append((mutant, argument))
         elif not measure.killed(backend, kernel, mutant, rest=True):
             verdict.open.append(mutant)
     return verdict

@@ -37,6 +37,12 @@ def _kept(name: str, key: str, make: Callable[[], Row]) -> Row:
     return json.loads(path.read_text())
 
 
+def _code(ptx: str) -> str:
+    """Without what a comment in a source or the place of the checkout changes."""
+    ptx = re.sub(r"(?m)^\t?\.section[^{]*\{[^}]*\}", "", ptx)
+    return re.sub(r"(?m)^\s*(\.file|\.loc).*$|//.*$", "", ptx)
+
+
 def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     """Whose mutants are run. CUDA: every instantiation. Triton: of every function the form that executes the most code."""
     if backend.NAME == "cuda":
@@ -59,14 +65,13 @@ def kernel_row(backend: ModuleType, kernel: str) -> Row:
         return {
             "backend": backend.NAME, "function": backend.stem(kernel), "kernel": backend.short(kernel), "mangled": kernel,
             "covered": covered, "total": total, "tried": verdict.tried, "operators": verdict.operators,
-            "explained": [{"mutant": _plain(m), "why": why} for m, why in verdict.explained],
+            "explained": [{"mutant": _plain(m), "why": a.why, "equal": a.equal} for m, a in verdict.explained],
             "open": [_plain(m) for m in verdict.open], "uncovered": checks.uncovered(backend, kernel),
         }  # fmt: skip
 
-    ptx = mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel))
-    ptx = re.sub(r"(?m)^\s*\.file.*$", "", ptx)  # where the checkout lies
-    cases = [workload.digest(backend.op_of(kernel), dtype) for dtype in backend.dtypes_of(kernel)]
-    key = build.digest(ptx, *SIMULATOR, *cases, str(checks.MUTANTS_PER_OPERATOR), "2")
+    ptx = _code(mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel)))
+    cases = [workload.digest(backend.op_of(kernel), dtype, even=False) for dtype in backend.dtypes_of(kernel)]
+    key = build.digest(ptx, *SIMULATOR, *cases, str(checks.MUTANTS_PER_OPERATOR))
     return with_todays_arguments(_kept(f"{backend.NAME}-{backend.stem(kernel)}", key, make), kernel)
 
 
@@ -86,7 +91,7 @@ def suite_row(backend: ModuleType, op: str, dtype: torch.dtype) -> Row:
         return {"problems": problems, "runs": runs, "launches": launches}
 
     if backend.NAME == "cuda":
-        sources = [build.digest(backend.ptx_of(s)) for s in backend.SOURCES if s.parent.name == op] + [LAUNCHERS]
+        sources = [build.digest(_code(backend.ptx_of(s))) for s in backend.SOURCES if s.parent.name == op] + [LAUNCHERS]
     else:
         import triton
 
@@ -101,10 +106,10 @@ def with_todays_arguments(found: Row, kernel: str) -> Row:
     explained, still = [], []
     for old in [*found["explained"], *({"mutant": mutant, "why": ""} for mutant in found["open"])]:
         mutant = old["mutant"]
-        fitting = [a for a in survivors.ARGUMENTS if a.fits(kernel, mutant["operator"], mutant["place"])]
+        fitting = [a for a in survivors.ARGUMENTS if a.fits(kernel, mutant["operator"], mutant["place"], mutant["before"])]
         argument = next((a for a in fitting if not a.never or a.why == old["why"]), None)
         if argument:
-            explained.append({"mutant": mutant, "why": argument.why})
+            explained.append({"mutant": mutant, "why": argument.why, "equal": argument.equal})
         else:
             still.append(mutant)
     return found | {"explained": explained, "open": still}

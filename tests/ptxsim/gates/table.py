@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import build
-from . import limits, machine, rows, workload
+from . import checks, limits, machine, rows, workload
 
 HEAD = """# Kernels and their gates
 
@@ -26,7 +26,8 @@ is one kernel with all its instantiations (dtype, vector width); limits stand in
   distinct sectors. **instr**: warp instructions per 512 distinct bytes. The worst launch of even sizes / the limit.
 - **bytes**: distinct bytes per element of a 16-bit x: measured / ceiling (each of its tensors once).
 - **regs**: most registers on sm_80, 90, 100, 120; no stack, no spill, no local memory, no atomics on any.
-- **mutants**: seeded bugs found / tried, less those shown to change nothing ("equal").
+- **mutants**: seeded bugs found / tried, less those shown to change nothing ("equal"), in all forms of the kernel that were
+  mutated (CUDA: every instantiation; Triton: of every dtype the form that executes most).
 """
 
 
@@ -76,8 +77,9 @@ def line(backend: str, stem: str, found: dict[str, Any], runs: int) -> str:
     halves = [t for t in launches if t["half"] and t["passes"]]
     ceiling = max((sum(1 / 8 if n == "mask" else 2 for n in t["passes"]) for t in halves), default=0)
     most_bytes = max((t["element"] for t in halves), default=0)
-    tried = sum(r["tried"] - len(r["explained"]) for r in mine)
-    open_ = sum(len(r["open"]) for r in mine)
+    equal = sum(m["equal"] for r in mine for m in r["explained"])
+    tried = sum(r["tried"] for r in mine) - equal
+    open_ = sum(len(r["open"]) + len(r["explained"]) for r in mine) - equal
     covered, total = sum(r["covered"] for r in mine), sum(r["total"] for r in mine)
     registers = ", ".join(str(found["registers"].get(arch, "–")) for arch in machine.ARCHITECTURES)
     cells = [
@@ -85,7 +87,7 @@ def line(backend: str, stem: str, found: dict[str, Any], runs: int) -> str:
         worst("store", True),
         worst("waves"), worst("again"), worst("instructions"),
         f"{most_bytes:.2f} / {ceiling:.2f}" if halves and not most.mma else "–", f"{registers} / {most.registers}",
-        f"{tried - open_} / {tried}, {sum(len(r['explained']) for r in mine)} equal",
+        f"{tried - open_} / {tried}, {equal} equal",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -98,21 +100,26 @@ def render(parts: dict[str, dict[str, Any]]) -> str:
     for backend, part in parts.items():
         out += [line(backend, stem, found, part["runs"].get(stem, 0)) for stem, found in part["kinds"].items()]
     every = [row for part in parts.values() for found in part["kinds"].values() for row in found["rows"]]
-    tried, equal = sum(r["tried"] for r in every), sum(len(r["explained"]) for r in every)
+    explained = [(r["kernel"], m) for r in every for m in r["explained"]]
+    tried, equal = sum(r["tried"] for r in every), sum(m["equal"] for _, m in explained)
+    missed = [(k, m) for k, m in explained if not m["equal"]]
     open_ = [(r["kernel"], m) for r in every for m in r["open"]]
-    killed, share = tried - equal - len(open_), 1 - len(open_) / max(1, tried - equal)
+    killed = tried - len(explained) - len(open_)
+    share = killed / max(1, tried - equal)
     out += [
         f"\n{tried} mutants of {len(every)} compiled kernels by {len(rows.mutate.OPERATORS) + 1} operators: {killed} found, "
-        f"{equal} shown to change nothing, {len(open_)} open. Killed, of those that change anything: **{100 * share:.1f} %** "
-        f"(of all: {100 * killed / max(tried, 1):.1f} %).\n"
+        f"{equal} shown to change nothing, {len(missed) + len(open_)} not found. Killed, of those that change anything: "
+        f"**{100 * share:.1f} %** (of all: {100 * killed / max(tried, 1):.1f} %).\n"
     ]
+    if share < checks.LEAST_KILLED:
+        out += [f"**Not met:** fewer than {100 * checks.LEAST_KILLED:.0f} % killed\n"]
     problems = [p for part in parts.values() for p in part["problems"]]
     out += [f"**Not met:** {problem}\n" for problem in problems] or ["All gates are met.\n"]
-    out += ["| operator | tried | found | equal | open |", "|---|---:|---:|---:|---:|"]
+    out += ["| operator | tried | found | equal | not found |", "|---|---:|---:|---:|---:|"]
     by = {
         "tried": sum((Counter(r["operators"]) for r in every), Counter()),
-        "equal": Counter(m["mutant"]["operator"] for r in every for m in r["explained"]),
-        "open": Counter(m["operator"] for _, m in open_),
+        "equal": Counter(m["mutant"]["operator"] for _, m in explained if m["equal"]),
+        "open": Counter([m["operator"] for _, m in open_] + [m["mutant"]["operator"] for _, m in missed]),
     }
     for name, count in sorted(by["tried"].items()):
         out.append(
@@ -120,16 +127,20 @@ def render(parts: dict[str, dict[str, Any]]) -> str:
         )
     notes = [(b, s, limits.limits_of(b, s).note) for b, part in parts.items() for s in part["kinds"]]
     out += ["\n## Notes\n"] + [f"- `{stem}` ({backend}): {note}" for backend, stem, note in notes if note]
-    out += ["\n## Survivors that change nothing, by argument\n"]
-    reasons = Counter((m["why"], m["mutant"]["operator"]) for r in every for m in r["explained"])
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for (why, operator), count in reasons.most_common():
-        grouped[why].append(f"{operator} {count}")
-    out += [f"- {why}: {', '.join(found)}" for why, found in grouped.items()]
+    out += ["\n## Survivors that change nothing, by argument\n", *_reasons([m for _, m in explained if m["equal"]])]
+    if missed:
+        out += ["\n## Survivors that change something, by reason\n", *_reasons([m for _, m in missed])]
     if open_:
-        out += ["\n## Survivors without an argument\n"]
+        out += ["\n## Survivors that no case tells apart, and no argument explains\n"]
         out += [f"- `{k}`: {m['operator']} at {m['place']}: `{m['before']}` -> `{m['after'] or '(removed)'}`" for k, m in open_]
     return "\n".join(out) + "\n"
+
+
+def _reasons(explained: list[dict[str, Any]]) -> list[str]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for (why, operator), count in Counter((m["why"], m["mutant"]["operator"]) for m in explained).most_common():
+        grouped[why].append(f"{operator} {count}")
+    return [f"- {why}: {', '.join(found)}" for why, found in grouped.items()]
 
 
 def collect(name: str) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
             found += calls(f"{label}-sum", x, None, dout, code, few_blocks=True)
     # One value to a whole number of blocks; tails of every length, in the first and in the second vector of a thread.
     tails = [whole * vector + tail for tail in range(1, vector) for whole in (3, 519)]
+    # (Of a Triton program: in each of its rows of vectors.)
+    tails += [base + tail for tail in range(1, vector) for base in (704, 1344, 1696)]
     for i, n in enumerate((1, 256 * vector, 4 * 256 * vector, *tails)):
         x, residual, dout = operands(n, dtype)
         for code in (i % 6, (i + 3) % 6):

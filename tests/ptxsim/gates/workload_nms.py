@@ -181,15 +181,16 @@ CALLS = [
     (1, 140, "subnormal", 0, 0.3, None, 140), (1, 200, "clusters", "any", 0.5, None, 200),
     (1, 200, "clusters", 0, float("nan"), None, 200), (1, 90, "integers", 0, -0.5, None, 90),
     (1, 300, "integers", 0, 0.5, 0.0, 300), (1, 513, "sparse", 4, 0.05, None, 513),
-    (1, 1100, "clusters", 0, 0.5, None, 1100), (2, 1030, "integers", 0, 0.4, 0.1, 50),
-    (1, 1200, "clusters", 4, 0.5, None, 1200), (1, 1080, "clusters", "any", 0.5, 0.0, 1080),
+    (1, 400, "every", 0, 0.3, None, 400), (1, 1100, "every", 0, 0.5, None, 1100), (2, 1030, "integers", 0, 0.4, 0.1, 50),
+    (1, 1200, "sparse", 4, 0.5, None, 1200), (1, 1120, "every", 3, 0.3, None, 1120),
+    (1, 1080, "clusters", "any", 0.5, 0.0, 1080),
     (1, 1324, "clusters", "full bin", 0.6, -1.0, 700), (1, 1300, "clusters", "large bin", 0.6, None, 1300),
-    (1, 2100, "integers", 0, 1 / 3, None, 2100), (1, 2400, "integers", "large bin", 0.5, None, 2400),
+    (1, 2100, "every", 0, 1 / 3, None, 2100), (1, 2300, "every", "large bins", 0.5, None, 2300),
     # Every number of boxes in the last word of bits, and boxes whose sides and overlaps must be rounded.
     *((1, n, "sparse", 0, 0.5, None, n) for n in range(67, 96)), (1, 600, "corners", 0, 0.9, None, 600),
-    (1, 1090, "corners", 0, 0.9, None, 1090),
+    (1, 1090, "corners", 0, 0.9, None, 1090), (1, 1050, "corners", 4, 0.9, None, 1050),
     # Every number of items that a warp sorts in its last round.
-    *((1, n, "sparse", 0, 0.5, None, 2) for n in (1080, 1130, 1160, 1220, 1260)),
+    *((1, n, "sparse", 0, 0.5, None, 2) for n in (1080, 1130, 1160, 1220, 1275)),
 ]  # fmt: skip
 
 
@@ -201,22 +202,33 @@ def class_ids(kind: int | str, batch: int, n: int, g: np.random.Generator) -> Te
         return torch.tensor(g.choice([5, 4 + 4096, 7 + 2 * 4096, -1, 0, 2**63 - 1, -(2**63), 10**9, 2**40 + 3], (batch, n)))
     if kind == "full bin":  # as many as one block solves, and the bins around it
         return torch.tensor(g.permuted(np.tile(np.r_[np.full(1024, 7), np.arange(n - 1024) % 3 * 4], (batch, 1)), axis=1))
+    if kind == "large bins":
+        return torch.tensor(g.choice([40, 2047, *range(3)], (batch, n), p=[0.475, 0.475, 0.02, 0.02, 0.01]))
     if kind == "large bin":
         return torch.tensor(np.where(g.random((batch, n)) < 0.1, g.integers(0, 3, (batch, n)), 4095))
     return torch.tensor(g.integers(0, kind, (batch, n)) ** 2)
+
+
+def some_boxes(g: np.random.Generator, n: int, regime: str, dtype: torch.dtype, even: bool) -> Tensor:
+    """(n, 4): a regime of _boxes.py, corners (sides of many digits), or every: a part of each regime in one image."""
+    if regime == "corners":
+        return torch.tensor(np.concatenate([g.uniform(0, 1, (n, 2)), g.uniform(100, 200, (n, 2))], 1)).to(dtype)
+    if regime == "every":
+        kinds = ("sparse", "clusters", "corners", "huge", "integers", "subnormal", "mixed_scales")
+        parts = [some_boxes(g, n // len(kinds) + 1, kind, dtype, even) for kind in kinds]
+        return torch.cat(parts)[torch.tensor(g.permutation(len(kinds) * (n // len(kinds) + 1))[:n])]
+    return make_boxes(g, n, regime, dtype, odd=0.0 if even else 0.03)
 
 
 def call(batch: int, n: int, regime: str, classes: int | str, threshold: float, least: float | None, most: int,
          dtype: torch.dtype, even: bool = False) -> Case:  # fmt: skip
     """One case; boxes and scores with special values among them, but for even ones."""
     g = np.random.default_rng(1000 * n + batch)
-    if regime == "corners":
-        boxes = torch.tensor(np.concatenate([g.uniform(0, 1, (batch, n, 2)), g.uniform(100, 200, (batch, n, 2))], 2)).to(dtype)
-    else:
-        boxes = torch.stack([make_boxes(g, n, regime, dtype, odd=0.0 if even else 0.03) for _ in range(batch)])
+    boxes = torch.stack([some_boxes(g, n, regime, dtype, even) for _ in range(batch)])
     scores = torch.stack([make_scores(g, n, dtype) for _ in range(batch)])
     if even or least is not None:
         scores = torch.tensor(g.permutation(2 * batch * n)[: batch * n].reshape(batch, n) / (batch * n) - 1).to(dtype)
+        scores[:, 5::37] = 0.5 if even else float("nan")
     ids = class_ids(classes, batch, n, g)
     arguments = {
         "boxes": boxes, "scores": scores, "classes": ids, "threshold": threshold, "score_threshold": least, "max_output": most,
