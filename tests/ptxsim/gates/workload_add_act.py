@@ -147,7 +147,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
     tails = [whole * vector + tail for tail in range(1, vector) for whole in (3, 519)]
     # (Of a Triton program: in each of its rows of vectors.)
     tails += [base + tail for tail in range(1, vector) for base in (704, 1344, 1696)]
-    for i, n in enumerate((1, 256 * vector, 4 * 256 * vector, *tails)):
+    for i, n in enumerate((1, 256 * vector, 4 * 256 * vector, 336, 1120, 1904, *tails)):
         x, residual, dout = operands(n, dtype)
         for code in (i % 6, (i + 3) % 6):
             found += calls(f"n{n}-act{code}", x, residual, dout, code, few_blocks=n > 1024)
