@@ -96,7 +96,7 @@ problems = checks.findings(triton, {op!r}, {dtype}, {modes!r}) or checks.over_li
 assert not problems, chr(10).join(problems)
 launched = {{triton.stem(report.kernel) for base in measure.baseline(triton, {op!r}, {dtype}) for report in base.reports}}
 gated = {{found.kernel for found in triton.limits.ops()[{op!r}].LIMITS if found.backend == "triton"}}
-assert launched == gated or not launched, f"not launched: {{gated - launched}}"
+assert gated <= launched or not launched, f"not launched: {{gated - launched}}"
 """)
 
 

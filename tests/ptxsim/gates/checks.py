@@ -13,7 +13,7 @@ from .. import mutate
 from . import limits, measure, survivors
 from .traffic import Traffic, traffic
 
-MUTANTS_PER_OPERATOR = 2
+MUTANTS_PER_OPERATOR = 2  # an op's MUTANTS_PER_OPERATOR goes first
 LEAST_KILLED = 0.95  # of one kernel's mutants that are not shown to change nothing
 # Of a kernel's instructions. The rest: 64-bit division, vector types that host code never passes, and with single accesses in
 # NCHW the branch for a vector that ends in the next plane.
@@ -91,9 +91,14 @@ class Verdict:
         return "\n".join(lines + [f"  SURVIVES: {m}" for m in self.open])
 
 
-def mutants(backend: ModuleType, kernel: str, most: int = MUTANTS_PER_OPERATOR, seed: int = 0) -> Verdict:
+def mutants_per_operator(op: str) -> int:
+    """How many sites of each operator are tried in a kernel of this op."""
+    return getattr(limits.ops()[op], "MUTANTS_PER_OPERATOR", MUTANTS_PER_OPERATOR)
+
+
+def mutants(backend: ModuleType, kernel: str, seed: int = 0) -> Verdict:
     """Runs a kernel's mutants and looks for the arguments of those that survive."""
-    hunt = measure.hunt(backend, kernel, most, seed)
+    hunt = measure.hunt(backend, kernel, mutants_per_operator(backend.op_of(kernel)), seed)
     verdict = Verdict(backend.short(kernel), hunt.operators)
     for mutant in hunt.survivors:
         found = survivors.arguments_for(kernel, mutant)

@@ -63,6 +63,11 @@ def all_limits() -> dict[tuple[str, str], Limits]:
     return {(found.backend, found.kernel): found for module in ops().values() for found in module.LIMITS}
 
 
+def module_of(kernel: str) -> ModuleType:
+    """The entry that a Triton kernel belongs to (host functions of other ops may launch it too)."""
+    return next(m for m in ops().values() if any((f.backend, f.kernel) == ("triton", kernel) for f in m.LIMITS))
+
+
 def limits_of(backend: str, kernel: str) -> Limits:
     """The entry of a kernel; LookupError with what to do if there is none."""
     found = all_limits().get((backend, kernel))

@@ -71,7 +71,7 @@ def kernel_row(backend: ModuleType, kernel: str) -> Row:
 
     ptx = _code(mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel)))
     cases = [workload.digest(backend.op_of(kernel), dtype, even=False) for dtype in backend.dtypes_of(kernel)]
-    key = build.digest(ptx, *SIMULATOR, *cases, str(checks.MUTANTS_PER_OPERATOR))
+    key = build.digest(ptx, *SIMULATOR, *cases, str(checks.mutants_per_operator(backend.op_of(kernel))))
     return with_todays_arguments(_kept(f"{backend.NAME}-{backend.stem(kernel)}", key, make), kernel)
 
 

@@ -47,13 +47,14 @@ def _module(ptx: str) -> Module:
     return Module(ptx)
 
 
-def _argument(op: str, kernel: str, name: str, value: Any, given: dict[str, Any]) -> Any:
+def _argument(kernel: str, name: str, value: Any, given: dict[str, Any]) -> Any:
     """Tensors are read-only or results that must be written completely, unless the op's entry says that parts may change."""
     if not isinstance(value, Tensor):
         return value
     if not value.numel():
         return 0
-    module, bytes_ = limits.ops()[op], offline.memory(value)
+    limits.limits_of(NAME, kernel)  # or says what to do
+    module, bytes_ = limits.module_of(kernel), offline.memory(value)
     places = [t.data_ptr() for t in given.values() if isinstance(t, Tensor)]
     in_place = places.count(value.data_ptr()) > 1
     if in_place or getattr(module, "changed", lambda *_: False)(kernel, name, given):
@@ -70,7 +71,7 @@ def _simulated(case: Case, reports: list[Report], capability: int, options: dict
         metadata, ptx = compiled.code.metadata, compiled.ptx
         name = f"{compiled.name}#{hashlib.sha256(ptx.encode()).hexdigest()[:8]}"
         _seen.setdefault(name, (ptx, metadata.name, case.op, case.dtype))
-        arguments = [_argument(case.op, compiled.name, n, value, given) for n, value in compiled.arguments]
+        arguments = [_argument(compiled.name, n, value, given) for n, value in compiled.arguments]
         module, grid = _replaced.get(name) or _module(ptx), programs + (delta if name in _replaced else 0)
         assert grid > 0, "an empty grid"
         report = module.launch(metadata.name, grid, 32 * metadata.num_warps, arguments, smem=metadata.shared, **options)
