@@ -43,7 +43,9 @@ LIMITS = [
     ),
     small_work("bn_stats_merge_kernel", "triton", registers=255),
     small_work("bn_fold_kernel", "triton", registers=255),
-    Limits("bn_apply_kernel", "triton", _FORWARD, load=0.75, again=1.6, instructions=75, registers=72, note=_CACHED),
+    Limits(
+        "bn_apply_kernel", "triton", _FORWARD, load=0.75, store=0.95, again=1.6, instructions=75, registers=72, note=_CACHED,
+    ),
     Limits("bn_bwd_partial_kernel", "triton", _SUMS, load=0.9, again=1.3, instructions=110, registers=128, wide_stores=False),
     small_work("bn_bwd_merge_kernel", "triton", registers=255),
     Limits("bn_bwd_apply_kernel", "triton", _GRADIENT, load=0.7, again=1.7, instructions=75, registers=72, note=_CACHED),
