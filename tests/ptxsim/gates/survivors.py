@@ -186,6 +186,7 @@ ARGUMENTS = (
         "the compiler's two ways to take a 64-bit remainder", never=True,
     ),
     # --- Triton
+    Argument("nan_losing_max", r"^_device\.py: .*z > 0, z, z \* SLOPE", "leaky_relu gives z or z * slope: NaN either way"),
     Argument(
         "loose_comparison", r"^nms\.py: .*j > i", "a box's bit about itself is never read: it has been decided by then",
     ),
