@@ -47,7 +47,7 @@ test-full: build ## everything, long runs included
 	$(PYTEST)
 
 sim: build      ## every GPU kernel of one op on the PTX simulator: make sim OP=add_act
-	$(PYTEST) tests/test_cuda_kernels.py -m "not full" -k "$(OP)"
+	$(PYTEST) tests/test_cuda_kernels.py tests/ptxsim/test_gates.py -m "not full" -k "$(OP)"
 
 gates: build    ## docs/kernel-gates.md: every GPU kernel and its gates, on the PTX simulator
 	$(PY) -m tests.ptxsim gates --docs docs/kernel-gates.md
