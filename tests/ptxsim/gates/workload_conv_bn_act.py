@@ -28,7 +28,8 @@ LARGE = [((1, 16, 128, 128), 64, 1, 1, 0, 1, False), ((1, 16, 96, 96), 256, 1, 1
 LIMITS = [
     Limits(
         "conv_bn_act_kernel", "triton", ("x", "residual", "out"), small=7.0, waves=2.7, again=2.0, instructions=200,
-        registers=255, mma=True, note="bound by arithmetic; waves 2.56 in fp32 (IEEE: no tensor cores, operands broadcast from shared memory), 1.0 in fp16",
+        registers=255, mma=True,
+        note="bound by arithmetic; waves 2.56 in fp32 (IEEE, without tensor cores: operands are broadcast from shared memory)",
     ),
 ]  # fmt: skip
 WRITTEN = {"conv_bn_act_kernel": {"out"}}
