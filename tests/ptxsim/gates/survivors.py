@@ -153,7 +153,7 @@ ARGUMENTS = (
     ),
     Argument(
         "missing_barrier", "previous (call|bin) have been read|bin_kept and kept have been read",
-        "a block takes a second turn of this loop only in calls of more than 8192 boxes", equal=False,
+        "a block takes a second turn of this loop only in calls of more than 4096 boxes", equal=False,
     ),
     Argument(
         "missing_barrier", "__nvvm_bar_warp_sync",
