@@ -23,7 +23,7 @@ def test_cuda(kernel: str) -> None:
     verdict = checks.mutants(cuda, kernel)
     print(verdict)
     assert verdict.tried >= 14
-    assert verdict.share >= checks.LEAST_KILLED_OF_ONE, str(verdict)
+    assert verdict.share >= checks.LEAST_KILLED_OF_ONE["cuda"], str(verdict)
 
 
 @pytest.mark.parametrize("kernel", rotating(TRITON, 1))
@@ -40,6 +40,6 @@ from ptxsim.gates import checks, rows, triton
 (kernel,) = [k for k in rows.kernels(triton, {op!r}, torch.float16) if triton.stem(k) == {function!r}]
 verdict = checks.mutants(triton, kernel)
 print(verdict)
-assert verdict.tried >= 10 and verdict.share >= checks.LEAST_KILLED_OF_ONE, str(verdict)
+assert verdict.tried >= 10 and verdict.share >= checks.LEAST_KILLED_OF_ONE["triton"], str(verdict)
 """)
     )

@@ -15,7 +15,8 @@ from .traffic import Traffic, traffic
 
 MUTANTS_PER_OPERATOR = 2  # an op's MUTANTS_PER_OPERATOR goes first
 LEAST_KILLED = 0.95  # of all kernels' mutants that are not shown to change nothing (the table demands it)
-LEAST_KILLED_OF_ONE = 0.85  # of one kernel's, a dozen or two: two or three may survive, and are listed
+# Of one kernel's, a dozen or two; survivors are listed. A form that Triton compiles for given sizes sees few of the cases.
+LEAST_KILLED_OF_ONE = {"cuda": 0.85, "triton": 0.6}
 # Of a kernel's instructions. The rest: 64-bit division, vector types that host code never passes, and with single accesses in
 # NCHW the branch for a vector that ends in the next plane.
 LEAST_COVERED = 0.7
