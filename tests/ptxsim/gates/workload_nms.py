@@ -128,7 +128,13 @@ LIMITS = [
         note="bound by the pair tests; each program stores one word of 64 rows that lie a row apart",
     ),
     small_work("nms_decide_kernel", "triton", note="one warp an image, box after box"),
-    small_work("nms_push_kernel", "triton", again=160.0, note="bound by the pair tests; programs share the boxes just kept"),
+    small_work(
+        "nms_push_kernel",
+        "triton",
+        again=160.0,
+        registers=128,
+        note="bound by the pair tests; programs share the boxes just kept",
+    ),
 ]
 MUTANTS_PER_OPERATOR = 1  # a call of more than 1024 boxes is a chain of some twenty launches, all of which are simulated
 WRITTEN: dict[str, set[str]] = {}
