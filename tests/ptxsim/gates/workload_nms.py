@@ -134,7 +134,6 @@ LIMITS = [
         "triton",
         again=160.0,
         registers=128,
-        registers=128,
         note="bound by the pair tests; programs share the boxes just kept",
     ),
 ]
