@@ -50,7 +50,7 @@ test-asan: build ## the CPU kernels under AddressSanitizer and UBSan: bench/resu
 	$(PY) -m tests.sanitize --report bench/results/test-asan.md
 
 sim: build      ## every GPU kernel of one op on the PTX simulator: make sim OP=add_act
-	$(PYTEST) tests/test_cuda_kernels.py -m "not full" -k "$(OP)"
+	$(PYTEST) tests/test_cuda_kernels.py tests/ptxsim/test_gates.py -m "not full" -k "$(OP)"
 
 gates: build    ## docs/kernel-gates.md: every GPU kernel and its gates, on the PTX simulator
 	$(PY) -m tests.ptxsim gates --docs docs/kernel-gates.md

@@ -21,6 +21,7 @@ import triton
 from _assert import no_worse_than_torch
 from _cases import DTYPE_NAMES, KINKS
 from ptxsim import Arr, Module, Report, toolchain
+from ptxsim.gates import workload_add_act, workload_bn_act, workload_conv_bn_act
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -34,20 +35,8 @@ EPS, SLOPE, MOMENTUM = 1e-3, 0.1, 0.2
 POINTERS = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"} | {
     dtype: f"*{name}" for dtype, name in DTYPE_NAMES.items()
 }
-STATISTICS = {"mean", "rstd", "scale", "shift", "new_running_mean", "new_running_var"}
 # What each kernel writes, all of it; every other tensor is read-only to it.
-WRITTEN = {
-    "bn_stats_partial_kernel": {"partial"},
-    "bn_stats_merge_kernel": STATISTICS,
-    "bn_fold_kernel": {"center", "scale", "shift"},
-    "bn_apply_kernel": {"out", "mask"},
-    "bn_bwd_partial_kernel": {"partial"},
-    "bn_bwd_merge_kernel": {"dweight", "dbias", "scale", "shift", "slope_x", "offset"},
-    "bn_bwd_apply_kernel": {"dx", "dresidual"},
-    "add_act_kernel": {"out", "mask"},
-    "add_act_bwd_kernel": {"dx"},
-    "conv_bn_act_kernel": {"out"},
-}
+WRITTEN = {**workload_add_act.WRITTEN, **workload_bn_act.WRITTEN, **workload_conv_bn_act.WRITTEN}
 ELEMENTWISE = ("bn_apply_kernel", "bn_bwd_apply_kernel", "add_act_kernel", "add_act_bwd_kernel")
 REDUCTIONS = ("bn_stats_partial_kernel", "bn_bwd_partial_kernel")
 

@@ -17,6 +17,7 @@ OPTIONS = {
     "schedule": 0,
     "max_reports": 20,
     "budget": 1 << 33,
+    "limit": (1 << 63) - 1,
     "tags": 1,
     "grid_delta": 0,
 }

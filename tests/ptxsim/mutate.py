@@ -274,6 +274,8 @@ def mutants(
     file, line = "", 0
     for match in STATEMENT.finditer(body):
         if match.group(1):
+            if match.group(2) == "0":  # the compiler does not know
+                continue
             file, line = files.get(match.group(1), ""), int(match.group(2))
         else:
             statements.append((file, line, match, _plain(match.group(3))))

@@ -152,6 +152,26 @@ void resolve_global(Warp& warp, const Instruction& in, const Access& access, con
     }
 }
 
+// Parameters and __constant__ variables lie at plain host addresses.
+static void resolve_constant(Warp& warp, const Instruction& in, const Access& access, const u64* address,
+                             u8** host) {
+    const std::vector<u8>& parameters = warp.block->kernel->parameter_bytes;
+    const u64 low = reinterpret_cast<u64>(parameters.data());
+    for (int l = 0; l < kLanes; l++) {
+        if (!(access.mask >> l & 1)) continue;
+        const u64 a = address[l];
+        const bool inside = in.space == Space::Param
+                                ? a >= low && a - low + access.bytes <= parameters.size()
+                                : warp.launch().memory->find(0, a, access.bytes) != nullptr;
+        host[l] = inside ? reinterpret_cast<u8*>(a) : scratch_lane(l);
+        if (!inside)
+            warp.launch().report(
+                warp, in, l, "OUT-OF-BOUNDS",
+                format("%s of %u bytes outside the %s", noun(access.touch), access.bytes,
+                       in.space == Space::Param ? "kernel's parameters" : "constants of the module"));
+    }
+}
+
 u8* resolve_shared(Warp& warp, const Instruction& in, int lane, u32 address, const Access& access,
                    bool race_check) {
     Launch& launch = warp.launch();
@@ -219,8 +239,7 @@ void resolve(Warp& warp, const Instruction& in, const Access& access, u8** host)
             break;
         case Space::Param:
         case Space::Const:
-            for (int l = 0; l < kLanes; l++) host[l] = reinterpret_cast<u8*>(address[l]);
-            return;
+            return resolve_constant(warp, in, access, address, host);
         case Space::Generic:
             for (int l = 0; l < kLanes; l++) {
                 if (!(access.mask >> l & 1)) continue;

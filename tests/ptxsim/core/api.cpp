@@ -256,6 +256,8 @@ int ptxsim_option(const char* name, int64_t value) {
         o.max_reports = static_cast<u32>(value);
     else if (key == "budget")
         o.budget = static_cast<u64>(value);
+    else if (key == "limit")
+        o.limit = static_cast<u64>(value);
     else if (key == "grid_delta")
         state().grid_delta = static_cast<int>(value);
     else if (key == "tags")
@@ -299,8 +301,8 @@ int ptxsim_launch(void* handle, const char* name, const uint32_t* grid, const ui
               ",\"counters\":" + counters_json(launch.counters);
     if (kernel) {
         if (launch.lines.empty()) launch.lines.resize(kernel->code.size());
-        result += ",\"tensors\":" + tensors_json(state().memory.regions()) +
-                  ",\"lines\":" + lines_json(launch, *kernel);
+        result += ",\"tensors\":" + tensors_json(state().memory.regions());
+        if (launch.options.traffic) result += ",\"lines\":" + lines_json(launch, *kernel);
     }
     state().results.push_back(result + "}");
     return count;

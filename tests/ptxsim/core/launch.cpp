@@ -91,7 +91,8 @@ void Launch::run(Kernel& kernel, const u32 grid[3], const u32 block[3], u32 dyna
 
     const size_t stride = (kernel.register_bytes + 127) & ~size_t{63};
     std::unique_ptr<u8, AlignedDelete> registers(static_cast<u8*>(std::aligned_alloc(64, stride * warps)));
-    std::memset(registers.get(), 0xA5, stride * warps);
+    // Registers that nothing has written hold a NaN in every floating type, and a large number.
+    std::fill_n(reinterpret_cast<u16*>(registers.get()), stride * warps / 2, u16{0x7fff});
     for (u32 i = 0; i < warps; i++) {
         Warp& w = b.warps[i];
         w.registers = registers.get() + stride * i;

@@ -14,6 +14,7 @@ struct Options {
     u32 schedule = 0;         // seed of the warp and block order; 0: in order
     u32 max_reports = 20;
     u64 budget = 1ull << 33;  // instructions one warp may spend in loops
+    u64 limit = ~0ull;        // instructions that all warps of the launch may execute
 };
 
 struct Finding {

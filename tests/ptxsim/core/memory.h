@@ -15,7 +15,7 @@ struct Epoch {
     bool strong = false;
 };
 struct Cell {
-    Epoch writer, reader[2];                 // the last two readers from different warps
+    Epoch writer, reader[4];                 // the last readers from different warps
     u32 async_block = 0, async_pending = 0;  // cp.async under way
 };
 

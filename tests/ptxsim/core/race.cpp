@@ -1,6 +1,7 @@
 #include "race.h"
 
 #include <cstring>
+#include <iterator>
 
 namespace ptxsim {
 namespace {
@@ -82,8 +83,11 @@ void track(Warp& warp, const Instruction& in, int lane, Shadow& shadow, const Pl
             }
             cell->writer = now;
         } else {
-            const bool same_warp = cell->reader[0].block == me && cell->reader[0].thread / kLanes == warp.id;
-            if (!same_warp) cell->reader[1] = cell->reader[0];
+            // the latest first; this warp's own earlier read, or the oldest of the others, makes room
+            size_t from = std::size(cell->reader) - 1;
+            for (size_t r = 0; r < from; r++)
+                if (cell->reader[r].block == me && cell->reader[r].thread / kLanes == warp.id) from = r;
+            for (; from > 0; from--) cell->reader[from] = cell->reader[from - 1];
             cell->reader[0] = now;
         }
     }

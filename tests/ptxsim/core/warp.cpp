@@ -107,6 +107,12 @@ class Runner {
                     for (Fragment& other : fragments_) other.worked = false;
                     return park(Fragment::Converging);
                 }
+                if (in.converge == Converge::Members) {
+                    const Mask named = warp_.reg<Mask>(in.members)[lowest_lane(active)];
+                    if (active & ~named)
+                        launch_.report(warp_, in, lowest_lane(active & ~named), "DIVERGENT",
+                                       format("lanes %08x execute it, but it names %08x", active, named));
+                }
                 all |= absent(in, active);
                 if ((active & all) != all) {
                     launch_.report(warp_, in, lowest_lane(active),
@@ -175,7 +181,8 @@ class Runner {
 
     void spend(u64 instructions) {
         warp_.backward += instructions;
-        if (warp_.backward > launch_.options.budget)
+        if (warp_.backward > launch_.options.budget ||
+            launch_.counters.warp_instructions + instructions_ > launch_.options.limit)
             throw Error("instruction budget exceeded (endless loop?) in " +
                         shortened(warp_.block->kernel->name, 64));
     }

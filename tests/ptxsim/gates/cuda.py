@@ -12,31 +12,24 @@ import _cuda_launch as launchers
 import torch
 
 from .. import Module, Report, compile_cuda
-from .limits import ELSEWHERE
+from . import limits
 from .workload import Case, Results
 
 NAME = "cuda"
-SOURCES = [source for source in launchers.SOURCES if source.parent.name not in ELSEWHERE]
+SOURCES = launchers.SOURCES
 OPS = tuple(dict.fromkeys(source.parent.name for source in SOURCES))
-TYPES = {"If": torch.float32, "I6__half": torch.float16, "I13__nv_bfloat16": torch.bfloat16, "Id": torch.float64}
+# What a mangled name says of the type of the tensors; kernels that name none of them serve fp32, among others.
+TYPES = {
+    "If": torch.float32, "I6__half": torch.float16, "I13__nv_bfloat16": torch.bfloat16, "Id": torch.float64,
+    "Float32Rule": torch.float32, "Float64Rule": torch.float64, "Float16Rule": torch.float16, "Im": torch.float64,
+}  # fmt: skip
+NAMES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
 
 
 def run(case: Case, **options: int) -> tuple[Results, list[Report]]:
     """Results and one report per kernel; raises AssertionError on findings."""
-    arguments = {name: value for name, value in case.arguments.items()}
     with launchers.small_grids() if case.few_blocks else nullcontext():
-        if case.op == "add_act":
-            names = ("x", "residual", "alpha", "activation")
-            if case.way == "fwd":
-                out, mask, reports = launchers.add_act_fwd(
-                    *(arguments[n] for n in names), 0.1, arguments["save_mask"], **options
-                )
-                return {"out": out} | ({} if mask is None else {"mask": mask}), reports
-            dx, reports = launchers.add_act_bwd(
-                arguments["dout"], arguments["mask"], *(arguments[n] for n in names), 0.1, **options
-            )
-            return {"dx": dx}, reports
-        return getattr(launchers, f"{case.op}_{case.way}")(**arguments, options=options)
+        return limits.ops()[case.op].cuda(case, options)
 
 
 def chosen(case: Case) -> bool:
@@ -57,33 +50,40 @@ def instantiations() -> dict[str, Path]:
 
 
 def stem(kernel: str) -> str:
-    """The function's own name in a mangled kernel name."""
-    length, rest = re.match(r"_ZN5dl4ds(\d+)(.*)", kernel).groups()
-    return rest[: int(length)]
+    """The function's own name in a mangled kernel name (of namespace dl4ds or one within it)."""
+    rest = kernel.removeprefix("_ZN5dl4ds")
+    while True:
+        length, tail = re.match(r"(\d+)(.*)", rest).groups()
+        name, rest = tail[: int(length)], tail[int(length) :]
+        if not rest[:1].isdigit():
+            return name
 
 
 def short(kernel: str) -> str:
     """The name with its template arguments, for people: `add_act_fwd_kernel<half, 8>`."""
-    names = {"If": "float", "I6__half": "half", "I13__nv_bfloat16": "bfloat16", "Id": "double"}
-    mark = next(m for m in names if m in kernel)
     width = re.search(r"Li(\d+)E", kernel)
-    return f"{stem(kernel)}<{names[mark]}{f', {width.group(1)}' if width else ''}>"
+    return f"{stem(kernel)}<{NAMES[dtype_of(kernel)]}{f', {width.group(1)}' if width else ''}>"
 
 
 def dtype_of(kernel: str) -> torch.dtype:
-    """The element type in a mangled kernel name (finalize kernels name their accumulator)."""
-    return next(dtype for mark, dtype in TYPES.items() if mark in kernel)
+    """The element type in a mangled kernel name (finalize kernels name their accumulator, NMS kernels their rule or key)."""
+    return next((dtype for mark, dtype in TYPES.items() if mark in kernel), torch.float32)
 
 
 def is_vector(kernel: str) -> bool:
-    """Instantiations for 16-byte accesses carry their width as a template argument."""
-    return "Li4E" in kernel or "Li8E" in kernel
+    """Instantiations for 16-byte accesses carry their width as a template argument; NMS kernels have one form each."""
+    return "Li4E" in kernel or "Li8E" in kernel or "Li1E" not in kernel
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(ptx: str) -> Module:
+    return Module(ptx)
 
 
 @contextmanager
 def replacing(kernel: str, ptx: str) -> Iterator[None]:
     """Inside, launches of this kernel run another PTX of the same name."""
-    with Module(ptx).replacing(kernel):
+    with _parsed(ptx).replacing(kernel):
         yield
 
 
@@ -103,12 +103,22 @@ def op_of(kernel: str) -> str:
 
 
 def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
-    """The element types of the tensors that reach it."""
-    if "finalize" in kernel and dtype_of(kernel) == torch.float32:
-        return (torch.float32,)  # (half and bfloat16 reach it too: the same code and types)
+    """The element type of the tensors with which it is examined (others may reach the same code too)."""
     return (dtype_of(kernel),)
 
 
-def cubin(source: Path, arch: str) -> tuple[Path, str]:
-    """The compiled file and what ptxas said."""
-    return compile_cuda(source, "cubin", arch, [launchers.CSRC], launchers.FLAGS)
+@functools.cache
+def _listings(source: Path, arch: str) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    from . import machine
+
+    path, messages = compile_cuda(source, "cubin", arch, [launchers.CSRC], launchers.FLAGS)
+    return machine.ptxas_facts(messages), machine.disassembled(path)
+
+
+def machine_code(arch: str, only: Path | None = None) -> Iterator[tuple[str, str, torch.dtype, dict[str, int], str]]:
+    """(kernel, name for people, dtype, resources, SASS) of every kernel, of one file or of all."""
+    for source in [only] if only else SOURCES:
+        facts, listings = _listings(source, arch)
+        assert set(facts) == set(listings), "ptxas and the disassembler know different kernels"
+        for kernel, resources in facts.items():
+            yield kernel, short(kernel), dtype_of(kernel), resources, listings[kernel]

@@ -7,6 +7,7 @@ A backend module has `run(case, **options)`, `instantiations()`, `ptx_of_kernel(
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -18,10 +19,8 @@ from .workload import Case, Results
 
 # Schedules and delivery of asynchronous copies; the first is what everything is compared with.
 MODES = [{"schedule": s, "lazy_copies": lazy} for s in (0, 1, 17) for lazy in (1, 0)]
-SEARCH = {"budget": 1 << 22, "max_reports": 1, "traffic": 0}  # options while mutants are run: only kill or not matters
-
-
-MOST_CASES = 80  # that a mutant must survive
+SEARCH = {"max_reports": 1, "traffic": 0}  # options while mutants are run: only kill or not matters
+MOST_CASES = 24  # that a mutant must survive before anybody looks for an argument (without one: all of them)
 
 
 @dataclass
@@ -32,6 +31,16 @@ class Baseline:
     results: Results
     reports: list[Report]
     executed: dict[str, frozenset[int]] = field(default_factory=dict)  # kernel -> instructions
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether its kernels copy (or multiply) asynchronously."""
+        return any(report.counters["async_copies"] or report.counters["mma"] for report in self.reports)
+
+    @property
+    def patience(self) -> int:
+        """Warp instructions of one launch after which a mutant has run away."""
+        return 50_000 + 4 * max((report.counters["warp_instructions"] for report in self.reports), default=0)
 
     @property
     def cost(self) -> int:
@@ -64,15 +73,40 @@ def baseline(backend: ModuleType, op: str, dtype: torch.dtype) -> list[Baseline]
 
 
 def schedule_dependence(backend: ModuleType, op: str, dtype: torch.dtype, modes: list[dict[str, int]]) -> list[str]:
-    """Results that are not the same bits under other schedules and copy deliveries; raises AssertionError on findings."""
-    problems = []
+    """Results that are not the same bits under other schedules and copy deliveries; raises AssertionError on findings.
+
+    A case without asynchronous copies runs alike whenever they are delivered, so it is run once per schedule.
+    """
+    problems, seen = [], set()
     for base in baseline(backend, op, dtype):
         for mode in modes:
+            if not base.asynchronous and (base.case.name, mode["schedule"]) in seen | {(base.case.name, 0)}:
+                continue
+            seen.add((base.case.name, mode["schedule"]))
             results, _ = backend.run(base.case, traffic=0, **mode)
-            for name, want in base.results.items():
-                same = torch.equal(results[name].nan_to_num(123.0), want.nan_to_num(123.0))
-                if not same or not torch.equal(results[name].isnan(), want.isnan()):
-                    problems.append(f"{base.case.name}: {name} depends on {mode}")
+            problems += [f"{base.case.name}: {name} depends on {mode}" for name in different_bits(results, base.results)]
+    return problems
+
+
+def different_bits(results: Results, expected: Results) -> list[str]:
+    """Names of results that are not the same bits (any NaN is like any other)."""
+    found = []
+    for name, want in expected.items():
+        got = results[name]
+        same = torch.equal(got.nan_to_num(123.0), want.nan_to_num(123.0))
+        if not same or not torch.equal(got.isnan(), want.isnan()):
+            found.append(name)
+    return found
+
+
+def on_other_architecture(backend: ModuleType, op: str, dtype: torch.dtype, capability: int) -> list[str]:
+    """Results that are not the truth when compiled for another architecture, copies late and at once."""
+    problems = []
+    for base in baseline(backend, op, dtype):
+        for lazy in (1, 0):
+            results, _ = backend.run(base.case, capability=capability, lazy_copies=lazy, traffic=0)
+            wrong = workload.wrong(results, base.case.truth(), dtype, accumulator(dtype))
+            problems += [f"sm_{capability}, {base.case.name}: {wrong}"] if wrong else []
     return problems
 
 
@@ -93,26 +127,32 @@ def coverage(backend: ModuleType, kernel: str) -> tuple[int, int]:
     return len(executed), mutate.statement_count(backend.ptx_of_kernel(kernel), backend.entry(kernel))
 
 
-def killed(backend: ModuleType, kernel: str, mutant: mutate.Mutant) -> str:
-    """How a mutant is found out by a case that executes the change, on the cheap ones first ("" if it survives)."""
+def killed(backend: ModuleType, kernel: str, mutant: mutate.Mutant, rest: bool = False) -> str:
+    """How a mutant is found out by a case that executes the change, on the cheap ones first ("" if it survives).
+
+    Tries MOST_CASES of the cases, the two cheapest in another schedule too; with `rest` those that are left after that.
+    """
     # Where a guard is false in all lanes the instruction does not count as executed, but it was reached from the one before.
     reached = {mutant.index - 1, mutant.index}
     cases = [base for base, lines in executed_by(backend, kernel) if mutant.index < 0 or reached & lines]
-    if len(cases) > MOST_CASES:  # the cheap half of what is tried, and as many spread over the rest
-        rest = cases[MOST_CASES // 2 :]
-        cases = cases[: MOST_CASES // 2] + rest[:: -(-len(rest) // (MOST_CASES // 2))]
-    for mode in ({}, {"schedule": 17, "lazy_copies": 0}):
-        for base in cases if not mode else cases[:2]:
-            try:
-                with backend.replacing(kernel, mutant.ptx):
-                    results, _ = backend.run(base.case, grid_delta=mutant.grid_delta, **SEARCH, **mode)
-            except SimulatorError as error:
-                return f"{base.case.name}: {error}"
-            except AssertionError as error:  # findings, or an error code of the launcher
-                return f"{base.case.name}: {str(error).strip().splitlines()[0]}"
-            wrong = workload.same_as(results, base.results)
-            if wrong:
-                return f"{base.case.name}: {wrong}"
+    cheap, others = cases[: MOST_CASES // 2], cases[MOST_CASES // 2 :]
+    spread = others[:: -(-len(others) // (MOST_CASES // 2)) or 1]
+    if rest:
+        tried = {base.case.name for base in cheap + spread}
+        runs = [(base, {}) for base in others if base.case.name not in tried]
+    else:
+        runs = [(base, {}) for base in cheap + spread] + [(base, {"schedule": 17, "lazy_copies": 0}) for base in cheap[:2]]
+    for base, mode in runs:
+        try:
+            with backend.replacing(kernel, mutant.ptx):
+                results, _ = backend.run(base.case, grid_delta=mutant.grid_delta, limit=base.patience, **SEARCH, **mode)
+        except SimulatorError as error:
+            return f"{base.case.name}: {error}"
+        except AssertionError as error:  # findings, or an error code of the launcher
+            return f"{base.case.name}: {str(error).strip().splitlines()[0]}"
+        wrong = workload.same_as(results, base.results)
+        if wrong:
+            return f"{base.case.name}: {wrong}"
     return ""
 
 
@@ -120,7 +160,10 @@ def never_differs(backend: ModuleType, kernel: str, mutant: mutate.Mutant) -> bo
     """Whether the changed comparison or conversion gives the unchanged value in every lane of every case."""
     alone = mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel))
     ptx = mutate.probe(mutant, alone)
-    return ptx is not None and not killed(backend, kernel, replace(mutant, ptx=ptx))
+    if ptx is None:
+        return False
+    trapping = replace(mutant, ptx=ptx)
+    return not killed(backend, kernel, trapping) and not killed(backend, kernel, trapping, rest=True)
 
 
 def mutants_of(backend: ModuleType, kernel: str, most: int, seed: int = 0) -> list[mutate.Mutant]:
@@ -137,7 +180,7 @@ class Hunt:
     """What became of a kernel's mutants."""
 
     kernel: str
-    tried: int = 0
+    operators: Counter[str] = field(default_factory=Counter)  # mutants tried, by operator
     survivors: list[mutate.Mutant] = field(default_factory=list)
 
 
@@ -147,7 +190,7 @@ def hunt(backend: ModuleType, kernel: str, most: int, seed: int = 0) -> Hunt:
     assert not (how := killed(backend, kernel, unchanged)), f"the unchanged kernel does not survive: {how}"
     result = Hunt(kernel)
     for mutant in mutants_of(backend, kernel, most, seed):
-        result.tried += 1
+        result.operators[mutant.operator] += 1
         if not killed(backend, kernel, mutant):
             result.survivors.append(mutant)
     return result

@@ -1,13 +1,15 @@
-"""One row of results per kernel, kept in build/ptxsim/gates while the kernel's PTX, the cases and the simulator stay the same.
+"""Measurements kept in build/ptxsim/gates while nothing that they depend on changes, so that an interrupted run goes on.
 
-Tests never read rows; the table in docs is made from them, so that it does not repeat what a complete test run has just done.
+A row per kernel (coverage and mutants) and one per op and dtype (findings, traffic). Tests never read them; the table in docs
+is made from them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -16,66 +18,103 @@ from typing import Any
 import torch
 
 from .. import build, mutate
-from . import checks, measure, survivors
+from . import checks, limits, measure, survivors, workload
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-INPUTS = sorted([*HERE.glob("workload*.py"), HERE / "measure.py", HERE.parent / "mutate.py", *build.CORE.glob("*")])
+SIMULATOR = [HERE / "measure.py", HERE / "workload.py", HERE.parent / "mutate.py", *sorted(build.CORE.glob("*"))]
+LAUNCHERS = HERE.parents[1] / "_cuda_launch.py"
 
 
-def file_of(backend: ModuleType, kernel: str) -> Path:
-    """Where a kernel's row is kept."""
-    ptx = mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel))
-    ptx = re.sub(r"(?m)^\s*\.file.*$", "", ptx)  # where the checkout lies
-    key = build.digest(ptx, *INPUTS, str(checks.MUTANTS_PER_OPERATOR))
-    return build.cache_folder() / "gates" / f"{backend.NAME}-{backend.stem(kernel)}-{key}.json"
+def _kept(name: str, key: str, make: Callable[[], Row]) -> Row:
+    path = build.cache_folder() / "gates" / f"{name}-{key}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row = make()
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(row, indent=1))
+        temporary.rename(path)
+    return json.loads(path.read_text())
 
 
-def kernels(backend: ModuleType, dtypes: tuple[torch.dtype, ...]) -> list[str]:
-    """CUDA: every instantiation. Triton: of every function and dtype the one with the most instructions executed."""
+def _code(ptx: str) -> str:
+    """Without what a comment in a source or the place of the checkout changes."""
+    ptx = re.sub(r"(?m)^\t?\.section[^{]*\{[^}]*\}", "", ptx)
+    return re.sub(r"(?m)^\s*(\.file|\.loc).*$|//.*$", "", ptx)
+
+
+def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
+    """Whose mutants are run. CUDA: every instantiation. Triton: of every function the form that executes the most code."""
     if backend.NAME == "cuda":
-        return sorted(backend.instantiations(), key=lambda k: (backend.op_of(k), str(backend.dtype_of(k)), k))
-    found: dict[tuple[str, torch.dtype], list[str]] = defaultdict(list)
-    for op in backend.OPS:
-        for dtype in dtypes:
-            measure.baseline(backend, op, dtype)
+        mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
+        return sorted(mine, key=backend.short)
+    found: dict[str, list[str]] = defaultdict(list)
+    measure.baseline(backend, op, dtype)
     for kernel in backend.seen():
-        if any(not base.case.even for base, _ in measure.executed_by(backend, kernel)):
-            found[backend.stem(kernel), backend.dtypes_of(kernel)[0]].append(kernel)
+        if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
+            found[backend.stem(kernel)].append(kernel)
     return [max(same, key=lambda k: (measure.coverage(backend, k)[0], k)) for same in found.values()]
 
 
-def row(backend: ModuleType, kernel: str, again: bool = False) -> Row:
-    """Coverage and mutants of one kernel: from its file, or measured now and written there."""
-    path = file_of(backend, kernel)
-    if path.exists() and not again:
-        return _with_todays_arguments(json.loads(path.read_text()), kernel)
-    verdict = checks.mutants(backend, kernel)
-    covered, total = measure.coverage(backend, kernel)
-    found = {
-        "backend": backend.NAME, "function": backend.stem(kernel), "kernel": backend.short(kernel), "covered": covered,
-        "total": total, "tried": verdict.tried,
-        "explained": [{"mutant": _plain(m), "why": why} for m, why in verdict.explained],
-        "open": [_plain(m) for m in verdict.open],
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1))
-    return found
+def kernel_row(backend: ModuleType, kernel: str) -> Row:
+    """Coverage and mutants of one kernel."""
+
+    def make() -> Row:
+        verdict = checks.mutants(backend, kernel)
+        covered, total = measure.coverage(backend, kernel)
+        return {
+            "backend": backend.NAME, "function": backend.stem(kernel), "kernel": backend.short(kernel), "mangled": kernel,
+            "covered": covered, "total": total, "tried": verdict.tried, "operators": verdict.operators,
+            "explained": [{"mutant": _plain(m), "why": a.why, "equal": a.equal} for m, a in verdict.explained],
+            "open": [_plain(m) for m in verdict.open], "uncovered": checks.uncovered(backend, kernel),
+        }  # fmt: skip
+
+    ptx = _code(mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel)))
+    cases = [workload.digest(backend.op_of(kernel), dtype, even=False) for dtype in backend.dtypes_of(kernel)]
+    key = build.digest(ptx, *SIMULATOR, *cases, str(checks.mutants_per_operator(backend.op_of(kernel))))
+    return with_todays_arguments(_kept(f"{backend.NAME}-{backend.stem(kernel)}", key, make), kernel)
 
 
-def _with_todays_arguments(found: Row, kernel: str) -> Row:
-    """Arguments may have been added since (those that need no run)."""
-    still = []
-    for mutant in found["open"]:
-        fitting = (a for a in survivors.ARGUMENTS if a.fits(kernel, mutant["operator"], mutant["place"]) and not a.never)
-        argument = next(fitting, None)
+def suite_row(backend: ModuleType, op: str, dtype: torch.dtype) -> Row:
+    """Findings, truth, schedules and traffic of all cases of an op and dtype."""
+
+    def make() -> Row:
+        problems = checks.findings(backend, op, dtype)
+        runs: Counter[str] = Counter()
+        launches: dict[str, list[Row]] = {}
+        if not problems:
+            problems = checks.over_limits(backend, op, dtype)
+            for base in measure.baseline(backend, op, dtype):
+                runs.update({backend.stem(report.kernel) for report in base.reports})
+            for stem, found in checks.moved(backend, op, dtype).items():
+                launches[stem] = [{**vars(t), "half": dtype.itemsize == 2} for t in found]
+        return {"problems": problems, "runs": runs, "launches": launches}
+
+    if backend.NAME == "cuda":
+        sources = [build.digest(_code(backend.ptx_of(s))) for s in backend.SOURCES if s.parent.name == op] + [LAUNCHERS]
+    else:
+        import triton
+
+        sources = [*sorted(limits.REPOSITORY.glob("dl4ds_kernels/_triton/*.py")), HERE / "triton.py", triton.__version__]
+    gates = [HERE / f"{name}.py" for name in ("checks", "traffic", f"workload_{op}")]
+    key = build.digest(*sources, *SIMULATOR, *gates, workload.digest(op, dtype))
+    return _kept(f"{backend.NAME}-suite-{op}-{str(dtype).removeprefix('torch.')}", key, make)
+
+
+def with_todays_arguments(found: Row, kernel: str) -> Row:
+    """Arguments may have been added or withdrawn since (those that need no run)."""
+    explained, still = [], []
+    for old in [*found["explained"], *({"mutant": mutant, "why": ""} for mutant in found["open"])]:
+        mutant = old["mutant"]
+        fitting = [a for a in survivors.ARGUMENTS if a.fits(kernel, mutant["operator"], mutant["place"], mutant["before"])]
+        argument = next((a for a in fitting if not a.never or a.why == old["why"]), None)
         if argument:
-            found["explained"].append({"mutant": mutant, "why": argument.why})
+            explained.append({"mutant": mutant, "why": argument.why, "equal": argument.equal})
         else:
             still.append(mutant)
-    return found | {"open": still}
+    return found | {"explained": explained, "open": still}
 
 
 def _plain(mutant: mutate.Mutant) -> Row:
     facts = asdict(mutant) | {"place": survivors.place_of(mutant), "file": mutant.file.rpartition("/")[2]}
-    return {name: facts[name] for name in ("operator", "place", "file", "line", "before", "after")}
+    return {name: facts[name] for name in ("operator", "place", "file", "line", "index", "before", "after")}

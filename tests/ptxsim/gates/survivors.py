@@ -37,10 +37,13 @@ class Argument:
     why: str
     never: bool = False  # the two instructions never differ: checked by running the kernel with a trap
     kernel: str = ""
+    before: str = ""  # a regular expression for the unchanged instruction
+    equal: bool = True  # nothing can change; False: something could, but not in any case that is small enough to simulate
 
-    def fits(self, kernel: str, operator: str, place: str) -> bool:
+    def fits(self, kernel: str, operator: str, place: str, before: str) -> bool:
         """Whether the argument is about such a mutant."""
-        return bool(re.fullmatch(self.operator, operator) and re.search(self.place, place) and re.search(self.kernel, kernel))
+        patterns = ((self.place, place), (self.kernel, kernel), (self.before, before))
+        return bool(re.fullmatch(self.operator, operator)) and all(re.search(p, text) for p, text in patterns)
 
 
 DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
@@ -104,12 +107,99 @@ ARGUMENTS = (
         "wrong_predicate|missing_mask", r"if \(a\.mask != nullptr\)",
         "the bits of an activation without a mask are zero either way, and without room for a mask they are not stored",
     ),
-    Argument("wrong_grid", "", "a grid-stride loop: any number of blocks does all the work", kernel="add_act_(fwd|bwd)_kernel"),
+    Argument(
+        "wrong_grid", "", "a grid-stride loop: any number of blocks does all the work", kernel="^_Z.*add_act_(fwd|bwd)_kernel",
+    ),
+    Argument(
+        "missing_mask", r"^add_act_kernel\.cuh: if \(f < vecs\)",
+        "behind the end nothing is left, so load_upto reads nothing, and `valid` guards what follows",
+    ),
+    Argument(
+        "missing_mask", r"in\.activation != Activation::kNone\)", "the gradient of no activation is 1: dz stays as it is",
+    ),
+    Argument("nan_losing_max", r"sigma > 0 \?", "where sigma is NaN, rstd and with it scale and factor are NaN either way"),
+    Argument("loose_comparison", r"pos \+ k >= 0", "single accesses: a window begins in its plane", never=True, kernel="Li1E"),
+    Argument(
+        "wrong_sign|nan_losing_max", r"^activation\.h: .*::exp\(x\)",
+        "exp's branch for overflow: inf minus a negative number or NaN; on either side of its comparisons NaN stays NaN",
+        before=r"^(sub\.f64( %fd\d+,){2} %fd\d+|setp\.\w+\.f32)",
+    ),
+    Argument(
+        "forgotten_addend", r"^activation\.cuh: .*expf\(-z\)",
+        "expf splits its exponent elsewhere: ex2 of a larger share times a smaller power of two, less exact by less than the "
+        "rounding of a 16-bit type", kernel="half|bfloat16",
+    ),
+    Argument(
+        "missing_mask", r"^vec\.cuh: if \(reinterpret_cast<uintptr_t>\(p\) % 16 == 0\)",
+        "the way of single loads reads the same values as the way of 16-byte loads",
+    ),
+    Argument(
+        "missing_mask", r"^reduce\.cuh: if \(count > 0\)",
+        "an empty state's NaN mean has a count of 0, which the merge leaves out",
+    ),
+    Argument("nan_losing_max", r"value\[0\] > 0 \?", "counts are never NaN", never=True),
+    # --- NMS
+    Argument(
+        "nan_losing_max", r"^nms_(iou|block)\.cuh: (if \(\(?(o\.inter|threshold|r <)|return r > 0|for \(int half)",
+        "where one of them is NaN no way ends in a suppression: the quotient is NaN, and so is the remainder",
+    ),
+    Argument(
+        "missing_mask", r"^nms_iou\.cuh: if \(\(r < 0",
+        "the quotient decides as the remainder does; the remainder is only cheaper",
+    ),
+    Argument(
+        "missing_barrier", r"^nms_block\.cuh: __syncthreads\(\);$",
+        "one of two barriers in a row: solve_in_block ends with one, and what is written next is not what was read last",
+    ),
+    Argument(
+        "missing_barrier", "previous (call|bin) have been read|bin_kept and kept have been read",
+        "a block takes a second turn of this loop only in calls of more than 4096 boxes", equal=False,
+    ),
+    Argument(
+        "missing_barrier", "__nvvm_bar_warp_sync",
+        "a write after another lane's read is not checked inside a warp (README), and lanes run in step", equal=False,
+    ),
+    Argument(
+        "missing_mask", r"^nms_sort\.cuh: if \(peers != 0",
+        "lanes of one digit write the same count; lanes without an item come last and spoil a counter that nobody needs then",
+    ),
+    Argument("loose_comparison", r"^nms_sort\.cuh: return bits & 0x8000u", "a zero has left before", never=True),
+    Argument(
+        "wrong_predicate|missing_mask|loose_comparison|wrong_thread", r"^nms_kernel\.cuh: if \(threadIdx\.x == 0\)",
+        "every thread has counted the same", kernel="nms_large",
+    ),
+    Argument(
+        "missing_mask|loose_comparison|wrong_predicate", r"^nms_(large_kernel|block)\.cuh: (if \(lane == 0\)|const int lane)",
+        "every lane of the warp holds the same word",
+    ),
+    Argument(
+        "missing_mask", r"^nms_block\.cuh: for \(int w = threadIdx\.x; w < kBlockLimit / 32",
+        "further threads write zeros over bits that are zeroed next and keys that are no longer needed", kernel="nms_image",
+    ),
+    Argument(
+        "uninitialised_tail", r"^nms_kernel\.cuh: w\.bin_start\[i\] =",
+        "counters of a bin are read only where it has more than 1024 boxes, which here no bin of this part of the loop has",
+        equal=False,
+    ),
+    Argument(
+        "wrong_predicate|missing_mask|loose_comparison", r"^nms_kernel\.cuh: w\.bin_at\[i\] = takes_part",
+        "the compiler's two ways to take a 64-bit remainder", never=True,
+    ),
+    # --- Triton
+    Argument("nan_losing_max", r"^_device\.py: .*z > 0, z, z \* SLOPE", "leaky_relu gives z or z * slope: NaN either way"),
+    Argument(
+        "loose_comparison", r"^nms\.py: .*j > i", "a box's bit about itself is never read: it has been decided by then",
+    ),
+    Argument(
+        "missing_mask|loose_comparison", r"^nms\.py: .*\bi < N",
+        "the boxes of a chunk lie before those that are compared with them", kernel="nms_push",
+    ),
+    Argument("wrong_grid", "", "every load and store of a program behind the end is masked off", kernel="^[a-z_]+kernel#"),
     Argument("wrong_grid", "", "blocks beyond the last channel leave at once", kernel="finalize_kernel"),
 )  # fmt: skip
 
 
 def arguments_for(kernel: str, mutant: mutate.Mutant) -> list[Argument]:
     """Those that fit, those that need no run first."""
-    fitting = [a for a in ARGUMENTS if a.fits(kernel, mutant.operator, place_of(mutant))]
+    fitting = [a for a in ARGUMENTS if a.fits(kernel, mutant.operator, place_of(mutant), mutant.before)]
     return sorted(fitting, key=lambda a: a.never)

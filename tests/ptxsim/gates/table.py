@@ -1,4 +1,4 @@
-"""docs/kernel-gates.md: kernels by gates, from measurements made now (and rows.py for the mutants)."""
+"""docs/kernel-gates.md: kernels by gates, from measurements (rows.py keeps them)."""
 
 from __future__ import annotations
 
@@ -6,61 +6,60 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from .. import build
-from . import checks, limits, rows
+from . import checks, limits, machine, rows, workload
 
 HEAD = """# Kernels and their gates
 
 Made by `make gates` from tests/ptxsim/gates: every kernel runs on the PTX simulator through the host code that ships. Each line
-is one kernel with all its instantiations (dtype, vector width); limits stand in `tests/ptxsim/gates/limits.py`.
+is one kernel with all its instantiations (dtype, vector width); limits stand in `tests/ptxsim/gates/workload_<op>.py`.
 
-- **runs**: calls with fp64 truth, each under {modes} combinations of schedule and copy delivery; all are free of findings and
-  give the same bits. **code**: share of the instructions that they execute.
+- **runs**: calls with fp64 truth (NMS: torchvision's arithmetic), each under {schedules} schedules, and with asynchronous
+  copies delivered at once and as late as they may; all are free of findings and give the same bits. **code**: share of the
+  instructions that they execute.
 - **loads, stores**: sectors needed by sectors moved. **waves**: shared-memory waves by the fewest. **again**: sectors moved by
   distinct sectors. **instr**: warp instructions per 512 distinct bytes. The worst launch of even sizes / the limit.
 - **bytes**: distinct bytes per element of a 16-bit x: measured / ceiling (each of its tensors once).
 - **regs**: most registers on sm_80, 90, 100, 120; no stack, no spill, no local memory, no atomics on any.
-- **mutants**: seeded bugs found / tried, less those shown to change nothing.
+- **mutants**: seeded bugs found / tried, less those shown to change nothing ("equal"), in all forms of the kernel that were
+  mutated (CUDA: every instantiation; Triton: of every dtype the form that executes most).
 """
 
 
-def measured(backend: ModuleType, dtypes: tuple[torch.dtype, ...], known: bool = False) -> dict[str, Any]:
-    """Everything of one backend that the table needs. known: no new mutants; kernels without a row are counted."""
+def measured(backend: ModuleType) -> dict[str, Any]:
+    """Everything of one backend that the table needs."""
     kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"launches": [], "rows": [], "registers": {}})
-    problems: list[str] = []
-    missing = 0
-    for kernel in rows.kernels(backend, dtypes):
-        if known and not rows.file_of(backend, kernel).exists():
-            missing += 1
-        else:
-            kinds[backend.stem(kernel)]["rows"].append(rows.row(backend, kernel))
     runs: Counter[str] = Counter()
+    problems: list[str] = []
+    start = time.time()
     for op in backend.OPS:
-        for dtype in dtypes:
-            for base in rows.measure.baseline(backend, op, dtype):
-                runs.update({backend.stem(report.kernel) for report in base.reports})
-            problems += checks.over_limits(backend, op, dtype)
-            if dtype == torch.float64:
+        for dtype in workload.DTYPES:
+            if not any(backend.chosen(case) for case in workload.cases(op, dtype)):
                 continue
-            for stem, launches in checks.moved(backend, op, dtype).items():
-                kinds[stem]["launches"] += [{**vars(t), "half": dtype.itemsize == 2} for t in launches]
-    if backend.NAME == "cuda":
-        for source in dict.fromkeys(backend.instantiations().values()):
-            for arch in checks.ARCHITECTURES:
-                problems += checks.over_resources(backend, source, arch) + checks.sass(backend, source, arch)
-                for kernel, facts in checks.resources(backend, source, arch).items():
-                    registers = kinds[backend.stem(kernel)]["registers"]
-                    registers[arch] = max(registers.get(arch, 0), facts["registers"])
-    else:
-        for stem, arch, used in backend.resources(checks.ARCHITECTURES):
-            kinds[stem]["registers"][arch] = max(kinds[stem]["registers"].get(arch, 0), used)
-    return {"kinds": kinds, "problems": problems, "runs": runs, "missing": missing}
+            suite = rows.suite_row(backend, op, dtype)
+            problems += suite["problems"]
+            runs.update(suite["runs"])
+            for stem, launches in suite["launches"].items():
+                kinds[stem]["launches"] += launches
+            if not suite["problems"]:
+                for kernel in rows.kernels(backend, op, dtype):
+                    row = rows.kernel_row(backend, kernel)
+                    problems += row["uncovered"]
+                    kinds[backend.stem(kernel)]["rows"].append(row)
+            rows.measure.baseline.cache_clear()
+            print(f"{time.time() - start:5.0f} s: {backend.NAME}, {op}, {dtype}", file=sys.stderr, flush=True)
+    for arch in machine.ARCHITECTURES:
+        problems += machine.problems(backend, arch)
+        for kernel, _, _, used, _ in backend.machine_code(arch):
+            registers = kinds[backend.stem(kernel)]["registers"]
+            registers[arch] = max(registers.get(arch, 0), used["registers"])
+        print(f"{time.time() - start:5.0f} s: {backend.NAME}, machine code of sm_{arch}", file=sys.stderr, flush=True)
+    return {"kinds": kinds, "problems": problems, "runs": runs}
 
 
 def line(backend: str, stem: str, found: dict[str, Any], runs: int) -> str:
@@ -78,58 +77,76 @@ def line(backend: str, stem: str, found: dict[str, Any], runs: int) -> str:
     halves = [t for t in launches if t["half"] and t["passes"]]
     ceiling = max((sum(1 / 8 if n == "mask" else 2 for n in t["passes"]) for t in halves), default=0)
     most_bytes = max((t["element"] for t in halves), default=0)
-    tried = sum(r["tried"] - len(r["explained"]) for r in mine)
-    open_ = sum(len(r["open"]) for r in mine)
+    equal = sum(m["equal"] for r in mine for m in r["explained"])
+    tried = sum(r["tried"] for r in mine) - equal
+    open_ = sum(len(r["open"]) + len(r["explained"]) for r in mine) - equal
     covered, total = sum(r["covered"] for r in mine), sum(r["total"] for r in mine)
-    registers = ", ".join(str(found["registers"].get(arch, "–")) for arch in checks.ARCHITECTURES)
+    registers = ", ".join(str(found["registers"].get(arch, "–")) for arch in machine.ARCHITECTURES)
     cells = [
         f"`{stem}`", backend, len(mine), runs, f"{100 * covered / max(total, 1):.0f} %", worst("load", True),
         worst("store", True),
         worst("waves"), worst("again"), worst("instructions"),
         f"{most_bytes:.2f} / {ceiling:.2f}" if halves and not most.mma else "–", f"{registers} / {most.registers}",
-        f"{tried - open_} / {tried}, {sum(len(r['explained']) for r in mine)} equal",
+        f"{tried - open_} / {tried}, {equal} equal",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def render(parts: dict[str, dict[str, Any]]) -> str:
     """The page."""
-    out = [HEAD.format(modes=len(rows.measure.MODES))]
-    titles = "kernel|backend|compiled forms|runs|code|loads|stores|waves|again|instr|bytes|regs|mutants"
+    out = [HEAD.format(schedules=len({mode["schedule"] for mode in rows.measure.MODES}))]
+    titles = "kernel|backend|mutated forms|runs|code|loads|stores|waves|again|instr|bytes|regs|mutants"
     out += ["| " + titles.replace("|", " | ") + " |", "|---" * 2 + "|---:" * 11 + "|"]
     for backend, part in parts.items():
-        out += [line(backend, stem, found, part["runs"][stem]) for stem, found in part["kinds"].items()]
+        out += [line(backend, stem, found, part["runs"].get(stem, 0)) for stem, found in part["kinds"].items()]
     every = [row for part in parts.values() for found in part["kinds"].values() for row in found["rows"]]
-    tried, equal = sum(r["tried"] for r in every), sum(len(r["explained"]) for r in every)
+    explained = [(r["kernel"], m) for r in every for m in r["explained"]]
+    tried, equal = sum(r["tried"] for r in every), sum(m["equal"] for _, m in explained)
+    missed = [(k, m) for k, m in explained if not m["equal"]]
     open_ = [(r["kernel"], m) for r in every for m in r["open"]]
-    share = 1 - len(open_) / max(1, tried - equal)
+    killed = tried - len(explained) - len(open_)
+    share = killed / max(1, tried - equal)
     out += [
-        f"\n{tried} mutants of {len(every)} compiled kernels by {len(rows.mutate.OPERATORS) + 1} operators: "
-        f"{tried - equal - len(open_)} found, {equal} shown to change nothing, {len(open_)} open: {100 * share:.1f} % killed.\n"
+        f"\n{tried} mutants of {len(every)} compiled kernels by {len(rows.mutate.OPERATORS) + 1} operators: {killed} found, "
+        f"{equal} shown to change nothing, {len(missed) + len(open_)} not found. Killed, of those that change anything: "
+        f"**{100 * share:.1f} %** (of all: {100 * killed / max(tried, 1):.1f} %).\n"
     ]
-    missing = sum(part["missing"] for part in parts.values())
-    if missing:
-        out += [f"Mutants of {missing} more compiled kernels have not been run since their last change.\n"]
+    if share < checks.LEAST_KILLED:
+        out += [f"**Not met:** fewer than {100 * checks.LEAST_KILLED:.0f} % killed\n"]
     problems = [p for part in parts.values() for p in part["problems"]]
-    out += [f"**Not met:** {problem}\n" for problem in problems]
-    notes = [(s, limits.limits_of(b, s).note) for b, part in parts.items() for s in part["kinds"]]
-    out += ["## Notes\n"] + [f"- `{stem}`: {note}" for stem, note in notes if note]
-    out += ["\n## Survivors that change nothing, by argument\n"]
-    reasons = Counter((m["why"], m["mutant"]["operator"]) for r in every for m in r["explained"])
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for (why, operator), count in reasons.most_common():
-        grouped[why].append(f"{operator} {count}")
-    out += [f"- {why}: {', '.join(found)}" for why, found in grouped.items()]
+    out += [f"**Not met:** {problem}\n" for problem in problems] or ["All gates are met.\n"]
+    out += ["| operator | tried | found | equal | not found |", "|---|---:|---:|---:|---:|"]
+    by = {
+        "tried": sum((Counter(r["operators"]) for r in every), Counter()),
+        "equal": Counter(m["mutant"]["operator"] for _, m in explained if m["equal"]),
+        "open": Counter([m["operator"] for _, m in open_] + [m["mutant"]["operator"] for _, m in missed]),
+    }
+    for name, count in sorted(by["tried"].items()):
+        out.append(
+            f"| {name} | {count} | {count - by['equal'][name] - by['open'][name]} | {by['equal'][name]} | {by['open'][name]} |"
+        )
+    notes = [(b, s, limits.limits_of(b, s).note) for b, part in parts.items() for s in part["kinds"]]
+    out += ["\n## Notes\n"] + [f"- `{stem}` ({backend}): {note}" for backend, stem, note in notes if note]
+    out += ["\n## Survivors that change nothing, by argument\n", *_reasons([m for _, m in explained if m["equal"]])]
+    if missed:
+        out += ["\n## Survivors that change something, by reason\n", *_reasons([m for _, m in missed])]
     if open_:
-        out += ["\n## Survivors without an argument\n"]
+        out += ["\n## Survivors that no case tells apart, and no argument explains\n"]
         out += [f"- `{k}`: {m['operator']} at {m['place']}: `{m['before']}` -> `{m['after'] or '(removed)'}`" for k, m in open_]
     return "\n".join(out) + "\n"
 
 
-def collect(name: str, known: bool = False) -> dict[str, Any]:
+def _reasons(explained: list[dict[str, Any]]) -> list[str]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for (why, operator), count in Counter((m["why"], m["mutant"]["operator"]) for m in explained).most_common():
+        grouped[why].append(f"{operator} {count}")
+    return [f"- {why}: {', '.join(found)}" for why, found in grouped.items()]
+
+
+def collect(name: str) -> dict[str, Any]:
     """Measurements of a backend, in a process where Triton compiles or (for the rest) is interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "0" if name == "triton" else "1"}
-    command = [sys.executable, "-m", "tests.ptxsim", "gates", "--measure", name, *(["--known"] if known else [])]
+    command = [sys.executable, "-m", "tests.ptxsim", "gates", "--measure", name]
     done = subprocess.run(command, cwd=build.REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring {name} failed")

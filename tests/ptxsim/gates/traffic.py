@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import Report
+from . import limits
 from .measure import Baseline
-
-# Tensors of a whole activation; the rest are per-channel vectors and partial results.
-LARGE = {"x", "residual", "dout", "out", "mask", "dx", "dresidual"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def traffic(base: Baseline, report: Report) -> Traffic:
     """Of one report of a case."""
     known = {n: t for n, t in {**base.case.arguments, **base.results}.items() if isinstance(t, Tensor)}
     touched = {name: t["read"] + t["written"] for name, t in report.tensors.items() if t["read"] + t["written"]}
-    large = {name: size for name, size in touched.items() if name in LARGE}
+    large = {name: size for name, size in touched.items() if name in limits.large_tensors() & known.keys()}
     sizes = {name: known[name].numel() * known[name].element_size() for name in large}
     moved = 32 * (report.counters["load_sectors"] + report.counters["store_sectors"])
     total, elements = sum(touched.values()), known.get("x", known.get("dout", torch.empty(0))).numel()

@@ -6,6 +6,7 @@ A case is one call with its tensors; `cuda.py` and `triton.py` know how a backen
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import math
 from collections.abc import Callable
@@ -41,6 +42,13 @@ class Case:
     truth: Callable[[], Truth]
     few_blocks: bool = False
     even: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors."""
+        found = (self.arguments.get(name) for name in ("x", "dout", "boxes"))
+        tensors = (t for t in self.arguments.values() if isinstance(t, Tensor) and t.is_floating_point())
+        return next((t.dtype for t in found if t is not None), None) or next(tensors).dtype
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int, nan: bool = False) -> Tensor:
@@ -144,11 +152,15 @@ def wrong(results: Results, truth: Truth, dtype: torch.dtype, acc: torch.dtype) 
         if name not in results:
             continue
         got = results[name]
-        if name == "mask":
+        if name == "mask" and "z" in truth:
             z, limit = truth["z"][0], 64 * torch.finfo(dtype).eps * (1 + truth["z"][1])
             near = torch.stack([(z - kink).abs() <= limit for kink in (0.0, 6.0)]).any(0) & (z != 0)
             if bool(((unpacked(got, z) != want.bool()) & ~near).any()):
                 return "mask differs"
+            continue
+        if not want.is_floating_point():
+            if not torch.equal(got, want):
+                return f"{name}: {int((got != want).sum())} values differ"
             continue
         limit = torch.finfo(got.dtype).eps * want.abs() + 64 * torch.finfo(acc).eps * size
         bad = (got.isnan() != want.isnan()) | ((got.double() - want).abs() > limit)
@@ -183,3 +195,20 @@ def same_as(results: Results, expected: Results) -> str:
 def cases(op: str, dtype: torch.dtype) -> list[Case]:
     """The calls of one op and dtype: `cases(dtype)` of the module workload_<op>.py."""
     return importlib.import_module(f"{__package__}.workload_{op}").cases(dtype)
+
+
+def digest(op: str, dtype: torch.dtype, even: bool = True) -> str:
+    """A hash of all that the cases (with or without the even ones) hand to kernels."""
+    h = hashlib.sha256()
+    for case in cases(op, dtype):
+        if case.even and not even:
+            continue
+        h.update(repr((case.way, case.name, case.few_blocks, case.even)).encode())
+        for name, value in case.arguments.items():
+            h.update(name.encode())
+            if isinstance(value, Tensor):
+                h.update(repr((value.dtype, value.shape, value.stride())).encode())
+                h.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                h.update(repr(value).encode())
+    return h.hexdigest()

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..report import Report
+from .limits import Limits
 from .workload import (
     ACTIVATIONS,
     MASKED,
+    SLOPE,
     Case,
+    Results,
     Truth,
     activation,
     from_mask,
@@ -25,6 +29,45 @@ from .workload import (
 from .workload import shifted as misaligned
 
 ALPHA = 0.75
+_FORWARD, _BACKWARD = ("x", "residual", "out", "mask"), ("dout", "mask", "x", "residual", "dx")
+LIMITS = [
+    Limits("add_act_fwd_kernel", "cuda", _FORWARD, small=0.01, instructions=90),
+    Limits("add_act_bwd_kernel", "cuda", _BACKWARD, small=0.01, instructions=70),
+    Limits("add_act_kernel", "triton", _FORWARD, small=0.01, store=0.94, instructions=90, registers=72),
+    Limits("add_act_bwd_kernel", "triton", _BACKWARD, small=0.01, load=0.94, instructions=80, registers=72),
+]
+WRITTEN = {"add_act_kernel": {"out", "mask"}, "add_act_bwd_kernel": {"dx"}}
+
+
+def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
+    """The call through the launcher that ships."""
+    import _cuda_launch as launchers
+
+    t = case.arguments
+    operands = (t["x"], t["residual"], t["alpha"], t["activation"], SLOPE)
+    if case.way == "fwd":
+        out, mask, reports = launchers.add_act_fwd(*operands, t["save_mask"], **options)
+        return {"out": out} | ({} if mask is None else {"mask": mask}), reports
+    dx, reports = launchers.add_act_bwd(t["dout"], t["mask"], *operands, **options)
+    return {"dx": dx}, reports
+
+
+def triton(case: Case) -> Results:
+    """The call through the host functions of the Triton backend."""
+    from dl4ds_kernels._triton import add_act
+
+    t, residual = case.arguments, case.arguments["residual"]
+    if residual is None and t["x"] is not None:  # of another layout, so that torch adds: x + -0.0 is x
+        residual = torch.full((1,), -0.0, dtype=t["x"].dtype).expand(t["x"].shape)
+    if case.way == "fwd":
+        out, mask = add_act.add_act(t["x"], residual, t["alpha"], t["activation"], SLOPE, t["save_mask"])
+        return {"out": out, "mask": mask}
+    return {"dx": add_act.add_act_bwd(t["dout"], t["mask"], t["x"], residual, t["alpha"], t["activation"], SLOPE)}
+
+
+def triton_runs(case: Case) -> bool:
+    """One of the two ways to ask for a mask."""
+    return not case.name.endswith("-other")
 
 
 def operands(n: int, dtype: torch.dtype) -> list[Tensor]:
@@ -102,11 +145,20 @@ def cases(dtype: torch.dtype) -> list[Case]:
             found += calls(f"{label}-sum", x, None, dout, code, few_blocks=True)
     # One value to a whole number of blocks; tails of every length, in the first and in the second vector of a thread.
     tails = [whole * vector + tail for tail in range(1, vector) for whole in (3, 519)]
-    for i, n in enumerate((1, 256 * vector, 4 * 256 * vector, *tails)):
+    # (Of a Triton program: in each of its rows of vectors.)
+    tails += [base + tail for tail in range(1, vector) for base in (704, 1344, 1696)]
+    for i, n in enumerate((1, 256 * vector, 4 * 256 * vector, 336, 1120, 1904, *tails)):
         x, residual, dout = operands(n, dtype)
         for code in (i % 6, (i + 3) % 6):
             found += calls(f"n{n}-act{code}", x, residual, dout, code, few_blocks=n > 1024)
             found += calls(f"n{n}-act{code}-sum", x, None, dout, code, few_blocks=n > 1024)
+    for code in (4, 5):  # where exp overflows and underflows
+        for single in (False, True):
+            x, residual, dout = (random(130, dtype=dtype, seed=s) for s in (1, 2, 3))
+            x *= 400
+            if single:
+                x, residual, dout = map(misaligned, (x, residual, dout))
+            found += calls(f"far{'-single' * single}-act{code}", x, residual, dout, code)
     x, residual, dout = (random(1 << 17, dtype=dtype, seed=s) for s in (1, 2, 3))
     found += calls("even", x, residual, dout, 1, few_blocks=True, even=True)
     return found

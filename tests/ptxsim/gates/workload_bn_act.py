@@ -8,107 +8,92 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .workload import (
-    MASKED,
-    Case,
-    Truth,
-    activation,
-    at_kinks,
-    from_mask,
-    gradient,
-    positive,
-    random,
-    random_bits,
-    shifted,
-    size_of,
-    unpacked,
-)  # fmt: skip
+from ..report import Report
+from .limits import Limits, small_work
+from .truth_bn_act import CHANNELS_LAST, EPS, MOMENTUM, backward_truth, forward_truth, rstd_of
+from .workload import MASKED, Case, Results, at_kinks, random, random_bits, shifted
 
-EPS, MOMENTUM = 1e-3, 0.1
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.double().view(1, -1, *[1] * (like.dim() - 2))
-
-
-def order_of(t: Tensor) -> torch.memory_format:
-    """Of the op's results."""
-    suggested = torch._prims_common.suggest_memory_format(t) if t.dim() in CHANNELS_LAST else torch.contiguous_format
-    return torch.contiguous_format if suggested == torch.contiguous_format else CHANNELS_LAST[t.dim()]
-
-
-def over_channels(values: Tensor) -> Tensor:
-    return values.transpose(0, 1).reshape(values.shape[1], -1)
-
-
-def rstd_of(variance: Tensor, eps_std: bool) -> Tensor:
-    return 1 / (variance.sqrt() + EPS) if eps_std else 1 / (variance + EPS).sqrt()
-
-
-def normalised(t: dict[str, Any], mean: Tensor, rstd: Tensor) -> tuple[Tensor, float]:
-    """z and the size of its terms."""
-    x = t["x"].double()
-    scale = rstd.double() * (1 if t["weight"] is None else t["weight"].double())
-    z = (x - per_channel(mean, x)) * per_channel(scale, x)
-    size = size_of(x.abs() * per_channel(scale, x).abs(), mean.double() * scale)
-    for extra in (t["bias"] if t["bias"] is None else per_channel(t["bias"], x), t["residual"]):
-        z = z if extra is None else z + extra.double()
-        size += 0.0 if extra is None else size_of(extra)
-    return z, size
-
-
-def forward_truth(t: dict[str, Any]) -> Truth:
-    """out, mask, and in training the statistics."""
-    x, truth = t["x"].double(), {}
-    mean, rstd = t["running_mean"].double(), rstd_of(t["running_var"].double(), t["eps_std"])
-    if t["training"]:
-        values = over_channels(x)
-        mean, variance = values.mean(1), values.var(1, unbiased=False)
-        rstd = rstd_of(variance, t["eps_std"])
-        n, spread = values.shape[1], size_of(values)
-        unbiased = variance * n / max(n - 1, 1)
-        truth |= {"mean": (mean, spread), "rstd": (rstd, size_of(rstd) * (1 + spread))}
-        for name, new in (("running_mean", mean), ("running_var", unbiased)):
-            old = t[name].double()
-            truth[f"new_{name}"] = ((1 - MOMENTUM) * old + MOMENTUM * new, size_of(old, new))
-    z, size = normalised(t, mean, rstd)
-    truth |= {"z": (z, size), "out": (activation(z, t["activation"]), size)}
-    if t["save_mask"]:
-        bits = positive(z.to(t["x"].dtype).double(), t["activation"])
-        truth["mask"] = (bits if t["activation"] in MASKED else torch.zeros_like(bits), 0.0)
-    return truth
+_FORWARD, _SUMS = ("x", "residual", "out", "mask"), ("dout", "x", "residual", "mask")
+_GRADIENT = (*_SUMS, "dx", "dresidual")
+_CACHED = "per-channel vectors are read again for every vector of x, from the L1 cache"
+LIMITS = [
+    Limits(
+        "bn_act_stats_kernel_nhwc", "cuda", ("x",), waves=2.0, instructions=155, wide_stores=False,
+        note="126 in fp16, 151 in bf16: unpacking a bf16 pair takes two PTX instructions more, moves and shifts among "
+        "them that ptxas folds into one PRMT or IMAD.U32 (sm_80 has no cvt.f32.bf16)",
+    ),
+    Limits(
+        "bn_act_stats_kernel_nchw", "cuda", ("x",), again=1.3, load=0.9, instructions=165, wide_stores=False,
+        note="140 in fp16, 158 in bf16 (see above) at planes of 56 x 56; the merge over the block (log2 of its threads) costs "
+        "as much as the data where a thread has two windows only (8 images of 16 x 32: 215 to 235)",
+    ),
+    small_work("bn_act_finalize_kernel", "cuda"),
+    Limits("bn_act_fwd_kernel_nhwc", "cuda", _FORWARD, instructions=95),
+    Limits("bn_act_fwd_kernel_nchw", "cuda", _FORWARD, instructions=110),
+    Limits("bn_act_bwd_reduce_kernel_nhwc", "cuda", _SUMS, waves=1.6, instructions=130, wide_stores=False),
+    Limits(
+        "bn_act_bwd_reduce_kernel_nchw", "cuda", _SUMS, again=1.15, instructions=155, wide_stores=False,
+        note="98 to 125; 151 in bf16 with a mask, whose eighth of a byte an element is all that replaces z's arithmetic",
+    ),
+    small_work("bn_act_bwd_finalize_kernel", "cuda"),
+    Limits("bn_act_bwd_kernel_nhwc", "cuda", _GRADIENT, again=1.5, instructions=85, note=_CACHED),
+    Limits("bn_act_bwd_kernel_nchw", "cuda", _GRADIENT, instructions=105),
+    Limits(
+        "bn_stats_partial_kernel", "triton", ("x",), small=0.1, waves=1.1, instructions=250, registers=128, wide_stores=False,
+    ),
+    small_work("bn_stats_merge_kernel", "triton", registers=255),
+    small_work("bn_fold_kernel", "triton", registers=255),
+    Limits(
+        "bn_apply_kernel", "triton", _FORWARD, load=0.75, store=0.95, again=1.6, instructions=75, registers=72, note=_CACHED,
+    ),
+    Limits("bn_bwd_partial_kernel", "triton", _SUMS, load=0.9, again=1.3, instructions=110, registers=128, wide_stores=False),
+    small_work("bn_bwd_merge_kernel", "triton", registers=255),
+    Limits("bn_bwd_apply_kernel", "triton", _GRADIENT, load=0.7, again=1.7, instructions=75, registers=72, note=_CACHED),
+]  # fmt: skip
+WRITTEN = {
+    "bn_stats_partial_kernel": {"partial"},
+    "bn_stats_merge_kernel": {"mean", "rstd", "scale", "shift", "new_running_mean", "new_running_var"},
+    "bn_fold_kernel": {"center", "scale", "shift"},
+    "bn_apply_kernel": {"out", "mask"},
+    "bn_bwd_partial_kernel": {"partial"},
+    "bn_bwd_merge_kernel": {"dweight", "dbias", "scale", "shift", "slope_x", "offset"},
+    "bn_bwd_apply_kernel": {"dx", "dresidual"},
+}
 
 
-def backward_truth(t: dict[str, Any]) -> Truth:
-    """dx, dweight, dbias, dresidual."""
-    x, dout, code = t["x"].double(), t["dout"].double(), t["activation"]
-    z, size = normalised(t, t["mean"], t["rstd"])
-    if t["mask"] is not None:
-        dz = from_mask(dout, unpacked(t["mask"], torch.empty_like(x, memory_format=order_of(x))), code)
-    else:
-        dz = gradient(dout, z.to(t["x"].dtype).double(), code)
-    size = size_of(dout) * (1 + size)
-    centred = x - per_channel(t["mean"], x)
-    dbias, product = over_channels(dz).sum(1), dz * centred
-    dweight = over_channels(product).sum(1) * t["rstd"].double()
-    scale = t["rstd"].double() * (1 if t["weight"] is None else t["weight"].double())
-    dx, steepness = dz * per_channel(scale, x), size * size_of(scale)
-    if t["training"]:
-        n, rstd = over_channels(x).shape[1], t["rstd"].double()
-        sigma = 1 / rstd - EPS
-        curvature = torch.where(sigma > 0, rstd / sigma, 0.0) if t["eps_std"] else rstd * rstd
-        shrink = scale * curvature * over_channels(product).sum(1) / n
-        dx = dx - per_channel(shrink, x) * centred - per_channel(scale * dbias / n, x)
-        steepness += size_of(shrink) * size_of(x, t["mean"]) + size_of(scale * dbias / n)
-    terms = over_channels(dz.abs()).sum(1)
-    truth = {
-        "dx": (dx, steepness),
-        "dbias": (dbias, size_of(terms) + size),
-        "dweight": (dweight, (size_of(over_channels(product.abs()).sum(1)) + size * size_of(centred)) * size_of(t["rstd"])),
-        "dresidual": (dz, size),
-    }
-    return truth | ({"open": (z.isnan(), 0.0)} if code == 5 and t["mask"] is None else {})
+def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
+    """The call through the launcher that ships."""
+    import _cuda_launch as launchers
+
+    return getattr(launchers, f"bn_act_{case.way}")(**case.arguments, options=options)
+
+
+def triton(case: Case) -> Results:
+    """The call through the host functions of the Triton backend."""
+    from dl4ds_kernels._triton import bn_act
+
+    t = case.arguments
+    last = (t["eps"], t["eps_std"], t["activation"], t["negative_slope"])
+    if case.way == "fwd":
+        names = ("x", "weight", "bias", "running_mean", "running_var", "residual", "training", "momentum")
+        results = bn_act.bn_act(*(t[n] for n in names), *last, t["save_mask"])
+        found = dict(zip(("out", "mean", "rstd", "mask", "new_running_mean", "new_running_var"), results, strict=True))
+        return found if t["training"] else {n: found[n] for n in ("out", "mask")}
+    names = ("dout", "x", "weight", "bias", "mean", "rstd", "residual", "mask", "training")
+    results = bn_act.bn_act_bwd(*(t[n] for n in names), *last, True, True, "dresidual" in t["needs"])
+    return dict(zip(("dx", "dweight", "dbias", "dresidual"), results, strict=True))
+
+
+def changed(kernel: str, name: str, given: dict[str, Any]) -> bool:
+    """Room that a Triton kernel need not fill: only the gradient of batch statistics uses these."""
+    return name in ("slope_x", "offset") and not given["TRAINING"]
+
+
+def triton_runs(case: Case) -> bool:
+    """Compiling takes longer than running: every layout, tiling and activation, on some of the shapes."""
+    if case.name.endswith("-other") or "-single" in case.name and "wide" not in case.name:
+        return False
+    return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "even"))
 
 
 def laid_out(values: Tensor, layout: str, single: bool) -> Tensor:
@@ -141,6 +126,8 @@ SHAPES = {
     "volume": ((2, 8, 3, 4, 5), ("nhwc", "nchw"), (False,), False),
     "tail": ((1, 7, 1, 17), ("nchw",), (False,), True),
     "few": ((2, 3, 1, 4), ("nhwc", "nchw"), (False,), False),
+    "nine": ((3, 24, 15, 17), ("nhwc",), (False,), False),  # rows a thread: two rounds of the statistics' unrolled loop
+    "nines": ((2, 24, 5, 9), ("nhwc",), (True,), False),
 }
 # What is tried on the shapes, four on each in turn: activation, training, residual, 1 / (sqrt(var) + eps), dtype
 # of the vectors, affine. In every group of three are two with batch statistics.
@@ -217,7 +204,24 @@ def cases(dtype: torch.dtype) -> list[Case]:
     if dtype in (torch.float32, torch.float64):  # more than 256 partial results, for the kernels that merge them
         x, residual, dout = (laid_out(random(1, 9, 190, 200, dtype=dtype, seed=s), "nhwc", False) for s in (1, 2, 3))
         found += calls("parts", x, None, dout, relu, acc)
-    for layout in ("nhwc", "nchw"):
-        x, residual, dout = (laid_out(random(8, 64, 16, 32, dtype=dtype, seed=s), layout, False) for s in (1, 2, 3))
+    for tail in range(1, 16 // dtype.itemsize if dtype != torch.float64 else 1):  # the last vector of a plane, every length
+        x, residual, dout = (random(1, 1, 1, 32 + tail, dtype=dtype, seed=s) for s in (1, 2, 3))
+        for variant in (VARIANTS[0], VARIANTS[5 + tail % 2]):
+            found += calls(f"tail{tail}", x, residual, dout, variant, acc)
+    for layout in ("nhwc", "nchw"):  # one NaN a channel, in turn at every place of a vector; nothing else is NaN there
+        for code, single in ((3, False), (5, False), (3, True), (5, True)):
+            x, residual, dout = (random(2, 24, 5, 8, dtype=dtype, seed=s) for s in (1, 2, 3))
+            for c in range(24):
+                x[1, c, c % 5, c % 8] = float("nan")
+            x, residual, dout = (laid_out(t, layout, single) for t in (x, residual, dout))
+            spots = (code, False, True, False, "acc", "wb")
+            found += calls(f"spots-{layout}{'-single' * single}-act{code}", x, residual, dout, spots, acc)
+    for layout in ("nhwc", "nchw"):  # where exp overflows and underflows
+        for single in (False, True):
+            x, residual, dout = (laid_out(random(2, 16, 3, 8, dtype=dtype, seed=s), layout, single) for s in (1, 2, 3))
+            far = (4, False, True, False, "acc", "wb")
+            found += calls(f"far-{layout}{'-single' * single}", x.mul_(400), residual, dout, far, acc)
+    for layout, shape in (("nhwc", (8, 64, 16, 32)), ("nchw", (16, 8, 56, 56))):
+        x, residual, dout = (laid_out(random(*shape, dtype=dtype, seed=s), layout, False) for s in (1, 2, 3))
         found += calls(f"even-{layout}", x, residual, dout, relu, acc, few_blocks=True, even=True)
     return found

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from .workload import Case, Truth, activation, random, size_of
-from .workload_bn_act import EPS, per_channel, rstd_of
+from .limits import Limits
+from .truth_bn_act import EPS, per_channel, rstd_of
+from .workload import SLOPE, Case, Results, Truth, activation, random, size_of
 
 # x (N, C, H, W), output channels, kernel size, stride, padding, dilation; sliced input
 GEOMETRIES = [
@@ -16,8 +17,38 @@ GEOMETRIES = [
     ((1, 40, 9, 8), 72, 3, 2, 1, 1, False), ((1, 16, 11, 9), 6, 3, 1, 2, 2, True), ((1, 64, 8, 8), 64, 3, 1, 1, 1, False),
     ((2, 48, 8, 16), 16, 1, 1, 0, 1, False),
 ]  # fmt: skip
+# The same compiled forms over several tiles of pixels and output channels, with a NaN in one pixel: by place in GEOMETRIES.
+LARGER = {
+    0: ((3, 16, 17, 15), 88), 1: ((2, 17, 25, 23), 70), 2: ((3, 5, 13, 11), 37), 3: ((2, 40, 17, 15), 136),
+    4: ((2, 16, 19, 13), 38),
+}  # fmt: skip
 # Large enough for the tiles of 128 pixels.
 LARGE = [((1, 16, 128, 128), 64, 1, 1, 0, 1, False), ((1, 16, 96, 96), 256, 1, 1, 0, 1, False)]
+
+LIMITS = [
+    Limits(
+        "conv_bn_act_kernel", "triton", ("x", "residual", "out"), small=7.0, waves=2.7, again=2.0, instructions=200,
+        registers=255, mma=True,
+        note="bound by arithmetic; waves 2.56 in fp32 (IEEE, without tensor cores: operands are broadcast from shared memory)",
+    ),
+]  # fmt: skip
+WRITTEN = {"conv_bn_act_kernel": {"out"}}
+CAPABILITIES = (80, 90)  # for sm_90 Triton emits wgmma
+
+
+def triton(case: Case) -> Results:
+    """The call through the host function of the Triton backend, with products in fp32 (TF32: tests/_triton_offline.py)."""
+    from dl4ds_kernels._triton import conv_bn_act
+
+    t = case.arguments
+    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+    geometry = (t["stride"], t["padding"], t["dilation"], 1)
+    last = (t["eps"], False, t["activation"], SLOPE)
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+    try:
+        return {"out": conv_bn_act.conv_bn_act(*(t[n] for n in names), *geometry, *last)}
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def convolution(t: dict[str, Any], absolute: bool = False) -> torch.Tensor:
@@ -43,9 +74,13 @@ def cases(dtype: torch.dtype) -> list[Case]:
     found: list[Case] = []
     if dtype == torch.float64:
         return found
-    for i, (geometry, layout) in enumerate((g, lay) for g in (*GEOMETRIES, *LARGE) for lay in ("nhwc", "nchw")):
+    calls = [(i, g, lay) for i, (g, lay) in enumerate((g, lay) for g in (*GEOMETRIES, *LARGE) for lay in ("nhwc", "nchw"))]
+    calls += [(i, (*LARGER[i // 2], *g[2:]), lay) for i, g, lay in calls if i // 2 in LARGER]
+    for i, geometry, layout in calls:
         shape, k, size, stride, padding, dilation, sliced = geometry
         x = random(*shape, dtype=dtype, seed=1)
+        if geometry[:2] in LARGER.values():
+            x[-1, -1, -1, -1] = float("nan")
         x = x.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
         if sliced:
             whole = torch.nn.functional.pad(x, (1, 2, 1, 0), value=float("nan"))
