@@ -13,7 +13,7 @@ from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
-from ..modules._transposed import run_conv_transpose_bn_act
+from ..modules._transposed import is_two_by_two, run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
 from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
@@ -86,7 +86,7 @@ def make_plan(
     candidates = find_candidates(traced.graph, module)
     _note_problems(traced.graph, candidates, module, shared)
     # A convolution that stands alone and cannot be replaced is no missed fusion.
-    candidates = [c for c in candidates if len(c.elements) > 1 or not c.problems()]
+    candidates = [c for c in candidates if len(c.elements) > 1 or not (c.problems() or _is_idle(c.elements[0]))]
     chains, pieces = [], []
     adds = 0
     for candidate in candidates:
@@ -107,6 +107,11 @@ def make_plan(
         return Plan(None, chains, "", traced.inlined, layers)
     run, source = _generate(traced)
     return Plan(run, chains, source, traced.inlined, layers)
+
+
+def _is_idle(element: Element) -> bool:
+    """A lone operation that no kernel serves: a transposed convolution other than 2x2 with stride 2."""
+    return element.kind == CONV_T and not is_two_by_two(element.module)
 
 
 def _chain(key: str, candidate: Candidate, pieces: list[list[Element]]) -> Chain:

@@ -60,19 +60,16 @@ double strassen_cycles(const ConvShape& s, double threads) {
     return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
 }
 
-/// Whether the environment leaves an algorithm switched on.
-bool allowed(const char* variable) {
-    const char* text = std::getenv(variable);
-    return text == nullptr || std::strcmp(text, "0") != 0;
-}
+/// Whether a variable of the environment leaves its algorithm switched on.
+bool is_on(const char* text) { return text == nullptr || std::strcmp(text, "0") != 0; }
 
 bool winograd_allowed() {
-    static const bool on = allowed("DL4DS_WINOGRAD");
+    static const bool on = is_on(std::getenv("DL4DS_WINOGRAD"));
     return on;
 }
 
 bool strassen_allowed() {
-    static const bool on = allowed("DL4DS_STRASSEN");
+    static const bool on = is_on(std::getenv("DL4DS_STRASSEN"));
     return on;
 }
 
