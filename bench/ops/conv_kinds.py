@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dl4ds_kernels as dk
 from dl4ds_kernels.modules._pool import run_pool
-from dl4ds_kernels.modules._transposed import run_conv_transpose
+from dl4ds_kernels.modules._transposed import run_conv_transpose_bn_act
 
 CL = torch.channels_last
 Call = Callable[[], Tensor]
@@ -49,7 +49,7 @@ def layers() -> Iterator[tuple[str, str, nn.Module, Tensor, Callable[[nn.Module]
             f"{n}x{c}x{size} -> {k}",
             conv,
             torch.randn(n, c, size, size),
-            lambda m: _helper(run_conv_transpose, m),
+            lambda m: _helper(lambda x, up: run_conv_transpose_bn_act(x, up, None), m),
         )
     for kind, pool, shapes in (("maxpool", nn.MaxPool2d, MAX_POOLS), ("avgpool", nn.AvgPool2d, AVG_POOLS)):
         for n, c, size, k, stride, padding in shapes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dl4ds_kernels as dk
 from dl4ds_kernels import _extension, _packing
 from dl4ds_kernels.modules._packed import Epilogue
-from dl4ds_kernels.modules._transposed import run_conv_transpose, run_conv_transpose_act
+from dl4ds_kernels.modules._transposed import run_conv_transpose_act, run_conv_transpose_bn_act
 
 pytestmark = pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="the engine is in the C++ part")
 
@@ -158,7 +158,7 @@ def test_module_helper() -> None:
             assert run_conv_transpose_act(x, other.eval(), epilogue) is None
         conv.register_forward_hook(lambda module, args, out: out + 1)
         assert run_conv_transpose_act(x, conv, epilogue) is None
-        assert torch.equal(run_conv_transpose(x, conv), conv(x))
+        assert torch.equal(run_conv_transpose_bn_act(x, conv, None), conv(x))
 
 
 @on_vectors
