@@ -131,7 +131,7 @@ def _run_program(inputs: tuple[Tensor, ...], steps: tuple[Step, ...], join: tupl
             programs.clear()
         program = programs[key] = _compile(inputs, steps, join, exact, signature)
     if not program.algorithms:
-        del programs[key]  # some step has not chosen its algorithm yet; its own call does that
+        programs.pop(key, None)  # some step has not chosen its algorithm yet; its own call does that
         return None
     tensors = []
     for step, algorithm in zip(steps, program.algorithms, strict=True):
