@@ -18,7 +18,7 @@ LIMITS = [
     Limits("upsample_add_bwd_kernel", "triton", ("dout", "dlow")),
 ]
 WRITTEN = {"upsample_add_kernel": {"out"}, "upsample_add_bwd_kernel": {"dlow"}}
-# low (N, C, H, W), layout, memory off a 16-byte boundary. The tiles are 512 elements of planes and 1024 of pixels: rows of
+# low (N, C, H, W), layout, memory off a 16-byte boundary. Tiles are 64 vectors of 16 bytes of planes and 128 of pixels: rows of
 # less than one, of several with a tail, and of whole vectors.
 SHAPES = [
     ((2, 7, 3, 5), "nchw", False), ((2, 7, 3, 5), "nhwc", False), ((1, 16, 5, 9), "nhwc", False),
