@@ -114,8 +114,9 @@ class Windows:
         return cls(rows, width * (1 if plane else channels), 1 if plane else channels, plane)
 
     def launch(self, kernel: Any, small: Tensor, **tensors: Tensor) -> None:
-        """8 small elements a thread: at 2 bytes an element that is 16 bytes of each line, or corner, of its windows."""
-        block = 512 if self.plane else 1024
+        """16 bytes of small elements a thread: more would leave gaps between the lanes of a load, and fewer would be narrow."""
+        vector = 16 // small.element_size()
+        block = (64 if self.plane else 128) * vector
         block_cols = block_of(self.n, block)
         block_rows = block // block_cols
         programs = triton.cdiv(self.rows, block_rows) * triton.cdiv(self.n, block_cols)
