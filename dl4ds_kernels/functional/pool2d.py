@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .. import reference
 from .._backend import REFERENCE, STOCK, current, select
 from .._define import op
-from ._common import call, needs_grad
+from ._common import call, check_tensor, needs_grad
 
 _CL = torch.channels_last
 # Measured on 2 cores of a Zen 4, our host time (10 us against torch's 3 us) included: values compared or added in a call
@@ -165,5 +165,6 @@ def global_avg_pool2d(x: Tensor, *, backend: str | None = None) -> Tensor:
     fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] * x.shape[3] <= _LARGEST_GLOBAL
     path = _path("global_avg_pool2d", x, backend, fits)
     if path == STOCK:
+        check_tensor("global_avg_pool2d", "x", x)  # stock torch says AttributeError
         return TF.adaptive_avg_pool2d(x, 1)
     return reference.global_avg_pool2d(x) if path == REFERENCE else call(op("global_avg_pool2d", path), False, x)

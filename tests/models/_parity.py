@@ -64,7 +64,8 @@ def check_forward(ours: nn.Module, stock: nn.Module, x: Tensor, shape: tuple[int
         assert tuple(want[-1].shape) == shape
     for name, (got, own) in runs.items():
         for i, (g, w, t) in enumerate(zip(got, own, true, strict=True)):
-            no_worse_than_torch(g, w, t, f"{name}, output {i}")
+            # Inference leaves F(4x4) and Strassen on, whose documented bound is wider; with gradients everything is exact.
+            no_worse_than_torch(g, w, t, f"{name}, output {i}", 2.0 if name == "grad" else 4.0)
 
 
 def check_training(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dl4ds_kernels import _packing
-from dl4ds_kernels.modules import ConvTransposeBNAct2d, FusedSequential
+from dl4ds_kernels.modules import ConvTransposeBNAct2d, FusedSequential, _transposed
 from dl4ds_kernels.modules._transposed import run_up_concat
 
 
@@ -18,6 +18,8 @@ from dl4ds_kernels.modules._transposed import run_up_concat
 def _pack_small_layers(monkeypatch: pytest.MonkeyPatch, kernels: None) -> None:
     monkeypatch.setattr(_packing, "MIN_MACS", 0)
     monkeypatch.setattr(_packing, "MIN_TRANSPOSED_MACS", 0)
+    monkeypatch.setattr(_transposed, "_LEAST_ALONE", 0)
+    monkeypatch.setattr(_transposed, "_LEAST_FUSED", 0)
 
 
 def packs_here() -> bool:
@@ -52,7 +54,7 @@ def test_packed_inference(channels: tuple[int, int], norm: bool, layout: torch.m
     error, stock_error = ((out.double() - truth).abs().max() for out in (module(x), stock(module, x)))
     assert error <= 2 * stock_error + 1e-6
     if packs_here():
-        assert _packing.algorithms(module.conv) == ("direct, transposed",)
+        assert _packing.algorithms(module.conv) == ("transposed 2x2",)
         assert module(x).is_contiguous(memory_format=torch.channels_last)
 
 

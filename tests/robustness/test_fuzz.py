@@ -216,7 +216,8 @@ ANYTHING = st.one_of(
 FUNCTIONS: dict[str, int] = {
     "add_act": 2, "bn_act": 5, "conv_bn_act": 3, "add_bn_act": 6, "bn_act_conv": 6, "max_pool_indices": 1, "max_unpool": 2,
     "upsample_add": 2, "nms": 3, "batched_nms": 4, "nms_padded": 3, "soft_nms": 3, "diou_nms": 3, "matrix_nms": 3,
-    "darknet_nms": 3,
+    "darknet_nms": 3, "avg_pool2d": 2, "conv_transpose_bn_act": 3, "global_avg_pool2d": 1, "local_response_norm": 2,
+    "max_pool2d": 2,
 }  # fmt: skip
 NEEDED: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("running_mean", "running_var"), "nms_padded": ("iou_threshold", "max_output"),

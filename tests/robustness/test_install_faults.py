@@ -311,15 +311,16 @@ print(F.add_act(x, x, backend="cpu").sum().item())
 
 
 def test_F54_no_variable_names_a_file_to_load() -> None:
-    """No DL4DS_* variable is a path, and there is no cache on disk that could be planted or corrupted."""
+    """No DL4DS_* variable is a path but the autotune cache's: numbers in JSON, checked one by one (tests/test_autotune.py)."""
     import re
 
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]:
         text = path.read_text()
         for name in re.findall(r"DL4DS_[A-Z_]+", text):
-            assert not re.search(r"PATH|DIR|FILE|CACHE|LIB", name), f"{path.name}: {name}"
+            allowed = name == "DL4DS_AUTOTUNE_CACHE"
+            assert allowed or not re.search(r"PATH|DIR|FILE|CACHE|LIB", name), f"{path.name}: {name}"
         for word in ("expanduser", "XDG_CACHE_HOME", "user_cache_dir"):
-            assert word not in text, f"{path.name}: a cache needs a 0700 folder and a test here"
+            assert word not in text or (path.name == "_autotune.py" and "0o700" in text), f"{path.name}: a cache on disk"
     for value in ("nonsense", "99999999999999999999"):
         done = run(POOL_CALL, ROOT, DL4DS_POOL_MB=value)
         assert done.returncode == 0 and float(done.stdout) == 2.0 * 2 * 4 * 99 * 99, done.stderr[-500:]
