@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,11 +25,23 @@ Row = dict[str, Any]
 HERE = Path(__file__).parent
 SIMULATOR = [HERE / "measure.py", HERE / "workload.py", HERE.parent / "mutate.py", *sorted(build.CORE.glob("*"))]
 LAUNCHERS = HERE.parents[1] / "_cuda_launch.py"
+until = float("inf")  # time.time() after which nothing new is measured
+
+
+class NotRun(Exception):
+    """A measurement that is not kept, and for which no time is left."""
+
+
+def in_time() -> None:
+    """Raises NotRun when the time is up."""
+    if time.time() > until:
+        raise NotRun
 
 
 def _kept(name: str, key: str, make: Callable[[], Row]) -> Row:
     path = build.cache_folder() / "gates" / f"{name}-{key}.json"
     if not path.exists():
+        in_time()
         path.parent.mkdir(parents=True, exist_ok=True)
         row = make()
         temporary = path.with_suffix(".new")
