@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -56,7 +57,7 @@ def measured(backend: ModuleType) -> dict[str, Any]:
         say(f"machine code of sm_{arch}" + "".join(f"\n  {problem}" for problem in found))
 
     clean = []
-    for op, dtype in ((op, dtype) for op in backend.OPS for dtype in workload.DTYPES):
+    for dtype, op in itertools.product(workload.DTYPES, backend.OPS):  # where time is short, rather every op than every dtype
         if not any(backend.chosen(case) for case in workload.cases(op, dtype)):
             continue
         what = f"{op}, {dtype}"
