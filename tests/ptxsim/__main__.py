@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,13 @@ def gates(options: argparse.Namespace) -> int:
     checks, rows, table, workload = (importlib.import_module(f"ptxsim.gates.{name}") for name in names)
 
     if options.measure:
+        rows.until = options.until
         print(json.dumps(table.measured(importlib.import_module(f"ptxsim.gates.{options.measure}"))))
         return 0
     if options.docs:
-        page = table.render({name: table.collect(name) for name in ("cuda", "triton")})
+        start, share = time.time(), {"cuda": 0.5, "triton": 1.0}  # of the time, at the end of each
+        parts = {name: table.collect(name, start + 60 * options.minutes * end) for name, end in share.items()}
+        page = table.render(parts)
         Path(options.docs).write_text(page)
         print(page)
         return int("Not met" in page)
@@ -146,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     g.add_argument("--kernel", default="", help="the mutants of kernels whose name contains this")
     g.add_argument("--backend", choices=("cuda", "triton"), default="cuda", help="triton: with TRITON_INTERPRET=0")
     g.add_argument("--docs", help="measure everything and write the table to this file")
+    g.add_argument("--minutes", type=float, default=float("inf"), help="with --docs: begin nothing new after that, and say so")
+    g.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     g.add_argument("--measure", choices=("cuda", "triton"), help=argparse.SUPPRESS)
     g.set_defaults(function=gates)
     options = parser.parse_args(argv)

@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kThreads)
     if (count != 0) {
         const Box<acc_t> b = w.boxes[position];
         for (uint32_t k = threadIdx.x / kPushBoxes; k < count && !hit; k += kThreads / kPushBoxes) {
-            hit = suppresses<Rule>(w.kept_boxes[first + k], b, w.threshold) &&
+            const Box<acc_t> kept = w.kept_boxes[first + k];  // by value: one load, not one per corner
+            hit = suppresses<Rule>(kept, b, w.threshold) &&
                   w.same_class(w.kept_at[first + k], static_cast<uint32_t>(position));
         }
     }

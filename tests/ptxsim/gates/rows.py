@@ -6,8 +6,10 @@ is made from them.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,11 +26,26 @@ Row = dict[str, Any]
 HERE = Path(__file__).parent
 SIMULATOR = [HERE / "measure.py", HERE / "workload.py", HERE.parent / "mutate.py", *sorted(build.CORE.glob("*"))]
 LAUNCHERS = HERE.parents[1] / "_cuda_launch.py"
+until = float("inf")  # time.time() after which nothing new is measured
+
+
+class NotRun(Exception):
+    """A measurement that is not kept, and for which no time is left."""
+
+
+def in_time() -> None:
+    """Raises NotRun when the time is up."""
+    if time.time() > until:
+        raise NotRun
+
+
+_digest = functools.cache(workload.digest)
 
 
 def _kept(name: str, key: str, make: Callable[[], Row]) -> Row:
     path = build.cache_folder() / "gates" / f"{name}-{key}.json"
     if not path.exists():
+        in_time()
         path.parent.mkdir(parents=True, exist_ok=True)
         row = make()
         temporary = path.with_suffix(".new")
@@ -70,7 +87,7 @@ def kernel_row(backend: ModuleType, kernel: str) -> Row:
         }  # fmt: skip
 
     ptx = _code(mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel)))
-    cases = [workload.digest(backend.op_of(kernel), dtype, even=False) for dtype in backend.dtypes_of(kernel)]
+    cases = [_digest(backend.op_of(kernel), dtype, False) for dtype in backend.dtypes_of(kernel)]
     key = build.digest(ptx, *SIMULATOR, *cases, str(checks.mutants_per_operator(backend.op_of(kernel))))
     return with_todays_arguments(_kept(f"{backend.NAME}-{backend.stem(kernel)}", key, make), kernel)
 
@@ -97,7 +114,7 @@ def suite_row(backend: ModuleType, op: str, dtype: torch.dtype) -> Row:
 
         sources = [*sorted(limits.REPOSITORY.glob("dl4ds_kernels/_triton/*.py")), HERE / "triton.py", triton.__version__]
     gates = [HERE / f"{name}.py" for name in ("checks", "traffic", f"workload_{op}")]
-    key = build.digest(*sources, *SIMULATOR, *gates, workload.digest(op, dtype))
+    key = build.digest(*sources, *SIMULATOR, *gates, _digest(op, dtype, True))
     return _kept(f"{backend.NAME}-suite-{op}-{str(dtype).removeprefix('torch.')}", key, make)
 
 

@@ -93,7 +93,7 @@ def triton_runs(case: Case) -> bool:
     """Compiling takes longer than running: every layout, tiling and activation, on some of the shapes."""
     if case.name.endswith("-other") or "-single" in case.name and "wide" not in case.name:
         return False
-    return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "even"))
+    return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "chunks", "even"))
 
 
 def laid_out(values: Tensor, layout: str, single: bool) -> Tensor:
@@ -128,6 +128,12 @@ SHAPES = {
     "few": ((2, 3, 1, 4), ("nhwc", "nchw"), (False,), False),
     "nine": ((3, 24, 15, 17), ("nhwc",), (False,), False),  # rows a thread: two rounds of the statistics' unrolled loop
     "nines": ((2, 24, 5, 9), ("nhwc",), (True,), False),
+}
+# Triton compiles a form for what divides by 16 and what is 1: these are of one form a layout, with two chunks and groups of
+# channels, a vector that no block of channels fits, and in the last tile all, some or one of its lines.
+CHUNKS = {
+    "nhwc": ((3, 72, 7, 9), (2, 72, 5, 17), (1, 72, 3, 43)),
+    "nchw": ((7, 3, 20, 55), (5, 3, 25, 43), (3, 3, 33, 63)),
 }
 # What is tried on the shapes, four on each in turn: activation, training, residual, 1 / (sqrt(var) + eps), dtype
 # of the vectors, affine. In every group of three are two with batch statistics.
@@ -204,6 +210,10 @@ def cases(dtype: torch.dtype) -> list[Case]:
     if dtype in (torch.float32, torch.float64):  # more than 256 partial results, for the kernels that merge them
         x, residual, dout = (laid_out(random(1, 9, 190, 200, dtype=dtype, seed=s), "nhwc", False) for s in (1, 2, 3))
         found += calls("parts", x, None, dout, relu, acc)
+    for layout, shapes in CHUNKS.items():
+        for shape in shapes:
+            x, residual, dout = (laid_out(random(*shape, dtype=dtype, seed=s), layout, False) for s in (1, 2, 3))
+            found += calls(f"chunks{shape[0]}-{layout}", x, residual, dout, relu, acc)
     for tail in range(1, 16 // dtype.itemsize if dtype != torch.float64 else 1):  # the last vector of a plane, every length
         x, residual, dout = (random(1, 1, 1, 32 + tail, dtype=dtype, seed=s) for s in (1, 2, 3))
         for variant in (VARIANTS[0], VARIANTS[5 + tail % 2]):
