@@ -185,12 +185,12 @@ def test_F50_outputs_handed_between_threads(kernels: None) -> None:
     line: queue.Queue[Tensor | None] = queue.Queue(maxsize=8)
 
     def work(i: int) -> None:
-        if i < 4:
-            for _ in range(60):
+        if i < 3:  # as many as there are consumers: one stops at each None
+            for _ in range(80):
                 line.put(F.add_act(x, x, backend="cpu"))
             line.put(None)
-        elif i == 4:
-            for k in range(200):
+        elif i < 5:
+            for k in range(100):
                 host.pool_trim()
                 host.pool_set_limit((k % 4) << 20)
         else:
