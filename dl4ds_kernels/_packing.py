@@ -33,16 +33,15 @@ MIN_TRANSPOSED_MACS = 30_000_000
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
 TRANSPOSED = 5  # conv_transpose_bn_act_packed
+_TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
 ALGORITHMS = {
     LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
-    TRANSPOSED: "transposed 2x2", 7: "Strassen",
+    TRANSPOSED: "transposed 2x2", 7: "Strassen", _TRANSPOSED_PACK: "direct, transposed",
 }  # fmt: skip
 # Those whose error may exceed twice stock torch's own (``exact=True`` leaves them out), and those that a variable switches off.
 INEXACT = frozenset({4, 7})
 SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
 
-_TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
-ALGORITHMS[_TRANSPOSED_PACK] = "direct, transposed"
 _SLOT = "_dl4ds_packed"
 
 
@@ -96,11 +95,11 @@ def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
 def candidates(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> list[int]:
     """Every algorithm that can run these sizes and that ``exact`` and the environment allow."""
     sizes = _sizes(x, weight, stride, padding, dilation, groups)
-    off = {code for variable, codes in SWITCHES.items() if os.environ.get(variable) == "0" for code in codes}
+    off = {TRANSPOSED, _TRANSPOSED_PACK}  # another operation
+    off.update(*(codes for variable, codes in SWITCHES.items() if os.environ.get(variable) == "0"))
     if exact:
         off |= INEXACT
     supports = _extension.host().conv_supports
-    off = off | {TRANSPOSED, _TRANSPOSED_PACK}  # another operation
     return [code for code in ALGORITHMS if code not in off and (code == LIBRARY or supports(code, *sizes))]
 
 

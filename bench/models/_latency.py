@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _peers
 import torch
 from _stock import plain_torch, stock_twin
-from cpu import PEERS, _onnxruntime, _openvino, onnx_bytes
 from torch import Tensor, nn
 
 from dl4ds_kernels import benchmark
 
+PEERS = {name: _peers.RUNTIMES[name] for name in ("onnxruntime", "openvino")}
 LIMIT = 2e-4  # of the largest output: no time for what is wrong by more
 # Exported graphs are copied several times; and a thousand layers take minutes to export.
 _PEER_PARAMETERS, _PEER_MODULES = 150_000_000, 1500
@@ -65,20 +65,9 @@ def latency(model: nn.Module, x: Tensor, rounds: int, budget_s: float, peers: bo
     elif sum(p.numel() for p in model.parameters()) > _PEER_PARAMETERS or len(list(model.modules())) > _PEER_MODULES:
         missing = dict.fromkeys(PEERS, "too large to export here")
     else:
-        try:
-            with plain_torch():
-                exported = onnx_bytes(twin, x)
-        except Exception as error:  # whatever the exporter lacks is the peer's loss
-            missing = dict.fromkeys(PEERS, f"no ONNX: {type(error).__name__}")
-        else:
-            for name, make in zip(PEERS, (_onnxruntime, _openvino), strict=True):
-                if importlib.util.find_spec(name) is None:
-                    missing[name] = f"{name} is not installed"
-                    continue
-                try:
-                    calls[name] = make(exported, x, torch.get_num_threads())
-                except Exception as error:
-                    missing[name] = f"{type(error).__name__}: {str(error)[:80]}"
+        with plain_torch():
+            found_peers, missing = _peers.build(PEERS, twin, x, torch.get_num_threads())
+        calls |= found_peers
     errors = {name: benchmark.relative_error(torch.as_tensor(call()), truth) for name, call in calls.items()}
     wrong = {name: error for name, error in errors.items() if not error <= LIMIT}
     timings = benchmark.measure(

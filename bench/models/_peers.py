@@ -1,4 +1,4 @@
-"""The peers of bench/models/cpu.py. Each maker returns a call without arguments; what fails is named with the reason.
+"""The peers of bench/models/cpu.py and table.py. A maker returns a call without arguments; a failure is named with its reason.
 
 `pip install onnxruntime openvino onnx ncnn`, and `pip install --no-deps pnnx` for ncnn's converter.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -61,6 +62,7 @@ def _inductor(model: nn.Module, x: Tensor, threads: int, freezing: bool) -> Call
     return lambda: compiled(torch_x)
 
 
+@functools.lru_cache(maxsize=1)  # two runtimes read it
 def _onnx_bytes(model: nn.Module, x: Tensor) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -124,19 +126,28 @@ def _ncnn(model: nn.Module, x: Tensor, threads: int) -> Call:
     return call
 
 
+Maker = Callable[[nn.Module, Tensor, int], Call]
+RUNTIMES: dict[str, Maker] = {"onnxruntime": _onnxruntime, "openvino": _openvino, "ncnn": _ncnn}  # packages of their own
+_INDUCTOR: dict[str, Maker] = {
+    "inductor": functools.partial(_inductor, freezing=False),
+    "inductor frozen": functools.partial(_inductor, freezing=True),
+}
+
+
 def make(model: nn.Module, x: Tensor, threads: int, with_compile: bool) -> tuple[dict[str, Call], dict[str, str]]:
-    """(name -> call, name -> why it is missing)."""
-    makers: dict[str, Callable[[nn.Module, Tensor, int], Call]] = {"folded": _folded}
-    missing = {}
-    if with_compile:
-        makers["inductor"] = lambda m, x, t: _inductor(m, x, t, freezing=False)
-        makers["inductor frozen"] = lambda m, x, t: _inductor(m, x, t, freezing=True)
-    else:
-        missing |= dict.fromkeys(("inductor", "inductor frozen"), "not asked for (--compile)")
-    makers |= {"onnxruntime": _onnxruntime, "openvino": _openvino, "ncnn": _ncnn}
-    found = {}
+    """Every peer: (name -> call, name -> why it is missing)."""
+    found, missing = build({"folded": _folded} | (_INDUCTOR if with_compile else {}) | RUNTIMES, model, x, threads)
+    if not with_compile:
+        missing |= dict.fromkeys(_INDUCTOR, "not asked for (--compile)")
+    return found, missing
+
+
+def build(makers: dict[str, Maker], model: nn.Module, x: Tensor, threads: int) -> tuple[dict[str, Call], dict[str, str]]:
+    """These peers: (name -> call, name -> why it is missing)."""
+    found: dict[str, Call] = {}
+    missing: dict[str, str] = {}
     for name, maker in makers.items():
-        if name in ("onnxruntime", "openvino", "ncnn") and importlib.util.find_spec(name) is None:
+        if name in RUNTIMES and importlib.util.find_spec(name) is None:
             missing[name] = f"{name} is not installed"
             continue
         try:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
-from ..modules._run import NO_ACT, ActSpec, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
+from ..modules._run import NO_ACT, ActSpec, has_hooks, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
 from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
@@ -81,8 +81,7 @@ def _dense_block(options: Options) -> Plan:
 
     def parts(layer: Any) -> DenseLayerParts | None:
         fused = layer.__dict__.get("forward")
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        if not isinstance(fused, FusedForward) or fused.skip or hooks or (layer.drop_rate > 0 and layer.training):
+        if not isinstance(fused, FusedForward) or fused.skip or has_hooks(layer) or (layer.drop_rate > 0 and layer.training):
             return None
         m = layer._modules  # nn.Module's attribute lookup is slow, and there are 58 layers
         relu1, relu2 = ActSpec("relu", 0.0, m["relu1"]), ActSpec("relu", 0.0, m["relu2"])

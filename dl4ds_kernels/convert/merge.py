@@ -18,8 +18,8 @@ def merge_chains(graph: fx.Graph, container: nn.Module) -> None:
     """Rewrite ``graph``, whose fused pieces are calls of the functions of ``modules/_run.py``."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     for last in reversed(list(graph.nodes)):
-        chain = _chain_before(last)
-        if len(chain) < 2 or last not in place or last.graph is not graph or last._erased:
+        chain = [] if last._erased else _chain_before(last)
+        if len(chain) < 2:
             continue
         between = [n for n in place if place[chain[0]] < place[n] < place[last] and n not in chain and not n._erased]
         if all(_only_reads(node, container) for node in between):

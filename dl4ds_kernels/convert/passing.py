@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..modules._run import _no_global_hooks, act_spec, is_plain
+from ..modules._run import _no_global_hooks, act_spec, has_hooks, is_plain
 
 if TYPE_CHECKING:
     from .trace import Traced
@@ -38,8 +38,7 @@ def is_tail(module: nn.Module) -> bool:
     """
     if type(module).forward is not nn.Sequential.forward or not module._modules:
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooked or not isinstance(module.__dict__.get("forward", _NO_FORWARD), FusedMarker) or not _no_global_hooks():
+    if has_hooks(module) or not isinstance(module.__dict__.get("forward", _NO_FORWARD), FusedMarker) or not _no_global_hooks():
         return False
     return all(
         isinstance(child, (_BatchNorm, nn.Identity, *_DROPOUTS, *_OTHER_ACTIVATIONS)) or act_spec(child) is not None

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules._run import ActSpec, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._run import ActSpec, has_hooks, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules._transposed import is_two_by_two, run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
@@ -146,7 +146,7 @@ def module_problem(module: nn.Module, kind: str) -> tuple[str, str] | None:
     name = type(module).__name__
     if is_parametrized(module):
         return "PARAMETRIZED", f"{', '.join(module.parametrizations)} of {name}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "HOOKS", f"on {name}"
     if "forward" in module.__dict__:
         return "OVERRIDDEN", f"forward of this {name}"

@@ -65,9 +65,9 @@ class _Program(NamedTuple):
 _MAX_PROGRAMS = 32  # of one module: sizes of inputs seen
 _JOIN = -1
 
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONV_STATE = attrgetter("__class__", "training", "stride", "padding", "dilation", "groups", "padding_mode")
 _BN_STATE = attrgetter("__class__", "training", "eps")
+_POOL_STATE = attrgetter("__class__", "kernel_size", "stride", "padding", "ceil_mode", "divisor_override")
 _DTYPE = attrgetter("dtype")
 _FLOAT32 = {torch.float32}
 
@@ -161,7 +161,7 @@ def _inspect(steps: tuple[Step, ...]) -> tuple[list[Any] | None, list[Tensor]]:
             take(bias)
         modules = [conv, bn, act.module, pool] if before is None else [conv, bn, act.module, pool, before[0], before[1].module]
         for module in modules:
-            if module is not None and (any(_HOOKS(module)) or "forward" in module.__dict__):
+            if module is not None and not is_plain(module):
                 return None, vectors
         for norm in (bn,) if before is None else (bn, before[0]):
             if norm is None:
@@ -169,8 +169,7 @@ def _inspect(steps: tuple[Step, ...]) -> tuple[list[Any] | None, list[Tensor]]:
                 continue
             note(_BN_STATE(norm))
             note(norm.eps_mode if type(norm) is BNAct2d else None)
-            buffers, parameters = norm._buffers, norm._parameters
-            for t in (buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]):
+            for t in _norm_vectors(norm):
                 note(t is None)
                 if t is not None:
                     take(t)
@@ -178,7 +177,7 @@ def _inspect(steps: tuple[Step, ...]) -> tuple[list[Any] | None, list[Tensor]]:
             module = spec.module
             note(spec[:2] if module is None else (module.__class__, spec.name, _slope(spec)))
         if pool is not None:
-            note(pool.__class__)
+            note(_POOL_STATE(pool) if type(pool) is nn.AvgPool2d else pool.__class__)
     return signature, vectors
 
 
@@ -198,8 +197,11 @@ def _is_mean_of_four(pool: nn.Module | None) -> bool:
     )
 
 
-def _step_algorithm(step: Step, shape: tuple[int, ...], width: int, exact: bool) -> int | None:
-    """The algorithm of a step whose (joined) input has this shape, None if the step cannot be part of a program."""
+def _step_algorithm(step: Step, shape: tuple[int, ...], aligned: bool, exact: bool) -> int | None:
+    """The algorithm of a step whose (joined) input has this shape, None if the step cannot be part of a program.
+
+    ``aligned``: every source but the last fills whole chunks of channels.
+    """
     conv, bn, act, sources, _residual, before, pool = step
     if not (_conv_fusable(conv) and _act_fusable(act) and type(conv.padding) is not str and shape[1] == conv.in_channels):
         return None
@@ -214,8 +216,8 @@ def _step_algorithm(step: Step, shape: tuple[int, ...], width: int, exact: bool)
             conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
             and _bn_fusable(norm) and not norm.training and norm._buffers["running_mean"] is not None
             and _act_fusable(activation) and activation.name in ("none", "relu", "relu6")
-            and (width % 16 == 0 or len(sources) == 1)
-            and _is_mean_of_four(pool) and (pool is None or (act.name == "none" and bn is None and min(shape[2:]) >= 2))
+            and aligned and _is_mean_of_four(pool)
+            and (pool is None or (act.name == "none" and bn is None and min(shape[2:]) >= 2))
         )  # fmt: skip
         return _packing.DIRECT if fits and _packing.direct_weight(conv, weight) is not None else None
     if pool is not None or len(sources) != 1:
@@ -250,10 +252,10 @@ def _compile(
         conv, bn, act, sources, residual, before, pool = step
         if any(len(shapes[i]) != 4 for i in sources):
             return none
-        n, first_width, height, width = shapes[sources[0]]
+        n, _, height, width = shapes[sources[0]]
         channels = sum(shapes[i][1] for i in sources)
-        narrow = first_width if all(shapes[i][1] % 16 == 0 for i in sources[:-1]) else 1
-        algorithm = _step_algorithm(step, (n, channels, height, width), narrow, exact)
+        aligned = all(shapes[i][1] % 16 == 0 for i in sources[:-1])
+        algorithm = _step_algorithm(step, (n, channels, height, width), aligned, exact)
         if algorithm is None:
             return none
         out = out_shape((n, channels, height, width), conv.weight, conv.stride, conv.padding, conv.dilation)
@@ -261,17 +263,13 @@ def _compile(
             return none
         shapes.append((out[0], out[1], out[2] // 2, out[3] // 2) if pool is not None else tuple(out))
         algorithms.append(algorithm)
-        vectors = [_norm_vectors(norm) for norm in (bn, before[0] if before else None)]
-        bias = places([conv._parameters["bias"]])
-        code += [algorithm, 2 * index, 2 * index + 1, *bias, *places(vectors[0]), *places(vectors[1]), residual]
+        norm, activation = before or (None, NO_ACT)
+        bias, after = places([conv._parameters["bias"]]), places(_norm_vectors(bn))
+        code += [algorithm, 2 * index, 2 * index + 1, *bias, *after, *places(_norm_vectors(norm)), residual]
         code += [*conv.stride, *conv.padding, *conv.dilation, conv.groups, _eps_std(bn), ACTIVATION_CODES[act.name]]
-        code += [
-            before is not None,
-            _eps_std(before[0] if before else None),
-            ACTIVATION_CODES[before[1].name if before else "none"],
-        ]
+        code += [norm is not None, _eps_std(norm), ACTIVATION_CODES[activation.name]]
         code += [1 if pool is None else 2, len(sources), *sources]
-        numbers += [bn.eps if bn is not None else 0.0, _slope(act), before[0].eps if before else 0.0]
+        numbers += [0.0 if bn is None else bn.eps, _slope(act), 0.0 if norm is None else norm.eps]
     if join:
         code += [_JOIN, *[-1] * 11, -1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, len(join), *join]
         numbers += [0.0, 0.0, 0.0]

@@ -47,15 +47,14 @@ def act_spec(module: nn.Module) -> ActSpec | None:
     return ActSpec(name, module.negative_slope if name == "leaky_relu" else 0.0, module)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to calls of this module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_plain(module: nn.Module) -> bool:
     """No hooks, no patched forward: calling it runs its class's forward and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return not (has_hooks(module) or "forward" in module.__dict__)
 
 
 def _bn_fusable(bn: nn.Module) -> bool:

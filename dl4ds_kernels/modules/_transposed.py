@@ -1,8 +1,8 @@
 """Run stock transposed convolutions fused: BatchNorm and activation behind them, or a concatenation around them.
 
-In inference on the CPU a 2x2 transposed convolution with stride 2 is a matrix product with 4 C_out columns, which our direct
-convolution does as a 1x1 one, BatchNorm and activation in its epilogue; a copy then puts the four taps side by side. That copy
-may as well go into a slice of a wider buffer: a U-Net's concatenation then costs the copy of the skip connection alone.
+In inference on the CPU a 2x2 transposed convolution with stride 2 is a matrix product, BatchNorm and activation in its epilogue
+(``conv_transpose_bn_act_packed``). Into a slice of a wider buffer it goes as a 1x1 convolution with 4 C_out columns and a copy
+that puts the four taps side by side: a U-Net's concatenation then costs the copy of the skip connection alone.
 """
 
 from __future__ import annotations
@@ -146,10 +146,7 @@ def run_up_concat(skip: Tensor, x: Tensor, up: nn.Module, *, memory_format: str 
 
 def _is_matrix_product(x: Tensor, conv: nn.ConvTranspose2d, memory_format: str, backend: str | None) -> bool:
     return (
-        conv.kernel_size == conv.stride == (2, 2)
-        and conv.padding == conv.output_padding == (0, 0)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
+        is_two_by_two(conv)
         and x.shape[1] == conv.in_channels
         and x.numel() // conv.in_channels * conv._parameters["weight"].numel() >= _packing.MIN_TRANSPOSED_MACS
         and _worth_packing(x.numel() // conv.in_channels, conv, memory_format)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.densenet import _Transition
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import dl4ds_kernels as dk
@@ -186,6 +187,20 @@ def test_new_sizes_threads_and_copies(calls: list[int]) -> None:
             torch.testing.assert_close(run(fused, z), run(net, z), rtol=1e-4, atol=1e-4)
     for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         torch.testing.assert_close(run(clone, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_behind_a_convolution_is_read_at_every_call(calls: list[int]) -> None:
+    """DenseNet's transition: a mean over 2x2 pixels is part of the call, another one is not."""
+    net, x = seeded(_Transition(32, 48)), torch.randn(2, 32, 24, 20)
+    fused = dk.optimize(net)
+    for _ in range(2):
+        torch.testing.assert_close(run(fused, x), run(net, x), rtol=1e-4, atol=1e-4)
+    assert calls == [1, 1]
+    for name, value in (("stride", 1), ("kernel_size", 3), ("padding", 1), ("ceil_mode", True)):
+        for model in (net, fused):
+            setattr(model.pool, name, value)
+        torch.testing.assert_close(run(fused, x), run(net, x), rtol=1e-4, atol=1e-4)
+    assert calls == [1, 1]
 
 
 def test_wrong_channels_raise_as_stock() -> None:

@@ -121,8 +121,8 @@ Tensor conv_bn_act_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tens
                        double eps, bool eps_std, int64_t activation, double negative_slope) {
     return conv_bn_act_library(
         x, weight, bias, {std::move(stride), std::move(padding), std::move(dilation), groups},
-        {std::move(running_mean), std::move(running_var), std::move(bn_weight), std::move(bn_bias), eps,
-         eps_std, activation_from_code(kOp, activation), negative_slope},
+        bn_vectors(kOp, std::move(running_mean), std::move(running_var), std::move(bn_weight),
+                   std::move(bn_bias), eps, eps_std, activation, negative_slope),
         residual);
 }
 

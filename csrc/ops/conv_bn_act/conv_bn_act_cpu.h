@@ -22,6 +22,21 @@ struct BnVectors {
     double negative_slope;
 };
 
+/// From the arguments of an op, which tell the activation by its code.
+inline BnVectors bn_vectors(const char* op, std::optional<Tensor> running_mean,
+                            std::optional<Tensor> running_var, std::optional<Tensor> weight,
+                            std::optional<Tensor> bias, double eps, bool eps_std, int64_t activation,
+                            double negative_slope) {
+    return {std::move(running_mean),
+            std::move(running_var),
+            std::move(weight),
+            std::move(bias),
+            eps,
+            eps_std,
+            activation_from_code(op, activation),
+            negative_slope};
+}
+
 /// Checks the vectors against an output (N, C_out, H_out, W_out).
 inline void check_bn_vectors(const char* op, const BnVectors& bn, const TensorInfo& out) {
     check_channel_vector(op, "bn_weight", tensor_info(bn.weight), out);

@@ -4,6 +4,7 @@
 // dl4ds_kernels/modules/_chain.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/cpu/parallel.h"
@@ -127,14 +128,8 @@ Tensor conv_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, std::
         return at < 0 ? std::nullopt : std::optional<Tensor>(tensors[static_cast<size_t>(at)]);
     };
     const auto vectors = [&](const int64_t (&at)[4], double eps, int64_t eps_std, int64_t act, double slope) {
-        return BnVectors{tensor(at[0]),
-                         tensor(at[1]),
-                         tensor(at[2]),
-                         tensor(at[3]),
-                         eps,
-                         eps_std != 0,
-                         activation_from_code(kOp, act),
-                         slope};
+        return bn_vectors(kOp, tensor(at[0]), tensor(at[1]), tensor(at[2]), tensor(at[3]), eps, eps_std != 0,
+                          act, slope);
     };
     const auto run = [&](size_t i) {
         const Code& c = program.steps[i];
@@ -169,10 +164,14 @@ Tensor conv_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, std::
             }
             registers.emplace_back(run_conv_step(step));
         }
-        for (size_t r = 0; r < program.last_reader.size(); ++r) {
-            if (program.last_reader[r] == static_cast<int64_t>(i)) {
-                registers[r].reset();  // its memory goes to the next step
+        const auto release = [&](int64_t r) {
+            if (program.last_reader[static_cast<size_t>(r)] == static_cast<int64_t>(i)) {
+                registers[static_cast<size_t>(r)].reset();  // its memory goes to the next step
             }
+        };
+        std::for_each(program.sources[i], program.sources[i] + c.sources, release);
+        if (c.residual >= 0) {
+            release(c.residual);
         }
     };
     const auto run_all = [&] {

@@ -33,14 +33,8 @@ Tensor conv_bn_act_packed(Tensor x, Tensor weight, Tensor packed, int64_t algori
     step.xs.push_back(std::move(x));
     step.weight = std::move(weight), step.packed = std::move(packed), step.bias = std::move(bias);
     step.conv = {std::move(stride), std::move(padding), std::move(dilation), groups};
-    step.after = {std::move(running_mean),
-                  std::move(running_var),
-                  std::move(bn_weight),
-                  std::move(bn_bias),
-                  eps,
-                  eps_std,
-                  activation_from_code(kOp, activation),
-                  negative_slope};
+    step.after = bn_vectors(kOp, std::move(running_mean), std::move(running_var), std::move(bn_weight),
+                            std::move(bn_bias), eps, eps_std, activation, negative_slope);
     step.residual = std::move(residual);
     return run_conv_step(step);
 }
@@ -57,23 +51,11 @@ Tensor bn_act_conv_packed(std::vector<Tensor> xs, Tensor weight, Tensor packed, 
     step.xs = std::move(xs);
     step.weight = std::move(weight), step.packed = std::move(packed), step.bias = std::move(bias);
     step.conv = {{1, 1}, {0, 0}, {1, 1}, 1};
-    step.before = BnVectors{std::move(in_mean),
-                            std::move(in_var),
-                            std::move(in_weight),
-                            std::move(in_bias),
-                            in_eps,
-                            in_eps_std,
-                            activation_from_code(kOp, in_activation),
-                            0.0};
+    step.before = bn_vectors(kOp, std::move(in_mean), std::move(in_var), std::move(in_weight),
+                             std::move(in_bias), in_eps, in_eps_std, in_activation, 0.0);
     step.pool = pool;
-    step.after = {std::move(running_mean),
-                  std::move(running_var),
-                  std::move(bn_weight),
-                  std::move(bn_bias),
-                  eps,
-                  eps_std,
-                  activation_from_code(kOp, activation),
-                  negative_slope};
+    step.after = bn_vectors(kOp, std::move(running_mean), std::move(running_var), std::move(bn_weight),
+                            std::move(bn_bias), eps, eps_std, activation, negative_slope);
     return run_conv_step(step);
 }
 

@@ -5,20 +5,13 @@
 // accumulators.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
-#include "common/cpu/isa.h"
-#include "common/cpu/parallel.h"
-#include "ops/conv_bn_act/conv_ahead_cpu.h"
-#include "ops/conv_bn_act/conv_bn_act_cpu.h"
-#include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_cut_cpu.h"
+#include "ops/conv_bn_act/conv_step_cpu.h"
 
 namespace dl4ds {
 namespace {
 
 constexpr const char* kOp = "conv_transpose_bn_act";
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct TransposedShape {
     int64_t channels, channels_out;
@@ -218,8 +211,8 @@ Tensor conv_transpose_bn_act_packed(Tensor x, Tensor weight, Tensor packed, std:
                                  eps_std,
                                  nullptr,
                                  nullptr};
-    const int64_t sizes[4] = {xi.sizes[0], channels, 2 * xi.sizes[2], 2 * xi.sizes[3]};
-    Tensor out = empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, DType::kFloat32);
+    Tensor out =
+        empty_channels_last(xi.sizes[0], channels, 2 * xi.sizes[2], 2 * xi.sizes[3], DType::kFloat32);
     const TensorInfo oi = tensor_info(out);
     if (oi.numel == 0) {
         return out;
@@ -238,15 +231,13 @@ Tensor conv_transpose_bn_act_packed(Tensor x, Tensor weight, Tensor packed, std:
         std::copy(v, v + channels, v + channels);
         std::fill(v + 2 * channels, v + entries, 0.0f);
     }
-    uint32_t threads = 1;
-    shim_check(torch_get_num_threads(&threads), "get_num_threads");
     const TransposedArgs args{t,
                               &xi,
                               pi.as<float>(),
                               oi.as<float>(),
                               {fill.scale, fill.shift, nullptr, 0, activation_from_code(kOp, activation),
                                static_cast<float>(negative_slope)}};
-    Transposed(args, threads).run();
+    Transposed(args, num_threads()).run();
     return out;
 }
 

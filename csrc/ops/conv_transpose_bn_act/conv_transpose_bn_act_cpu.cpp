@@ -17,9 +17,8 @@ struct Geometry {
     int64_t groups;
 };
 
-/// The transposed convolution with its bias. A kernel of our own for 2x2 with stride 2 (a GEMM with 4 C_out
-/// columns whose epilogue has the scale, shift and activation, and which may write a slice of a larger
-/// buffer) belongs here.
+/// The transposed convolution with its bias. Inference with 2x2 and stride 2 on packed weights is
+/// conv_transpose_bn_act_packed (ops/conv_bn_act/conv_transposed_cpu.cpp).
 Tensor convolve_transposed(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Geometry& g) {
     using ConvolutionFn = AOTITorchError(
