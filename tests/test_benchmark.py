@@ -328,7 +328,7 @@ def _script(*arguments):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_check_without_a_gpu_is_one_clear_line(tmp_path):
-    done = _script(BENCH / "gpu_check.py", "--json", tmp_path / "x.json")
+    done = _script(BENCH / "gpu_check.py", "--report", tmp_path / "x")
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and "no CUDA device" in done.stdout
     assert not (tmp_path / "x.json").exists()
 

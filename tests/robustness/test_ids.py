@@ -34,7 +34,7 @@ def test_no_test_is_shadowed() -> None:
 
 def test_what_needs_a_gpu_is_in_gpu_check() -> None:
     """A skip for lack of a GPU names the row, and bench/gpu_check.py has it."""
-    check = (ROOT / "bench/gpu_check.py").read_text() + "".join(p.read_text() for p in (ROOT / "bench").glob("gpu_*.py"))
+    check = (ROOT / "bench/gpu/faults.py").read_text()
     named = set()
     for path in HERE.glob("test_*.py"):
         for reason in re.findall(r"needs (?:a|two) GPUs?; ([^\"']*)", path.read_text()):

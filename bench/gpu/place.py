@@ -1,0 +1,64 @@
+"""Where a check runs: on the GPU, or in a dry run the same calls on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dl4ds_kernels import benchmark
+
+PARITY_SHAPES = "1x1x1,3x7x5,63x7x5,64x1x1,129x13x17,256x28x28"
+RULE_SHAPES = "24x9x7"
+RULE_BOXES = "yolo.98"
+
+
+@dataclass(frozen=True)
+class Place:
+    """``device`` of all tensors; ``small``: the two smallest shapes of each op only (the sanitizer is slow)."""
+
+    device: str
+    small: bool = False
+
+    @property
+    def is_dry(self) -> bool:
+        return self.device == "cpu"
+
+    def backends(self) -> list[str]:
+        """Backends of ours that claim to run here."""
+        names = ("cuda", "triton", "auto") if not self.is_dry else ("cpu", "auto")
+        return [name for name in names if benchmark.why_not(name, self.device) is None]
+
+    def synchronize(self) -> None:
+        if not self.is_dry:
+            torch.cuda.synchronize()
+
+
+def parity_cases(place: Place) -> Iterator[benchmark.Case]:
+    """Every op, dtype, layout and direction, on odd and on real shapes."""
+    for op, module in benchmark.OPS.items():
+        nms = op == "nms"
+        layers = module.select("all" if nms else PARITY_SHAPES)
+        axes = (
+            layers[:2] if place.small else layers,
+            ("fp32", "fp64") if nms else ("fp32", "fp16", "bf16"),
+            ("nchw",) if nms else ("nchw", "nhwc"),
+            (False,) if nms else (False, True),
+        )
+        for layer, dtype, layout, backward in itertools.product(*axes):
+            # Of two values a channel the normalised ones are +-1 and every gradient a difference of equals.
+            batch = 2 if nms or layer.H_out * layer.W_out > 1 else 32
+            yield benchmark.Case(op, layer, batch, dtype, layout, backward, place.device)
+
+
+def rule_cases(place: Place) -> Iterator[tuple[benchmark.Case, str]]:
+    """One small case of every op and direction, on every backend by name."""
+    for op, module in benchmark.OPS.items():
+        nms = op == "nms"
+        for layer in module.select(RULE_BOXES if nms else RULE_SHAPES):
+            for backward in (False,) if nms else (False, True):
+                case = benchmark.Case(op, layer, 2, "fp32", "nchw" if nms else "nhwc", backward, place.device)
+                for backend in place.backends():
+                    yield case, backend

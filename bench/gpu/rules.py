@@ -1,0 +1,128 @@
+"""What every op must keep to on a GPU: no hidden synchronization, the same bits each time, capture in a CUDA graph.
+
+A dry run makes the same calls on the CPU, where a graph is a second call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from gpu.place import Place, rule_cases
+from torch import Tensor
+
+from dl4ds_kernels import benchmark
+from dl4ds_kernels import functional as F
+
+REPEATS = 100
+Call = Callable[[], dict[str, Tensor]]
+DEPENDS_ON_DATA = "SKIP: the size of its output depends on the data; nms_padded is checked in its place"
+
+
+def _nms_padded(place: Place, backend: str) -> Call:
+    """nms with outputs of a fixed size: the form for graphs."""
+    g = torch.Generator().manual_seed(0)
+    corner = torch.rand(2, 200, 2, generator=g) * 100
+    boxes = torch.cat([corner, corner + 20], -1).to(place.device)
+    scores = torch.rand(2, 200, generator=g).to(place.device)
+
+    def call() -> dict[str, Tensor]:
+        keep, count = F.nms_padded(boxes, scores, iou_threshold=0.5, max_output=50, backend=backend)
+        return {"keep": keep, "count": count}
+
+    return call
+
+
+def calls(place: Place) -> Iterator[tuple[str, Call | str]]:
+    """(name, call) of every op, backend and direction; a text instead of a call says why there is none."""
+    for case, backend in rule_cases(place):
+        module = benchmark.OPS[case.op]
+        name = f"{case.op} {backend} {case.direction}"
+        if case.op == "nms":
+            yield name, DEPENDS_ON_DATA
+            continue
+        try:
+            with torch.set_grad_enabled(case.backward):
+                yield name, module.setup(case, backend).outputs
+        except benchmark.Unavailable as reason:
+            yield name, f"SKIP: {reason}"
+    for backend in place.backends():
+        yield f"nms_padded {backend} fwd", _nms_padded(place, backend)
+
+
+@contextmanager
+def _syncs_are_errors(place: Place) -> Iterator[None]:
+    if place.is_dry:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def no_sync(place: Place, call: Call) -> str | None:
+    """The host never waits for the device."""
+    call()
+    place.synchronize()
+    with _syncs_are_errors(place):
+        call()
+    return None
+
+
+def same_bits(place: Place, call: Call) -> str | None:
+    """A hundred calls give the same bits."""
+    first = {name: t.clone() for name, t in call().items()}
+    for i in range(REPEATS):
+        for name, t in call().items():
+            if not torch.equal(t, first[name]):
+                return f"{name}: other bits in call {i + 2}"
+    return None
+
+
+def captured(place: Place, call: Call) -> str | None:
+    """A replayed CUDA graph gives what the plain call gives."""
+    expected = {name: t.clone() for name, t in call().items()}
+    if place.is_dry:
+        replayed = call()
+    else:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # autotuning and allocation happen before the capture
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = call()
+        for t in replayed.values():
+            t.detach().zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    wrong = [name for name, t in replayed.items() if not torch.equal(t, expected[name])]
+    return f"{', '.join(wrong)}: a replayed graph gives another result" if wrong else None
+
+
+RULES: dict[str, Callable[[Place, Call], str | None]] = {
+    "no hidden synchronization": no_sync,
+    f"same bits in {REPEATS} calls": same_bits,
+    "CUDA graph": captured,
+}
+
+
+def run(place: Place) -> dict[str, dict[str, str]]:
+    """{rule: {call: "right", "SKIP: why" or what was wrong}}."""
+    results: dict[str, dict[str, str]] = {rule: {} for rule in RULES}
+    for name, call in calls(place):
+        for rule, check in RULES.items():
+            if isinstance(call, str):
+                results[rule][name] = call
+                continue
+            try:
+                with torch.set_grad_enabled(name.endswith("bwd")):
+                    results[rule][name] = check(place, call) or "right"
+            except Exception as error:  # one broken call must not hide the others
+                results[rule][name] = f"{type(error).__name__}: {error}"
+    return results
