@@ -40,7 +40,7 @@ class _Residual(nn.Module):
         """``relu(scale * (bn(conv(out)) + shortcut(x)))``."""
         shortcut = x if self.downsample is None else self.downsample(x)
         if self.residual_scale == 1.0:
-            return run_conv_bn_act(out, conv, bn, self._act(), shortcut)
+            return run_conv_bn_act(out, conv, bn, self._act(), shortcut, "z")  # stock adds in place
         return add_act(run_conv_bn_act(out, conv, bn, NO_ACT), shortcut, alpha=self.residual_scale, activation="relu")
 
 
