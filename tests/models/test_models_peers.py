@@ -69,8 +69,9 @@ def test_pytorchcv_deep(name: str) -> None:
     build, source = PTCV_DEEP[name]
     x = image(4, 3, size_of(name), size_of(name))
     check_forward(*loaded(build(), ptcv(name), source), x)
-    if name != "preresnet1001_cifar10":  # three steps of it in fp64 take minutes
-        check_training(*loaded(build(), ptcv(name), source), x, rename=from_(source))
+    if name == "preresnet1001_cifar10":  # three steps of 1001 layers in fp64: maps of 8 x 8 keep them under a minute
+        x = image(4, 3, 8, 8)
+    check_training(*loaded(build(), ptcv(name), source), x, rename=from_(source), chaotic="1001" in name)
 
 
 DENSENETS = {
@@ -105,7 +106,7 @@ def test_timm_resnet200() -> None:
     ours, stock = models.resnet200(), timm_model("resnet200")
     ours.load_state_dict(stock.state_dict(), strict=True)
     check_forward(ours, stock, image(2, 3, 64, 64), (2, 1000))
-    check_training(ours, stock, image(2, 3, 64, 64))
+    check_training(ours, stock, image(2, 3, 64, 64), chaotic=True)  # the last maps have eight values a channel
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from dl4ds_kernels.modules import PreActBottleneck
 SCALE = 0.5**0.5
 
 
-def twins(ours: nn.Module, reference: nn.Module) -> tuple[nn.Module, nn.Module]:
-    seeded(reference)
+def twins(ours: nn.Module, reference: nn.Module, gain: float = 1.0) -> tuple[nn.Module, nn.Module]:
+    seeded(reference, gain=gain)
     copy_in_order(ours, reference)
     return ours, reference
 
@@ -53,7 +53,15 @@ def test_cifar(name: str) -> None:
 def test_cifar_deep(name: str, n: int, skip: bool) -> None:
     ours, reference = twins(getattr(models, name)(), CifarNet(n, skip))
     check_forward(ours, reference, image(8, 3, 32, 32), (8, 10))
-    check_training(ours, reference, image(8, 3, 32, 32))
+    check_training(ours, reference, image(8, 3, 32, 32), chaotic=name == "cifar_plain110")
+
+
+@pytest.mark.full
+def test_cifar_resnet1202() -> None:
+    """600 blocks: scales of 0.2 keep the sum of their branches in range."""
+    ours, reference = twins(models.cifar_resnet1202(), CifarNet(200), gain=0.2)
+    check_forward(ours, reference, image(2, 3, 32, 32), (2, 10))
+    check_training(ours, reference, image(2, 3, 16, 16), chaotic=True)
 
 
 PREACT = {
@@ -81,8 +89,6 @@ def test_preact_deep(name: str, counts: tuple[int, ...]) -> None:
 def test_alexnet_paper() -> None:
     ours, reference = twins(models.alexnet_paper(num_classes=10), PaperAlexNet(10))
     check_forward(ours, reference, image(2, 3, 227, 227), (2, 10))
-    for net in (ours, reference):
-        net.train()
     check_training(ours, reference, image(2, 3, 227, 227), steps=1, bn=False)
 
 
