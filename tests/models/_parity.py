@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dl4ds_kernels as dk
 
-BOUND = 1e-5  # README and docs/models.md
+BOUND = 1e-5  # docs/models.md
 NORMS = nn.modules.batchnorm._BatchNorm
 Rename = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
