@@ -43,6 +43,7 @@ INEXACT = frozenset({4, 7})
 SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
 
 _SLOT = "_dl4ds_packed"
+_EXACT = "_dl4ds_exact"  # set on convolutions of a model that was optimized with exact=True
 
 
 class PackedWeight:
@@ -163,6 +164,7 @@ def packed_weight(
     module: torch.nn.Module, weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
 ) -> tuple[int, Tensor]:
     """(algorithm, packed form of ``weight`` (C_out, C_in/groups, kH, kW)) for inputs like ``x`` (N, C_in, H, W)."""
+    exact = exact or _EXACT in module.__dict__
     holder = _holder(module, weight)
     key = (x.shape, stride, padding, dilation, groups, exact, torch.get_num_threads())
     algorithm = holder.choices.get(key)
@@ -189,6 +191,7 @@ def chosen(
     module: torch.nn.Module, weight: Tensor, shape: Any, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool
 ) -> int | None:
     """The algorithm that a call of ``packed_weight`` with an input of ``shape`` took; None if there was none yet."""
+    exact = exact or _EXACT in module.__dict__
     key = (torch.Size(shape), stride, padding, dilation, groups, exact, torch.get_num_threads())
     return _holder(module, weight).choices.get(key)
 
@@ -254,5 +257,11 @@ def drop(module: torch.nn.Module) -> None:
 
 
 def forget(module: torch.nn.Module) -> None:
-    """Remove the holder itself (``dk.restore``)."""
+    """Remove the holder itself and the mark of :func:`keep_exact` (``dk.restore``)."""
     module.__dict__.pop(_SLOT, None)
+    module.__dict__.pop(_EXACT, None)
+
+
+def keep_exact(module: torch.nn.Module) -> None:
+    """From now on this convolution takes no inexact algorithm, whoever calls it; copies and pickles keep the mark."""
+    module.__dict__[_EXACT] = True

@@ -54,8 +54,9 @@ def optimize(
     eval. Layers count as stock if they are, if their subclass adds only a constructor, or if they are timm's BatchNormAct2d.
     Everything else, and what cannot be followed, stays as it is; ``model.dl4ds_report`` lists every chain with the reason.
     ``nn.MaxPool2d``, ``nn.AvgPool2d`` and ``nn.AdaptiveAvgPool2d(1)`` take an inference kernel where it applies; they are not
-    listed. A hook or submodule changed later switches the chain back to the stock modules. The model can be compiled,
-    exported, traced, copied and pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
+    listed. Modules of this package are fused as built; the report counts them and of the options only ``exact`` reaches them.
+    A hook or submodule changed later switches the chain back to the stock modules. The model can be compiled, exported,
+    traced, copied and pickled; for ``torch.jit.script``, which reads source code, ``restore`` it first.
 
     Args:
         model: any ``nn.Module``, on any device.
@@ -68,7 +69,7 @@ def optimize(
         memory_format: "auto" (channels_last inside, on CPU in eval), "preserve" or ``torch.channels_last``.
         strict: raise if a chain is kept for another reason than include, exclude or filter_fn.
         inplace: change ``model`` itself; by default a deep copy. Parameters keep their identity with ``inplace=True``.
-        exact: keep to algorithms within twice stock torch's own rounding error.
+        exact: keep to algorithms within twice stock torch's own rounding error, in modules of this package too.
         memory_efficient: recompute instead of keeping intermediates in training, where a kernel offers the choice.
 
     Raises:
@@ -92,6 +93,9 @@ def optimize(
     restore(model)
     for module, plan, skip in planned:
         FusedForward(module, options, skip, plan).install()
+    for module in model.modules() if exact else ():
+        if isinstance(module, nn.Conv2d):
+            _packing.keep_exact(module)
     model.dl4ds_report = report
     if expected is not None:
         try:
@@ -99,7 +103,8 @@ def optimize(
         except Exception:
             restore(model)
             raise
-    if not report.replaced and (report.rows or not planned):  # single layers are not in the report
+    # Single layers are not in the report.
+    if not (report.replaced or report.own) and (report.rows or not planned):
         warnings.warn(f"dl4ds_kernels.optimize changed nothing: {report.summary()}", stacklevel=2)
     return model
 
@@ -153,9 +158,11 @@ _Planned = tuple[nn.Module, Plan, set[str]]
 def _plan_model(model: nn.Module, options: Options, selection: _Selection) -> tuple[list[_Planned], Report]:
     """Plans for every container that has something to fuse, and the report on all of them."""
     shared = _shared_modules(model)
-    planned, rows, covered = [], [], set()
+    planned, rows, covered, own = [], [], set(), []
     where = _backend_name(model, options.backend)
     for fqn, module in model.named_modules():
+        if _is_ours(module) and not fqn.startswith(tuple(f"{outer}." if outer else "" for outer in own)):
+            own.append(fqn)
         if not _is_container(module):
             continue
         plan = _plan_container(module, options, (), shared)
@@ -169,7 +176,7 @@ def _plan_model(model: nn.Module, options: Options, selection: _Selection) -> tu
             # Reasons known only here (shared across containers) hold for later specialisations too.
             skip |= {chain.key for chain in plan.chains if chain.problem and not chain.parts}
             planned.append((module, plan, skip))
-    return planned, Report(rows)
+    return planned, Report(rows, own)
 
 
 def _plan_container(module: nn.Module, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
@@ -212,7 +219,12 @@ def _is_container(module: nn.Module) -> bool:
     cls = type(module)
     if cls.forward in (nn.Sequential.forward, nn.Module.forward):
         return cls.forward is nn.Sequential.forward
-    return not cls.__module__.startswith(("torch.nn.", "torch.ao.", "torch._dynamo", "dl4ds_kernels.modules"))
+    return not (cls.__module__.startswith(("torch.nn.", "torch.ao.", "torch._dynamo")) or _is_ours(module))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether the module is of this package: its forward runs fused as it is."""
+    return type(module).__module__.startswith(("dl4ds_kernels.modules", "dl4ds_kernels.models"))
 
 
 def _shared_modules(model: nn.Module) -> set[int]:

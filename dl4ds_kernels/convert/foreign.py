@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules._run import NO_ACT, ActSpec, _apply, act_spec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._run import NO_ACT, ActSpec, _apply, act_spec, add, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 
 CONVOLUTIONS = (nn.Conv2d,)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
@@ -119,6 +119,7 @@ def run_foreign(
     norm: nn.Module | None,
     act: ActSpec = NO_ACT,
     residual: Tensor | None = None,
+    in_place: str = "",
     *,
     memory_format: str = "auto",
     exact: bool = False,
@@ -133,7 +134,7 @@ def run_foreign(
     at_the_end = act is NO_ACT or act.name == "none"
     if norm is not None and (parts is None or (parts[1] is not None and not (at_the_end and residual is None))):
         z = norm(x if conv is None else conv(x))
-        return _apply(act, z if residual is None else z + residual)
+        return _apply(act, add(z, residual, in_place))
     if _stock_only(x):
         return _apply(act, conv(x))
     stock = None if conv is None else _stock_conv(conv)
@@ -144,7 +145,7 @@ def run_foreign(
     if own is not None:
         act, behind = _spec(own)
     if stock is None:
-        z = run_bn_act(x, bn, act, residual, backend=backend)
+        z = run_bn_act(x, bn, act, residual, in_place, backend=backend)
     else:
-        z = run_conv_bn_act(x, stock, bn, act, residual, **options)
+        z = run_conv_bn_act(x, stock, bn, act, residual, in_place, **options)
     return z if behind is None else behind(z)

@@ -59,13 +59,15 @@ def _join(graph: fx.Graph, chain: list[fx.Node]) -> None:
             inputs.append(residual)
         conv = node.args[1]
         bn, act = node.args[2:4] if node.target is run_conv_bn_act else (None, node.args[2])
-        calls.append((conv, bn, act, residual))
+        in_place = node.args[5] if residual is not None else ""
+        calls.append((conv, bn, act, residual, in_place))
     with graph.inserting_before(chain[-1]):
         steps = []
-        for index, (conv, bn, act, residual) in enumerate(calls):
+        for index, (conv, bn, act, residual, in_place) in enumerate(calls):
             source = 0 if index == 0 else len(inputs) + index - 1
             arguments = (conv, bn, act, (source,), -1 if residual is None else inputs.index(residual))
-            steps.append(graph.create_node("call_function", Step, arguments))
+            keywords = {"in_place": in_place} if in_place else {}
+            steps.append(graph.create_node("call_function", Step, arguments, keywords))
         joined = graph.create_node("call_function", run_chain, (tuple(inputs), tuple(steps)), dict(chain[-1].kwargs))
     chain[-1].replace_all_uses_with(joined)
     for node in reversed(chain):

@@ -172,7 +172,7 @@ class _Matcher:
             elif blocker := self._blocker(here, following, elements[0]):
                 cuts[i] = ("REORDERED", f"{blocker} in between may change an input of {here.label()}")
         for element in elements:
-            if element.kind == ADD and element.node.target in _IN_PLACE_ADDS and not self._may_overwrite(element, elements):
+            if element.kind == ADD and in_place(element) and not self._may_overwrite(element, elements):
                 element.problem = ("INPLACE", "adds in place into a tensor that is visible elsewhere")
         return cuts
 
@@ -227,6 +227,11 @@ _ALWAYS_NEW = frozenset(
         nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
     )
 )  # fmt: skip
+
+
+def in_place(add: Element) -> bool:
+    """Whether an addition writes its first operand, whose dtype it then keeps."""
+    return add.node.target in _IN_PLACE_ADDS
 
 
 def is_batch_norm(module: nn.Module) -> bool:

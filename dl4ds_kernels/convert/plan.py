@@ -20,7 +20,7 @@ from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_prob
 from .layers import find_layers, rewrite_layers
 from .merge import merge_chains
 from .passing import skip_passing
-from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, NORM_ACT, PATTERNS, Candidate, Element, find_candidates
+from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, NORM_ACT, PATTERNS, Candidate, Element, find_candidates, in_place
 from .trace import TENSOR, Tensors, Traced, stock_signature, trace_forward
 
 MISS = object()  # what a generated forward returns when its conditions do not hold
@@ -179,7 +179,7 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
         act = _act_node(graph, by_kind.get(ACT))
         foreign = any(is_foreign(by_kind[kind].module) for kind in (CONV, BN) if kind in by_kind)
         if ADD in by_kind and BN not in by_kind:
-            function, arguments = run_add_act, (*by_kind[ADD].node.args, act)
+            function, arguments = run_add_act, (*by_kind[ADD].node.args, act, "z" if in_place(by_kind[ADD]) else "")
         elif LRN in by_kind:
             norm = graph.create_node("get_attr", by_kind[LRN].path)
             function, arguments = run_local_response_norm, (source_of(piece[0]), norm)
@@ -191,10 +191,10 @@ def _rewrite(graph: fx.Graph, piece: list[Element], options: Options) -> None:
             elif foreign:
                 function = run_foreign
                 conv, norm = (modules.pop(0) if kind in by_kind else None for kind in (CONV, BN))
-                arguments = (source_of(piece[0]), conv, norm, act, _residual(by_kind))
+                arguments = (source_of(piece[0]), conv, norm, act, *_residual(by_kind))
             elif BN in by_kind:
                 function = run_conv_bn_act if CONV in by_kind else run_bn_act
-                arguments += (_residual(by_kind),)
+                arguments += _residual(by_kind)
             else:
                 function = run_conv_act
         fused = graph.create_node(
@@ -210,12 +210,13 @@ def source_of(element: Element) -> fx.Node:
     return element.node.args[0] if element.node.args else element.node.kwargs["input"]
 
 
-def _residual(by_kind: dict[str, Element]) -> fx.Node | None:
-    """The operand of the addition that is not the BatchNorm's output."""
+def _residual(by_kind: dict[str, Element]) -> tuple[fx.Node | None, str]:
+    """(the operand of the addition that is not the BatchNorm's output, whose dtype an addition in place keeps)."""
     if ADD not in by_kind:
-        return None
+        return None, ""
     a, b = by_kind[ADD].node.args
-    return b if a is by_kind[BN].node else a
+    first = a is by_kind[BN].node
+    return b if first else a, ("z" if first else "residual") if in_place(by_kind[ADD]) else ""
 
 
 def run_keywords(options: Options, convolution: bool = True) -> dict[str, Any]:

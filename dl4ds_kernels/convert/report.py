@@ -46,9 +46,13 @@ class Row:
 
 @dataclass
 class Report:
-    """Rows in the model's module order; prints as a table, exports with ``to_dict``, ``to_json`` and ``to_markdown``."""
+    """Rows in the model's module order; prints as a table, exports with ``to_dict``, ``to_json`` and ``to_markdown``.
+
+    ``own``: names of the outermost modules of this package, which run fused without being replaced ("": the model itself).
+    """
 
     rows: list[Row] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[Row]:
@@ -66,8 +70,9 @@ class Report:
 
     def summary(self) -> str:
         """One line: ``17 of 20 conv-bn-act replaced; 3 kept: 2 HOOKS, 1 SUBCLASS``."""
+        own = f"{len(self.own)} module{'s' * (len(self.own) > 1)} of this package fused as built" if self.own else ""
         if not self.rows:
-            return "nothing to replace: no conv-bn-act, bn-act or add-act chain found"
+            return own or "nothing to replace: no conv-bn-act, bn-act or add-act chain found"
         patterns = {row.pattern for row in self.rows}
         if all(name.startswith("conv_bn") for name in patterns):
             what = "conv-bn-act"
@@ -79,7 +84,7 @@ class Report:
         if self.kept:
             reasons = Counter(row.reason for row in self.kept).most_common()
             line += f"; {len(self.kept)} kept: " + ", ".join(f"{count} {reason}" for reason, count in reasons)
-        return line
+        return f"{line}; {own}" if own else line
 
     def to_dict(self) -> dict[str, Any]:
         return {"summary": self.summary(), "rows": [asdict(row) for row in self.rows]}

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..functional import global_avg_pool2d
 from ..modules import FusedSequential
-from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
+from ..modules._packed import applies
+from ..modules._run import NO_ACT, ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.sequential import run_sequence
 from ._init import he_fan_in
 from ._registry import register
@@ -54,6 +57,11 @@ class DenseLayer(nn.Module):
         self.bottleneck = bn_size is not None
         self.drop_rate, self.memory_efficient = float(drop_rate), memory_efficient
 
+    def parts(self) -> DenseLayerParts:
+        """The modules of a layer with a bottleneck."""
+        relu1, relu2 = ActSpec("relu", 0.0, self.relu1), ActSpec("relu", 0.0, self.relu2)
+        return DenseLayerParts(self.norm1, relu1, self.conv1, self.norm2, relu2, self.conv2)
+
     def forward(self, x: Tensor) -> Tensor:
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
@@ -66,8 +74,9 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.ModuleDict):
     """Layers that each see every feature before them.
 
-    Without gradients all features lie in one buffer: a layer's BatchNorm reads the first channels of it and its output is
-    written behind them, so nothing is concatenated. With gradients every layer concatenates; ``memory_efficient`` then keeps
+    In inference nothing is concatenated layer by layer: on the CPU every bottleneck reads its inputs where they lie and the
+    block is one op call; elsewhere all features lie in one buffer, of which a layer's BatchNorm reads the first channels and
+    behind which its output is written. With gradients every layer concatenates; ``memory_efficient`` then keeps
     only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
     it twice).
 
@@ -84,7 +93,7 @@ class DenseBlock(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._into_buffer(x)
+            return self._in_inference(x)
         features = [x]
         for layer in self.values():
             if self.memory_efficient and torch.is_grad_enabled() and any(f.requires_grad for f in features):
@@ -96,6 +105,13 @@ class DenseBlock(nn.ModuleDict):
                 new = layer(torch.cat(features, 1))
             features.append(new)
         return torch.cat(features, 1)
+
+    def _in_inference(self, x: Tensor) -> Tensor:
+        layers = list(self.values())
+        one_call = not self.training and all(layer.bottleneck and is_plain(layer) for layer in layers)
+        if one_call and applies(x, layers[0].conv1, None):
+            return run_dense_block(x, [layer.parts() for layer in layers])
+        return self._into_buffer(x)
 
     def _into_buffer(self, x: Tensor) -> Tensor:
         n, channels, *size = x.shape
@@ -132,8 +148,21 @@ def _concatenate_and_run(layer: nn.Module, *features: Tensor) -> Tensor:
     return layer(torch.cat(features, 1))
 
 
-def _transition(channels: int, out: int) -> FusedSequential:
-    return FusedSequential(
+class Transition(FusedSequential):
+    """BN - ReLU - 1x1 convolution - 2x2 average; in inference on the CPU the average, being linear too, comes first.
+
+    Shape: x (N, C, H, W) -> (N, C_out, H // 2, W // 2).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if [*self._modules] != ["norm", "relu", "conv", "pool"] or self.training:
+            return super().forward(x)
+        before = (self.norm, ActSpec("relu", 0.0, self.relu))
+        return run_chain((x,), (Step(self.conv, None, NO_ACT, (0,), before=before, pool=self.pool),))
+
+
+def _transition(channels: int, out: int) -> Transition:
+    return Transition(
         OrderedDict(
             norm=nn.BatchNorm2d(channels),
             relu=nn.ReLU(inplace=True),
@@ -198,7 +227,7 @@ class DenseNet(nn.Module):
         # The last BatchNorm and its ReLU are one pass, unless somebody looks at what comes between them.
         plain = is_plain(self.features)
         x = run_sequence([*self.features.children(), self.relu], x) if plain else self.relu(self.features(x))
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
+        return self.classifier(torch.flatten(global_avg_pool2d(x), 1))
 
 
 def _builder(depth: int) -> Callable[..., DenseNet]:

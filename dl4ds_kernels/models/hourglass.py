@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import add_act, upsample_add
+from ..functional import add_act, max_pool2d, upsample_add
 from ..modules import FusedSequential
-from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._chain import Step, run_chain
+from ..modules._pool import run_pool
+from ..modules._run import NO_ACT, ActSpec, run_conv_bn_act
 from ._init import he_fan_in
 from ._registry import register
 
@@ -41,8 +42,12 @@ class HourglassResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         act = ActSpec("relu", 0.0, self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        z = run_conv_bn_act(run_bn_act(x, self.bn1, act), self.conv1, self.bn2, act)
-        return run_conv_act(run_conv_bn_act(z, self.conv2, self.bn3, act), self.conv3) + shortcut
+        steps = (
+            Step(self.conv1, self.bn2, act, (0,), before=(self.bn1, act)),
+            Step(self.conv2, self.bn3, act, (1,)),
+            Step(self.conv3, None, NO_ACT, (2,)),
+        )
+        return add_act(run_chain((x,), steps), shortcut, activation="none")
 
 
 def _residual(channels: int, out: int) -> nn.Sequential:
@@ -68,7 +73,7 @@ class Hourglass(nn.Module):
 
     def _level(self, level: int, x: Tensor) -> Tensor:
         skip, down, up, *middle = self.hg[level]
-        low = down(F.max_pool2d(x, 2, 2))
+        low = down(max_pool2d(x, 2, 2))
         low = self._level(level - 1, low) if level else middle[0](low)
         return upsample_add(up(low), skip(x))
 
@@ -118,7 +123,7 @@ class StackedHourglass(nn.Module):
         if any(s % step or s == 0 for s in x.shape[2:]):
             raise RuntimeError(f"StackedHourglass: x: expected sides that are multiples of {step}, got {tuple(x.shape[2:])}")
         x = run_conv_bn_act(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu))
-        x = self.layer3(self.layer2(self.maxpool(self.layer1(x))))
+        x = self.layer3(self.layer2(run_pool(self.layer1(x), self.maxpool)))
         heatmaps = []
         for i, hourglass in enumerate(self.hg):
             y = self.fc[i](self.res[i](hourglass(x)))

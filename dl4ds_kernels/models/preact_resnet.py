@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PreActBasicBlock, PreActBottleneck
-from ..modules._run import ActSpec, run_bn_act, run_conv_bn_act
+from ..modules._pool import run_pool
+from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.residual import conv1x1
 from ._init import he_fan_out
 from ._registry import register
@@ -80,9 +81,9 @@ class PreActResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         act = ActSpec("relu", 0.0, self.relu)
-        x = self.conv1(x) if self.bn1 is None else run_conv_bn_act(x, self.conv1, self.bn1, act)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
-        return self.fc(torch.flatten(self.avgpool(run_bn_act(x, self.norm, act)), 1))
+        x = run_conv_act(x, self.conv1) if self.bn1 is None else run_conv_bn_act(x, self.conv1, self.bn1, act)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(run_pool(x, self.maxpool)))))
+        return self.fc(torch.flatten(run_pool(run_bn_act(x, self.norm, act), self.avgpool), 1))
 
 
 def preact_stage(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import BasicBlock, Bottleneck, FusedSequential
+from ..modules._pool import run_pool
 from ..modules._run import ActSpec, run_conv_bn_act
 from ..modules.residual import conv1x1
 from ._init import he_fan_out
@@ -105,9 +106,9 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(run_conv_bn_act(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu)))
+        x = run_pool(run_conv_bn_act(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu)), self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(run_pool(x, self.avgpool), 1))
 
 
 def _builder(depth: int) -> Callable[..., ResNet]:

@@ -4,7 +4,9 @@ Nothing in a file is run: a Lua class becomes a :class:`T7Object` with its name 
 named "function" without its byte code. Every length is checked against what is left of the file before anything is allocated.
 
 Format (little-endian): each value is an int32 tag and a body; tables, tensors and objects carry an int32 number, and come once.
-Reference: torch7's File.lua and generic/Tensor.c, by their documented layout.
+Most classes write one table, their fields; nn.DataParallelTable writes its list of GPUs before it since its version 2.
+Reference: torch7's File.lua, generic/Tensor.c and generic/Storage.c; nn's BatchNormalization.lua and cunn's
+DataParallelTable.lua for how these two changed between versions.
 """
 
 from __future__ import annotations
@@ -126,8 +128,13 @@ class _Reader:
         return made
 
     def instance(self, index: int, depth: int) -> Any:
-        name = self.string("class name")
+        name, version = self.string("class name"), 0.0
         if name.startswith("V "):
+            at = self.at
+            try:
+                version = float(name[2:])
+            except ValueError:
+                raise T7Error(f"t7: byte {at}: expected a version such as 'V 1', got {name!r}") from None
             name = self.string("class name")
         kind, _, what = name.removeprefix("torch.").rpartition("Storage" if name.endswith("Storage") else "Tensor")
         if name.startswith("torch.") and kind in _ELEMENTS and not what:
@@ -136,6 +143,8 @@ class _Reader:
             return made
         made = T7Object(name)
         self.seen[index] = made
+        if name == "nn.DataParallelTable" and version >= 2:
+            self.value(depth + 1)  # on which GPUs its copies were
         made.fields = self.value(depth + 1)
         return made
 

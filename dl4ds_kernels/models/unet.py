@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import FusedSequential
+from ..modules._pool import run_pool
 from ..modules._transposed import run_up_concat
 from ._init import he_fan_in
 from ._registry import register
@@ -89,7 +90,7 @@ class UNet(nn.Module):
         self._check(x)
         skips = []
         for i, level in enumerate(self.down):
-            x = level(x if i == 0 else self.pool(x))
+            x = level(x if i == 0 else run_pool(x, self.pool))
             skips.append(x)
         x = self.dropout(skips.pop())
         for up, decode in zip(self.up, self.decode, strict=True):

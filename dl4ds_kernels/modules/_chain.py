@@ -51,6 +51,7 @@ class Step(NamedTuple):
     residual: int = -1
     before: tuple[nn.Module, ActSpec] | None = None
     pool: nn.Module | None = None  # a mean over 2x2 pixels after the convolution
+    in_place: str = ""  # whose dtype the sum has, see add() in _run.py
 
 
 class _Program(NamedTuple):
@@ -102,14 +103,14 @@ def run_chain(
 
 def _run_step(registers: list[Tensor], step: Step, memory_format: str, exact: bool, backend: str | None) -> Tensor:
     keywords: dict[str, Any] = {"memory_format": memory_format, "exact": exact, "backend": backend}
-    conv, bn, act, sources, residual, before, pool = step
+    conv, bn, act, sources, residual, before, pool, in_place = step
     xs = [registers[i] for i in sources]
     if before is not None:
         if bn is not None and pool is None:
             return run_dense_conv(xs, *before, conv, bn, act, **keywords)
         xs = [run_bn_act(xs[0] if len(xs) == 1 else torch.cat(xs, 1), *before, backend=backend)]
     if bn is not None:
-        out = run_conv_bn_act(xs[0], conv, bn, act, registers[residual] if residual >= 0 else None, **keywords)
+        out = run_conv_bn_act(xs[0], conv, bn, act, registers[residual] if residual >= 0 else None, in_place, **keywords)
     else:
         out = run_conv_act(xs[0], conv, act, **keywords)
     return out if pool is None else pool(out)
@@ -153,7 +154,7 @@ def _inspect(steps: tuple[Step, ...]) -> tuple[list[Any] | None, list[Tensor]]:
     signature: list[Any] = []
     vectors: list[Tensor] = []
     note, take = signature.append, vectors.append
-    for conv, bn, act, _sources, _residual, before, pool in steps:
+    for conv, bn, act, _sources, _residual, before, pool, _in_place in steps:
         note(_CONV_STATE(conv))
         bias = conv._parameters["bias"]
         note(bias is None)
@@ -202,7 +203,7 @@ def _step_algorithm(step: Step, shape: tuple[int, ...], aligned: bool, exact: bo
 
     ``aligned``: every source but the last fills whole chunks of channels.
     """
-    conv, bn, act, sources, _residual, before, pool = step
+    conv, bn, act, sources, _residual, before, pool, _in_place = step
     if not (_conv_fusable(conv) and _act_fusable(act) and type(conv.padding) is not str and shape[1] == conv.in_channels):
         return None
     if bn is not None and (not _bn_fusable(bn) or bn.training or bn._buffers["running_mean"] is None):
@@ -249,7 +250,7 @@ def _compile(
         return found
 
     for index, step in enumerate(steps):
-        conv, bn, act, sources, residual, before, pool = step
+        conv, bn, act, sources, residual, before, pool, _in_place = step
         if any(len(shapes[i]) != 4 for i in sources):
             return none
         n, _, height, width = shapes[sources[0]]

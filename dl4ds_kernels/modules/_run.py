@@ -91,18 +91,44 @@ def _slope(act: ActSpec) -> float:
     return act.module.negative_slope if act.name == "leaky_relu" and act.module is not None else act.negative_slope
 
 
+def add(z: Tensor, residual: Tensor | None, in_place: str = "") -> Tensor:
+    """``z + residual`` (``residual`` may be None); ``in_place`` says whose dtype the sum has, as after ``z += residual``.
+
+    "z": that of ``z``; "residual": that of ``residual``; "": the promoted one, as of an addition that is not in place. They
+    differ under autocast, where a convolution's output may be bfloat16 beside a float32 shortcut.
+    """
+    if residual is None:
+        return z
+    out = z + residual
+    return out if not in_place else out.to(z.dtype if in_place == "z" else residual.dtype)
+
+
+def _in_place_promotes(in_place: str, dtype: torch.dtype, residual: Tensor | None) -> bool:
+    """Whether an addition in place has to be done by itself to end in the dtype that stock's has."""
+    return bool(in_place) and residual is not None and residual.dtype is not dtype
+
+
+def _autocast_differs(residual: Tensor) -> bool:
+    """Whether a convolution's output has another dtype than ``residual`` because of autocast."""
+    device = residual.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and residual.dtype is not torch.get_autocast_dtype(device)
+
+
 def run_bn_act(
     x: Tensor,
     bn: nn.Module,
     act: ActSpec = NO_ACT,
     residual: Tensor | None = None,
+    in_place: str = "",
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """``act(bn(x) [+ residual])`` of stock modules, fused where they allow it."""
+    """``act(bn(x) [+ residual])`` of stock modules, fused where they allow it; ``in_place`` as in :func:`add`."""
     if not (isinstance(x, Tensor) and _bn_fusable(bn) and _act_fusable(act) and _no_global_hooks()):
-        z = bn(x)  # also under fx.symbolic_trace, where x is a Proxy: the traced graph shows the stock modules
-        return _apply(act, z if residual is None else z + residual)
+        # Also under fx.symbolic_trace, where x is a Proxy: the traced graph shows the stock modules.
+        return _apply(act, add(bn(x), residual, in_place))
+    if _in_place_promotes(in_place, x.dtype, residual):
+        return _apply(act, add(run_bn_act(x, bn, backend=backend), residual, in_place))
     bn._check_input_dim(x)
     training, momentum, running_mean, running_var = batch_statistics_choice(bn)
     return bn_act(
@@ -112,10 +138,12 @@ def run_bn_act(
     )  # fmt: skip
 
 
-def run_add_act(x: Tensor, residual: Tensor, act: ActSpec, *, backend: str | None = None) -> Tensor:
-    """``act(x + residual)``."""
-    if not (isinstance(x, Tensor) and _act_fusable(act) and _no_global_hooks()):
-        return _apply(act, x + residual)
+def run_add_act(x: Tensor, residual: Tensor, act: ActSpec, in_place: str = "", *, backend: str | None = None) -> Tensor:
+    """``act(x + residual)``; ``in_place`` as in :func:`add`."""
+    if not (isinstance(x, Tensor) and _act_fusable(act) and _no_global_hooks()) or _in_place_promotes(
+        in_place, x.dtype, residual
+    ):
+        return _apply(act, add(x, residual, in_place))
     return add_act(x, residual, activation=act.name, negative_slope=_slope(act), backend=backend)
 
 
@@ -155,17 +183,18 @@ def run_conv_bn_act(
     bn: nn.Module,
     act: ActSpec = NO_ACT,
     residual: Tensor | None = None,
+    in_place: str = "",
     *,
     memory_format: str = "auto",
     exact: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``act(bn(conv(x)) [+ residual])`` of stock modules, fused where they allow it.
+    """``act(bn(conv(x)) [+ residual])`` of stock modules, fused where they allow it; ``in_place`` as in :func:`add`.
 
     ``memory_format="auto"``: on the CPU in eval the packed path returns channels_last whatever comes in; "preserve" keeps
     the layout of ``x``.
     """
-    if not (
+    if (in_place and residual is not None and _autocast_differs(residual)) or not (
         _conv_fusable(conv)
         and _bn_fusable(bn)
         and _act_fusable(act)
@@ -173,7 +202,7 @@ def run_conv_bn_act(
         and isinstance(x, Tensor)
         and x.dim() == 4
     ):
-        return run_bn_act(conv(x), bn, act, residual, backend=backend)
+        return run_bn_act(conv(x), bn, act, residual, in_place, backend=backend)
     if bn.training:
         _packing.drop(conv)
     elif bn._buffers["running_mean"] is not None and _worth_packing(_pixels(x, conv), conv, memory_format):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..functional import add_act
-from ._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
+from ._chain import Step, run_chain
+from ._run import NO_ACT, ActSpec, run_bn_act, run_conv_act
 from .residual import conv1x1, conv3x3
 
 
@@ -54,6 +55,7 @@ class _PreActivation(nn.Module):
     relu: nn.Module
     downsample: nn.Module | None
     residual_scale: float
+    prologue = False  # whether the first convolution can do the leading BatchNorm and activation on its way in
 
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
@@ -63,9 +65,22 @@ class _PreActivation(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        z = x if self.bn1 is None else run_bn_act(x, self.bn1, self._act())
+        act, norm = self._act(), self.bn1
+        if norm is not None and self.downsample is None and self.prologue:
+            branch = run_chain((x,), self._steps(act, (norm, act)))
+            return add_act(branch, x, alpha=self.residual_scale, activation="none")
+        z = x if norm is None else run_bn_act(x, norm, act)
         shortcut = x if self.downsample is None else self.downsample(z)
-        return add_act(self.branch(z), shortcut, alpha=self.residual_scale, activation="none")
+        return add_act(run_chain((z,), self._steps(act)), shortcut, alpha=self.residual_scale, activation="none")
+
+    def _steps(self, act: ActSpec, before: tuple[nn.Module, ActSpec] | None = None) -> tuple[Step, ...]:
+        """The convolutions of the branch; ``before``: the leading BatchNorm and activation."""
+        layers = self._layers()
+        last = len(layers) - 1
+        return tuple(
+            Step(conv, bn, act if i < last else NO_ACT, (i,), before=before if i == 0 else None)
+            for i, (conv, bn) in enumerate(layers)
+        )
 
 
 class PreActBasicBlock(_PreActivation):
@@ -104,8 +119,8 @@ class PreActBasicBlock(_PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
 
-    def branch(self, x: Tensor) -> Tensor:
-        return run_conv_act(run_conv_bn_act(x, self.conv1, self.bn2, self._act()), self.conv2)
+    def _layers(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
+        return (self.conv1, self.bn2), (self.conv2, None)
 
 
 class PreActBottleneck(_PreActivation):
@@ -121,6 +136,7 @@ class PreActBottleneck(_PreActivation):
     """
 
     expansion = 4
+    prologue = True
 
     def __init__(
         self,
@@ -144,6 +160,5 @@ class PreActBottleneck(_PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
 
-    def branch(self, x: Tensor) -> Tensor:
-        x = run_conv_bn_act(x, self.conv1, self.bn2, self._act())
-        return run_conv_act(run_conv_bn_act(x, self.conv2, self.bn3, self._act()), self.conv3)
+    def _layers(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
+        return (self.conv1, self.bn2), (self.conv2, self.bn3), (self.conv3, None)

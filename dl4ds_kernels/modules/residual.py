@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..functional import add_act
-from ._run import NO_ACT, ActSpec, run_conv_bn_act
+from ._chain import Step, run_chain
+from ._run import NO_ACT, ActSpec
 
 Norm = Callable[[int], nn.Module]
 
@@ -36,12 +37,18 @@ class _Residual(nn.Module):
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
 
-    def _end(self, x: Tensor, out: Tensor, conv: nn.Module, bn: nn.Module) -> Tensor:
-        """``relu(scale * (bn(conv(out)) + shortcut(x)))``."""
+    def _run(self, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Tensor:
+        """``relu(scale * (branch(x) + shortcut(x)))``; in inference on the CPU one op call, and one for the shortcut."""
+        act, scaled = self._act(), self.residual_scale != 1.0
         shortcut = x if self.downsample is None else self.downsample(x)
-        if self.residual_scale == 1.0:
-            return run_conv_bn_act(out, conv, bn, self._act(), shortcut)
-        return add_act(run_conv_bn_act(out, conv, bn, NO_ACT), shortcut, alpha=self.residual_scale, activation="relu")
+        inputs = (x,) if scaled or shortcut is x else (x, shortcut)
+        n = len(inputs)
+        steps = [Step(conv, bn, act, (0 if i == 0 else n + i - 1,)) for i, (conv, bn) in enumerate(layers)]
+        if scaled:
+            steps[-1] = steps[-1]._replace(act=NO_ACT)
+            return add_act(run_chain(inputs, tuple(steps)), shortcut, alpha=self.residual_scale, activation="relu")
+        steps[-1] = steps[-1]._replace(residual=n - 1, in_place="z")  # stock adds in place
+        return run_chain(inputs, tuple(steps))
 
 
 class BasicBlock(_Residual):
@@ -87,7 +94,7 @@ class BasicBlock(_Residual):
         self.stride, self.residual_scale = stride, residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._end(x, run_conv_bn_act(x, self.conv1, self.bn1, self._act()), self.conv2, self.bn2)
+        return self._run(x, (self.conv1, self.bn1), (self.conv2, self.bn2))
 
 
 class Bottleneck(_Residual):
@@ -134,6 +141,4 @@ class Bottleneck(_Residual):
         self.stride, self.residual_scale = stride, residual_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        out = run_conv_bn_act(x, self.conv1, self.bn1, self._act())
-        out = run_conv_bn_act(out, self.conv2, self.bn2, self._act())
-        return self._end(x, out, self.conv3, self.bn3)
+        return self._run(x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ._chain import Step, run_chain
+from ._pool import is_pool, run_pool
 from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_act, run_conv_bn_act
 from ._transposed import run_conv_transpose_bn_act
 
-_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)  # beside Conv2d and ConvTranspose2d
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
 
 
@@ -15,7 +17,8 @@ class FusedSequential(nn.Sequential):
     """Runs its children one after the other as ``nn.Sequential`` does, with the same state_dict keys.
 
     A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or
-    a 2-D convolution followed by an activation too; everything else is called as it is. Children may be exchanged, hooked or
+    a 2-D convolution followed by an activation too; 2-D convolutions in a row are one op call in inference on the CPU, and
+    poolings take an inference kernel there; everything else is called as it is. Children may be exchanged, hooked or
     frozen at any time: a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
 
     Shape: as the children say.
@@ -31,7 +34,14 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
     while i < n:
         module = children[i]
         kind, after = type(module), children[i + 1] if i + 1 < n else None
-        if kind in _CONVOLUTIONS and type(after) in _NORMS:
+        if kind is nn.Conv2d:
+            steps, i = _steps(children, i)
+            if len(steps) > 1:
+                x = run_chain((x,), steps)
+                continue
+            conv, bn, act = steps[0][:3]
+            x = run_conv_act(x, conv, act) if bn is None else run_conv_bn_act(x, conv, bn, act)
+        elif kind in _CONVOLUTIONS and type(after) in _NORMS:
             act = _act(children, i + 2)
             x = run_conv_bn_act(x, module, after, act)
             i += 2 if act is NO_ACT else 3
@@ -39,18 +49,29 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
             act = _act(children, i + 2)
             x = run_conv_transpose_bn_act(x, module, after, act)
             i += 2 if act is NO_ACT else 3
-        elif kind is nn.Conv2d:
-            act = _act(children, i + 1)
-            x = run_conv_act(x, module, act)
-            i += 1 if act is NO_ACT else 2
         elif kind in _NORMS:
             act = _act(children, i + 1)
             x = run_bn_act(x, module, act)
             i += 1 if act is NO_ACT else 2
         else:
-            x = module(x)
+            x = run_pool(x, module) if is_pool(module) else module(x)
             i += 1
     return x
+
+
+def _steps(children: list[nn.Module], i: int) -> tuple[tuple[Step, ...], int]:
+    """(the 2-D convolutions from place ``i`` on that follow one another, where they end)."""
+    steps: list[Step] = []
+    while i < len(children) and type(children[i]) is nn.Conv2d:
+        conv, bn = children[i], None
+        i += 1
+        if i < len(children) and type(children[i]) in _NORMS:
+            bn = children[i]
+            i += 1
+        act = _act(children, i)
+        i += act is not NO_ACT
+        steps.append(Step(conv, bn, act, (len(steps),)))
+    return tuple(steps), i
 
 
 def _act(children: list[nn.Module], i: int) -> ActSpec:

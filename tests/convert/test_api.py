@@ -191,7 +191,7 @@ def test_example_inputs_are_compared(inputs):
 def test_parity_error_names_the_output_and_undoes_the_change(monkeypatch):
     from dl4ds_kernels.convert import plan
 
-    monkeypatch.setattr(plan, "run_conv_bn_act", lambda x, conv, bn, act, residual, **kw: bn(conv(x)) * 1.01)
+    monkeypatch.setattr(plan, "run_conv_bn_act", lambda x, conv, bn, act, *rest, **kw: bn(conv(x)) * 1.01)
 
     class Dictionary(Net):
         def forward(self, x):

@@ -9,6 +9,7 @@ from convert_models import Net, assert_same, image, seeded
 import dl4ds_kernels as dk
 
 X = image()
+IMAGE8 = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(3))
 
 
 class Pair:
@@ -192,6 +193,59 @@ def test_autocast():
         want, got = pair.stock(X), pair.fused(X)
     assert_same(got, want, 0.06)
     pair.check()
+
+
+class InPlace(torch.nn.Module):
+    """Sums in place: of the branch into which the shortcut goes, of the shortcut, and of two tensors without a BatchNorm."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.conv, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
+        self.side = torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        identity = self.side(x)
+        out = self.bn(self.conv(x)) if self.order != "act" else self.conv(x)
+        if self.order == "shortcut":
+            identity += out
+            return torch.relu(identity)
+        if self.order == "plain":
+            return torch.relu(out + identity)
+        out += identity
+        return torch.relu(out)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("order", ["branch", "shortcut", "act", "plain"])
+def test_sums_in_place_keep_their_dtype_under_autocast(order: str, training: bool):
+    """``out += identity`` is bfloat16 where ``out`` is, ``out + identity`` is float32; gradients reach both."""
+    stock = InPlace(order).train(training)
+    fused = dk.optimize(stock, (X,))
+    assert any("add" in row.pattern for row in fused.dl4ds_report.replaced)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            want, got = copy.deepcopy(stock)(X), fused(X)
+        assert got.dtype == want.dtype == (torch.float32 if order in ("shortcut", "plain") else torch.bfloat16)
+        assert_same(got, want, 0.02)
+    got.float().square().sum().backward()
+    used = [name for name in ("conv.weight", "bn.weight", "side.weight") if order != "act" or name != "bn.weight"]
+    assert all(fused.get_parameter(name).grad.abs().max() > 0 for name in used)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_residual_blocks_keep_their_dtype_under_autocast(training: bool):
+    """A block of ours does as torchvision's when its input is float32."""
+    import torchvision
+
+    torch.manual_seed(0)
+    stock = torchvision.models.resnet.BasicBlock(8, 8).train(training)
+    block = dk.modules.BasicBlock(8, 8).train(training)
+    block.load_state_dict(stock.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = stock(IMAGE8), block(IMAGE8)
+        assert got.dtype == want.dtype == dk.optimize(stock)(IMAGE8).dtype == torch.bfloat16
+    assert_same(got, want, 0.02)
 
 
 def test_copies_do_not_share_what_they_keep():

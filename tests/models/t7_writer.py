@@ -19,8 +19,15 @@ ELEMENTS = {
 class Lua:
     """A Lua object: class name and fields."""
 
-    def __init__(self, name: str, **fields: Any) -> None:
-        self.name, self.fields = name, fields
+    def __init__(self, name: str, version: int = 1, **fields: Any) -> None:
+        self.name, self.version, self.fields = name, version, fields
+
+
+class Function:
+    """A Lua function: byte code and the variables that it closes over, by name."""
+
+    def __init__(self, code: str, **upvalues: Any) -> None:
+        self.code, self.upvalues = code, [{"name": n, "value": v} for n, v in upvalues.items()]
 
 
 class Writer:
@@ -70,9 +77,17 @@ class Writer:
         elif isinstance(value, Lua):
             self.ints(4)
             if self.numbered(value):
-                self.text("V 1")
+                if value.version:  # files from before versions have none
+                    self.text(f"V {value.version}")
                 self.text(value.name)
+                if value.name == "nn.DataParallelTable" and value.version >= 2:
+                    self.write(value.fields["gpuAssignments"])
                 self.write(value.fields)
+        elif isinstance(value, Function):
+            self.ints(8)
+            if self.numbered(value):
+                self.text(value.code)
+                self.write(value.upvalues)
         elif isinstance(value, torch.Tensor):
             self.tensor(value)
         else:

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torchvision
 from _parity import image, seeded
-from reference_resnet import PreNet
-from t7_writer import Lua, t7
+from reference_resnet import CifarNet, PreNet
+from t7_writer import Function, Lua, t7
 from torch import nn
 
 from dl4ds_kernels import models
@@ -40,6 +40,45 @@ def test_values_of_every_kind() -> None:
     twice = Lua("nn.ReLU", inplace=True)
     first, second = parse_t7(t7([twice, twice]))
     assert first is second and first.name == "nn.ReLU" and first.get("inplace") is True
+
+
+def plain(value: Any) -> Any:
+    """A value of either reader without its classes: (name, fields) for objects and functions, tensors as lists."""
+    if isinstance(value, T7Object):
+        fields = {"upvalues": value.fields["upvalues"]} if value.name == "function" else value.fields
+        return value.name, plain(fields)
+    if type(value).__name__ == "TorchObject":
+        return value._typename.decode(), plain(value._obj)
+    if type(value).__name__ == "LuaFunction":
+        return "function", {"upvalues": plain(value.upvalues)}
+    if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
+        return str(value.dtype).removeprefix("torch."), value.tolist()
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+def test_another_reader_sees_the_same(tmp_path: Path) -> None:
+    """torchfile is an independent port of torch7's File.lua."""
+    torchfile = pytest.importorskip("torchfile", reason="torchfile is an independent reader, not installed")
+    shared, twice = torch.arange(12.0), Lua("nn.ReLU", inplace=True, val=0)
+    value = {
+        "network": lua("Sequential", conv(nn.Conv2d(2, 3, 3, bias=False)), norm(nn.BatchNorm2d(3)), twice, twice),
+        "view": shared.view(3, 4)[1:, ::2], "other view": shared[5:7], "bytes": torch.arange(3, dtype=torch.uint8),
+        "long": torch.arange(5), "double": torch.rand(2, 1, 2, dtype=torch.float64), "empty": torch.empty(0),
+        "old": Lua("nn.Identity", version=0, train=False), "hook": Function("\x1bLJ code", x=1.5, y=["a", True]),
+        "list": [1, "two", [3.5, None]], "mixed": {1: "a", "b": 2, 4: False},
+    }  # fmt: skip
+    path = tmp_path / "value.t7"
+    path.write_bytes(t7(value))
+    mine, theirs = plain(models.load_t7(path)), plain(torchfile.load(str(path)))
+    assert mine.keys() == value.keys()
+    for key in value:
+        assert mine[key] == theirs[key], key
+    weight = value["network"].fields["modules"][0].fields["weight"]
+    assert mine["network"][1]["modules"][0][1]["weight"] == ("float32", weight.tolist())
 
 
 def test_a_table_that_holds_itself() -> None:
@@ -142,11 +181,31 @@ def near(ours: nn.Module, stock: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_fb_resnet(name: str, tmp_path: Path) -> None:
-    stock, ours = seeded(getattr(torchvision.models, name)(num_classes=7)), getattr(models, name)(num_classes=7)
-    path = tmp_path / "model.t7"
-    path.write_bytes(t7(Lua("nn.DataParallelTable", modules=[lua_resnet(stock)])))
+    stock, path = seeded(getattr(torchvision.models, name)(num_classes=7)), tmp_path / "model.t7"
+    parallel = {"modules": [lua_resnet(stock)], "gpuAssignments": [1, 2]}
+    for network in (lua_resnet(stock), *(Lua("nn.DataParallelTable", version, **parallel) for version in (1, 3))):
+        ours = getattr(models, name)(num_classes=7)
+        path.write_bytes(t7(network))
+        models.load_checkpoint(ours, path)
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), stock.state_dict().values(), strict=True))
+    near(ours, stock)
+
+
+def test_fb_cifar_resnet(tmp_path: Path) -> None:
+    """resnet.lua's nets for CIFAR: three stages of basic blocks, a pooled and zero-padded shortcut without parameters."""
+    stock, ours = seeded(CifarNet(2)), models.CifarResNet(14)
+    stages: list[list[Lua]] = [[], [], []]
+    for i, block in enumerate(stock.blocks):
+        branch = lua("Sequential", conv(block.a), norm(block.na), lua("ReLU"), conv(block.b), norm(block.nb))
+        pad = lua("Sequential", lua("SpatialAveragePooling"), lua("Concat", lua("Identity"), lua("MulConstant")))
+        table = lua("ConcatTable", branch, pad if block.extra else lua("Identity"))
+        stages[i // 2].append(lua("Sequential", table, lua("CAddTable"), lua("ReLU")))
+    linear = Lua("nn.Linear", weight=stock.last.weight.detach(), bias=stock.last.bias.detach())
+    network = lua("Sequential", conv(stock.first), norm(stock.norm), lua("ReLU"), *(lua("Sequential", *s) for s in stages),
+                  lua("SpatialAveragePooling"), lua("View"), linear)  # fmt: skip
+    path = tmp_path / "cifar.t7"
+    path.write_bytes(t7(network))
     models.load_checkpoint(ours, path)
-    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), stock.state_dict().values(), strict=True))
     near(ours, stock)
 
 

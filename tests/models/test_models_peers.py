@@ -46,6 +46,7 @@ PTCV_DEEP = {
     "preresnet164bn_cifar10": (lambda: models.cifar_preact164(stride_in_1x1=False), "ptcv_preresnet"),
     "resnet110_cifar10": (lambda: models.cifar_resnet110(shortcut="B"), "ptcv_resnet"),
     "resnet50": (lambda: models.resnet50(stride_in_1x1=True), "ptcv_resnet"),
+    "preresnet34": (lambda: models.preact_resnet34(stem="ptcv"), "ptcv_preresnet"),
     "preresnet200": (lambda: models.preact_resnet200(stem="ptcv", stride_in_1x1=True), "ptcv_preresnet"),
     "preresnet1001_cifar10": (lambda: models.cifar_preact1001(stride_in_1x1=False), "ptcv_preresnet"),
 }
@@ -69,8 +70,9 @@ def test_pytorchcv_deep(name: str) -> None:
     build, source = PTCV_DEEP[name]
     x = image(4, 3, size_of(name), size_of(name))
     check_forward(*loaded(build(), ptcv(name), source), x)
-    if name != "preresnet1001_cifar10":  # three steps of it in fp64 take minutes
-        check_training(*loaded(build(), ptcv(name), source), x, rename=from_(source))
+    if name == "preresnet1001_cifar10":  # three steps of 1001 layers in fp64: maps of 8 x 8 keep them under a minute
+        x = image(4, 3, 8, 8)
+    check_training(*loaded(build(), ptcv(name), source), x, rename=from_(source), chaotic="1001" in name)
 
 
 DENSENETS = {
@@ -105,7 +107,7 @@ def test_timm_resnet200() -> None:
     ours, stock = models.resnet200(), timm_model("resnet200")
     ours.load_state_dict(stock.state_dict(), strict=True)
     check_forward(ours, stock, image(2, 3, 64, 64), (2, 1000))
-    check_training(ours, stock, image(2, 3, 64, 64))
+    check_training(ours, stock, image(2, 3, 64, 64), chaotic=True)  # the last maps have eight values a channel
 
 
 @pytest.mark.parametrize(
@@ -155,17 +157,19 @@ class KorniaHeatmaps(nn.Module):
         return clone
 
 
-def test_kornia_hourglass() -> None:
+@pytest.mark.parametrize("stacks", [2, pytest.param(8, marks=pytest.mark.full)])
+def test_kornia_hourglass(stacks: int) -> None:
     backbones = pytest.importorskip(
         "kornia.feature.sold2.backbones", reason="kornia is an independent implementation, not installed"
     )
     torch.manual_seed(0)
-    net = seeded(backbones.HourglassNet(backbones.Bottleneck2D, lambda c: nn.Conv2d(c, 16, 1), 4, 2, 1, 16, 3))
-    ours = models.hourglass(2, wide_stem=True)
+    net = seeded(backbones.HourglassNet(backbones.Bottleneck2D, lambda c: nn.Conv2d(c, 16, 1), 4, stacks, 1, 16, 3))
+    ours = models.hourglass(2, wide_stem=True) if stacks == 2 else models.hourglass8_wide()
     ours.load_state_dict(net.state_dict(), strict=True)
     stock, x = KorniaHeatmaps(net), image(2, 3, 64, 128)
     check_forward(ours, stock, x, (2, 16, 16, 32))
-    check_training(ours, stock, x, rename=lambda tensors: {k.removeprefix("net."): v for k, v in tensors.items()})
+    if stacks == 2:
+        check_training(ours, stock, x, rename=lambda tensors: {k.removeprefix("net."): v for k, v in tensors.items()})
 
 
 def test_converter_errors() -> None:

@@ -9,6 +9,7 @@ import torch
 from _parity import check_forward, check_training, copy_in_order, image, seeded
 from reference_alexnet import PaperAlexNet
 from reference_deconvnet import PaperDeconvNet
+from reference_densenet import PlainDenseNet
 from reference_hourglass import PaperHourglass
 from reference_resnet import CifarNet, PreNet
 from reference_unet import SameUNet, UNet3, ValidUNet
@@ -21,8 +22,8 @@ from dl4ds_kernels.modules import PreActBottleneck
 SCALE = 0.5**0.5
 
 
-def twins(ours: nn.Module, reference: nn.Module) -> tuple[nn.Module, nn.Module]:
-    seeded(reference)
+def twins(ours: nn.Module, reference: nn.Module, gain: float = 1.0) -> tuple[nn.Module, nn.Module]:
+    seeded(reference, gain=gain)
     copy_in_order(ours, reference)
     return ours, reference
 
@@ -53,7 +54,22 @@ def test_cifar(name: str) -> None:
 def test_cifar_deep(name: str, n: int, skip: bool) -> None:
     ours, reference = twins(getattr(models, name)(), CifarNet(n, skip))
     check_forward(ours, reference, image(8, 3, 32, 32), (8, 10))
-    check_training(ours, reference, image(8, 3, 32, 32))
+    check_training(ours, reference, image(8, 3, 32, 32), chaotic=name == "cifar_plain110")
+
+
+@pytest.mark.full
+def test_cifar_resnet1202() -> None:
+    """600 blocks: scales of 0.2 keep the sum of their branches in range."""
+    ours, reference = twins(models.cifar_resnet1202(), CifarNet(200), gain=0.2)
+    check_forward(ours, reference, image(2, 3, 32, 32), (2, 10))
+    check_training(ours, reference, image(2, 3, 16, 16), chaotic=True)
+
+
+@pytest.mark.parametrize(("depth", "growth"), [(40, 12), *(pytest.param(100, k, marks=pytest.mark.full) for k in (12, 24))])
+def test_cifar_densenet_without_bottlenecks(depth: int, growth: int) -> None:
+    ours, reference = twins(getattr(models, f"cifar_densenet{depth}_k{growth}")(), PlainDenseNet(depth, growth))
+    check_forward(ours, reference, image(2, 3, 32, 32), (2, 10))
+    check_training(ours, reference, image(4, 3, 16, 16))
 
 
 PREACT = {
@@ -81,8 +97,6 @@ def test_preact_deep(name: str, counts: tuple[int, ...]) -> None:
 def test_alexnet_paper() -> None:
     ours, reference = twins(models.alexnet_paper(num_classes=10), PaperAlexNet(10))
     check_forward(ours, reference, image(2, 3, 227, 227), (2, 10))
-    for net in (ours, reference):
-        net.train()
     check_training(ours, reference, image(2, 3, 227, 227), steps=1, bn=False)
 
 
@@ -116,10 +130,20 @@ def test_yolov1_running_statistics(kind: str) -> None:
 
 
 @pytest.mark.full
-def test_yolov1_full_width() -> None:
-    """The paper's 271,703,550 parameters with real numbers in them."""
-    ours, reference = twins(models.yolov1(), Yolo("paper"))
-    check_forward(ours, reference, image(1, 3, 448, 448), (1, 1470))
+@pytest.mark.parametrize("kind", ["paper", "darknet", "tiny"])
+def test_yolov1_full_width(kind: str) -> None:
+    """The paper's 271,703,550 parameters with real numbers in them, 197,301,875 and 27,095,374."""
+    build = {"paper": models.yolov1, "darknet": models.yolov1_darknet, "tiny": models.yolov1_tiny}[kind]
+    ours, reference = twins(build(), Yolo(kind))
+    check_forward(ours, reference, image(1, 3, 448, 448), (1, 1715 if kind == "darknet" else 1470))
+    if kind == "tiny":  # gradients of the two large nets, in fp64 too, take more than 10 GB: half the width below
+        check_training(ours, reference, image(1, 3, 448, 448), bn=False, steps=1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["paper", "darknet"])
+def test_yolov1_half_width_training(kind: str) -> None:
+    check_training(*twins(thin(kind, 2), Yolo(kind, 2)), image(1, 3, 448, 448), bn=False, steps=1)
 
 
 UNETS = {
@@ -158,6 +182,7 @@ def test_unet_bn_full_width(name: str, bilinear: bool) -> None:
 def test_unet3d_full_width() -> None:
     ours, stock = twins(models.unet3d(), UNet3(3, 3, 32))
     check_forward(ours, stock, image(1, 3, 92, 92, 92), (1, 3, 4, 4, 4))
+    check_training(ours, stock, image(1, 3, 92, 92, 92), steps=1)  # three in fp64 take a quarter of an hour; width 4 has them
 
 
 def test_unet3d() -> None:
@@ -174,6 +199,13 @@ def test_unet3d_same_padding() -> None:
 @pytest.mark.slow
 def test_deconvnet() -> None:
     ours, stock = models.deconvnet(fc_channels=32), seeded(PaperDeconvNet(21, 32))
+    _copy_deconvnet(ours, stock)
+    check_forward(ours, stock, image(1, 3, 224, 224), (1, 21, 224, 224))
+
+
+@pytest.mark.full
+def test_deconvnet_full_width() -> None:
+    ours, stock = models.deconvnet(), seeded(PaperDeconvNet(21, 4096))
     _copy_deconvnet(ours, stock)
     check_forward(ours, stock, image(1, 3, 224, 224), (1, 21, 224, 224))
 
@@ -217,6 +249,14 @@ def test_hourglass() -> None:
     names = _hourglass_names(stock)
     # The lowest maps have four values a channel: a larger step amplifies rounding through their BatchNorms.
     check_training(ours, stock, image(2, 3, 64, 128), lr=1e-7, rename=lambda ts: {names[k]: t for k, t in ts.items()})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stacks", [1, 2, 4, 8])
+def test_hourglass_stacks(stacks: int) -> None:
+    ours, stock = getattr(models, f"hourglass{stacks}")(), seeded(PaperHourglass(stacks, 16))
+    _copy_hourglass(ours, stock)
+    check_forward(ours, stock, image(1, 3, 128, 128), (1, 16, 32, 32))
 
 
 def _copy_hourglass(ours: nn.Module, stock: PaperHourglass) -> None:
