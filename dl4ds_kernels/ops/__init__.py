@@ -10,5 +10,6 @@ from . import (  # noqa: F401
     max_pool_indices,
     nms,
     pool2d,
+    residual_block,
     upsample_add,
 )

@@ -7,6 +7,7 @@ from .conv_transpose_bn_act import conv_transpose_bn_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .pool2d import avg_pool2d, global_avg_pool2d, max_pool2d
+from .residual_block import residual_block
 from .upsample_add import upsample_add
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "max_pool2d",
     "max_pool_indices",
     "max_unpool",
+    "residual_block",
     "upsample_add",
 ]
