@@ -4,6 +4,7 @@ from .add_act import add_act
 from .add_bn_act import add_bn_act
 from .bn_act import bn_act
 from .bn_act_conv import bn_act_conv
+from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
 from .local_response_norm import local_response_norm
@@ -24,6 +25,7 @@ __all__ = [
     "batched_nms",
     "bn_act",
     "bn_act_conv",
+    "bn_act_max_pool",
     "bottleneck",
     "conv_bn_act",
     "conv_transpose_bn_act",

@@ -162,12 +162,12 @@ def _public(
             scale = {"alpha": alpha} if preact else {}
             return handle_torch_function(function, (x,), x, params, downsample, **scale, **options)
         if len(params) != count:
-            fail(name, "params", f"{count} convolutions", len(params), ValueError)
+            raise ValueError(name)  # in words below
         return run_block(
             x, params, downsample, preact=preact, shortcut=IDENTITY if downsample is None else PROJECTION, alpha=alpha, **options
         )
     except Exception:
-        _explain(name, x, params, downsample, preact, options["activation"])
+        _explain(name, x, params, count, downsample, preact, options["activation"])
         raise
 
 
@@ -322,14 +322,14 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _explain(
-    name: str, x: Any, params: Any, downsample: Any, preact: bool, activation: Any
-) -> None:  # fmt: skip
+def _explain(name: str, x: Any, params: Any, count: int, downsample: Any, preact: bool, activation: Any) -> None:
     """Raise the clear error for bad input; return where the input is fine and the error has another cause."""
     activation_code(name, activation)
     check_floating(name, "x", x)
     if x.dim() != 4:
         fail(name, "x", "(N, C, H, W)", tuple(x.shape))
+    if len(params) != count:
+        fail(name, "params", f"{count} convolutions", len(params), ValueError)
     channels = x.shape[1]
     for i, conv in enumerate(params):
         what = f"params[{i}]"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules import FusedSequential
+from ..modules._block import run_residual_block
 from ..modules._run import ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.sequential import run_sequence
 from ._init import he_fan_in
@@ -55,20 +56,27 @@ class DenseLayer(nn.Module):
         self.drop_rate, self.memory_efficient = float(drop_rate), memory_efficient
 
     def forward(self, x: Tensor) -> Tensor:
+        pairs = [(self.conv1, self.norm1), (self.conv2, self.norm2)] if self.bottleneck else [(self.conv1, self.norm1)]
+        z = None
+        if not self.bottleneck or is_plain(self.relu2):
+            z = run_residual_block(x, pairs, ActSpec("relu", 0.0, self.relu1), None, preact=True, add=False)
+        if z is None:
+            z = self._layers(x)
+        return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
+
+    def _layers(self, x: Tensor) -> Tensor:
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
-            z = run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
-        else:
-            z = run_conv_act(z, self.conv1)
-        return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
+            return run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
+        return run_conv_act(z, self.conv1)
 
 
 class DenseBlock(nn.ModuleDict):
     """Layers that each see every feature before them.
 
     Without gradients all features lie in one buffer: a layer's BatchNorm reads the first channels of it and its output is
-    written behind them, so nothing is concatenated. With gradients every layer concatenates; ``memory_efficient`` then keeps
-    only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
+    written behind them, so nothing is concatenated. With gradients every layer concatenates and keeps the concatenation and its
+    first convolution's output, no activations; ``memory_efficient`` keeps only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
     it twice).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).

@@ -1,7 +1,8 @@
 """Pre-activation residual blocks: BN - act - conv, added without an activation after the sum.
 
 Each convolution but the last runs fused with the BatchNorm and activation behind it; the leading BatchNorm is a pass of its own
-because the shortcut uses the same input.
+because the shortcut uses the same input. With gradients the whole block is one autograd node that keeps no activations
+(functional/residual_block.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..functional import add_act
+from ._block import Pair, run_norm_act_conv, run_residual_block
 from ._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from .residual import conv1x1, conv3x3
 
@@ -40,7 +42,7 @@ class BNActConv2d(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_conv_act(run_bn_act(x, self.bn, ActSpec("relu", 0.0, self.relu)), self.conv)
+        return run_norm_act_conv(x, self.bn, ActSpec("relu", 0.0, self.relu), self.conv)
 
 
 class _PreActivation(nn.Module):
@@ -58,11 +60,18 @@ class _PreActivation(nn.Module):
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
 
+    def pairs(self) -> list[Pair]:
+        """The convolutions of the branch, each with the BatchNorm in front of it."""
+        raise NotImplementedError
+
     def branch(self, x: Tensor) -> Tensor:
-        """The residual branch behind the leading BN + act."""
+        """The residual branch behind the leading BN + act, layer by layer."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        out = run_residual_block(x, self.pairs(), self._act(), self.downsample, preact=True, alpha=self.residual_scale)
+        if out is not None:
+            return out
         z = x if self.bn1 is None else run_bn_act(x, self.bn1, self._act())
         shortcut = x if self.downsample is None else self.downsample(z)
         return add_act(self.branch(z), shortcut, alpha=self.residual_scale, activation="none")
@@ -104,6 +113,9 @@ class PreActBasicBlock(_PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
 
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+
     def branch(self, x: Tensor) -> Tensor:
         return run_conv_act(run_conv_bn_act(x, self.conv1, self.bn2, self._act()), self.conv2)
 
@@ -143,6 +155,9 @@ class PreActBottleneck(_PreActivation):
         self.conv3 = conv1x1(planes, planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
+
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
 
     def branch(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act(x, self.conv1, self.bn2, self._act())

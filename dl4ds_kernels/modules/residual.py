@@ -1,7 +1,8 @@
 """Post-activation residual blocks: torchvision's attribute names and state_dict keys, fused forward and backward.
 
 ``BasicBlock``: conv3x3 - BN - act - conv3x3 - BN - (+ shortcut) - act. ``Bottleneck``: 1x1, 3x3, 1x1. The last BatchNorm, the
-addition and the activation are one pass.
+addition and the activation are one pass; with gradients the whole block is one autograd node (functional/residual_block.py),
+which keeps convolution outputs and no activations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..functional import add_act
+from ._block import Pair, run_residual_block
 from ._run import NO_ACT, ActSpec, run_conv_bn_act
 
 Norm = Callable[[int], nn.Module]
@@ -32,6 +34,24 @@ class _Residual(nn.Module):
     relu: nn.Module
     downsample: nn.Module | None
     residual_scale: float
+    memory_efficient: bool
+
+    def pairs(self) -> list[Pair]:
+        """The convolutions of the branch with their BatchNorms."""
+        raise NotImplementedError
+
+    def layers(self, x: Tensor) -> Tensor:
+        """The block layer by layer."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.residual_scale == 1.0:
+            out = run_residual_block(
+                x, self.pairs(), self._act(), self.downsample, memory_efficient=self.memory_efficient
+            )  # fmt: skip
+            if out is not None:
+                return out
+        return self.layers(x)
 
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
@@ -50,6 +70,7 @@ class BasicBlock(_Residual):
     Args:
         inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's.
         residual_scale: factor after the addition (``1 / sqrt(2)`` keeps the variance constant).
+        memory_efficient: in training, compute the last convolution again in backward instead of keeping its output.
 
     Shape: x (N, inplanes, H, W) -> (N, planes, ceil(H / stride), ceil(W / stride)).
     Raises: ValueError for groups, base_width or dilation that torchvision's block refuses too.
@@ -70,6 +91,7 @@ class BasicBlock(_Residual):
         norm_layer: Norm | None = None,
         *,
         residual_scale: float = 1.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         if groups != 1 or base_width != 64 or dilation != 1:
@@ -84,9 +106,12 @@ class BasicBlock(_Residual):
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm(planes)
         self.downsample = downsample
-        self.stride, self.residual_scale = stride, residual_scale
+        self.stride, self.residual_scale, self.memory_efficient = stride, residual_scale, memory_efficient
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+
+    def layers(self, x: Tensor) -> Tensor:
         return self._end(x, run_conv_bn_act(x, self.conv1, self.bn1, self._act()), self.conv2, self.bn2)
 
 
@@ -98,6 +123,7 @@ class Bottleneck(_Residual):
             channels leave the block.
         stride_in_1x1: the stride is on the first 1x1 convolution (the 2015 paper) instead of the 3x3 (torchvision).
         residual_scale: factor after the addition.
+        memory_efficient: as in :class:`BasicBlock`.
 
     Shape: x (N, inplanes, H, W) -> (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
     Reference: He et al., Deep Residual Learning for Image Recognition, 2015.
@@ -118,6 +144,7 @@ class Bottleneck(_Residual):
         *,
         stride_in_1x1: bool = False,
         residual_scale: float = 1.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         norm = norm_layer or nn.BatchNorm2d
@@ -131,9 +158,12 @@ class Bottleneck(_Residual):
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
-        self.stride, self.residual_scale = stride, residual_scale
+        self.stride, self.residual_scale, self.memory_efficient = stride, residual_scale, memory_efficient
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+    def layers(self, x: Tensor) -> Tensor:
         out = run_conv_bn_act(x, self.conv1, self.bn1, self._act())
         out = run_conv_bn_act(out, self.conv2, self.bn2, self._act())
         return self._end(x, out, self.conv3, self.bn3)

@@ -4,6 +4,7 @@ from . import (  # noqa: F401
     _conv_transpose_packed,
     add_act,
     bn_act,
+    bn_act_max_pool,
     conv_bn_act,
     conv_transpose_bn_act,
     local_response_norm,

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
 from ._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, decode
-from .bn_act import eval_statistics
+from .bn_act import eval_statistics, normalise_again
 
 Tensors = list[Tensor]
 
@@ -49,20 +49,15 @@ class _Schedule:
         return self._running[norm.running], self._running[norm.running + 1]
 
     def again(self, y: Tensor, norm: Norm, activation: int) -> Tensor:
-        """``act(bn(y))`` as the forward pass computed it, bit for bit.
-
-        In training: an eval call with weight * rstd as the weight, running variance 1 and eps 0, so that the kernel multiplies
-        with the same rounded product as before.
-        """
-        weight, bias = self.vectors(norm)
+        """``act(bn(y))`` as the forward pass computed it, bit for bit; running statistics are not touched."""
+        block, tensors = self.block, (y, *self.vectors(norm))
         if self.training:
-            mean, rstd = self.statistics[norm.index]
-            scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
-            tensors, eps, eps_std = (y, scale, bias, mean, torch.ones_like(rstd)), 0.0, False
-        else:
-            tensors, eps, eps_std = (y, weight, bias, *self.running(norm)), norm.eps, norm.eps_std
-        slope = self.block.negative_slope
-        return op("bn_act", self.namespace)(*tensors, None, False, 0.0, eps, eps_std, activation, slope, False)[0]
+            return normalise_again(
+                self.namespace, *tensors, *self.statistics[norm.index], activation, block.negative_slope
+            )  # fmt: skip
+        return op("bn_act", self.namespace)(
+            *tensors, *self.running(norm), None, False, 0.0, norm.eps, norm.eps_std, activation, block.negative_slope, False
+        )[0]
 
 
 def _forward(

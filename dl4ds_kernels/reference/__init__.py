@@ -2,6 +2,7 @@
 
 from .add_act import add3_act, add_act
 from .bn_act import bn_act
+from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
 from .local_response_norm import local_response_norm
@@ -15,6 +16,7 @@ __all__ = [
     "add_act",
     "avg_pool2d",
     "bn_act",
+    "bn_act_max_pool",
     "conv_bn_act",
     "conv_transpose_bn_act",
     "global_avg_pool2d",
