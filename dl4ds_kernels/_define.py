@@ -72,6 +72,8 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     triton: bool = True,
+    compose: Callable[..., Any] | None = None,
+    composed_of: str = "",
     tags: Sequence[torch.Tag] = (),
 ) -> None:
     """Define ``name`` in both namespaces.
@@ -84,6 +86,8 @@ def define_op(
         setup_context, backward: autograd formula; ``backward(namespace, ctx, *grads)``.
         autocast: ``autocast(dtype, *args) -> args`` casts the arguments under autocast.
         triton: whether a Triton twin exists; where not, its namespace reports the op as missing.
+        compose, composed_of: ``compose(namespace, *args)`` is the kernel of every namespace and device that has one of the op
+            ``composed_of`` (defined before), for an op that only schedules others.
         tags: more dispatcher tags; ``pt2_compliant_tag`` and ``needs_exact_strides`` (the bit masks lie in memory order, so
             Inductor must not relayout arguments) are always set.
     """
@@ -102,7 +106,11 @@ def define_op(
             for device, key in _AUTOCAST_KEYS.items():
                 library.impl(name, partial(_run_autocast, qualified, device, key, autocast), key)
         for key in ("CPU", "CUDA"):
-            _register_kernel(library, namespace, name, stem, key, triton)
+            if compose is not None and has_kernel(composed_of, namespace, key.lower()):
+                library.impl(name, partial(compose, namespace), key)
+                _kernels.add((name, namespace, key.lower()))
+            else:
+                _register_kernel(library, namespace, name, stem, key, triton and compose is None)
 
 
 def _run_fake(name: str, fake: Callable[..., Any], *args: Any) -> Any:

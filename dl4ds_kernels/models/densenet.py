@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..functional import global_avg_pool2d
 from ..modules import FusedSequential
+from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
 from ..modules._packed import applies
 from ..modules._run import NO_ACT, ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
@@ -63,12 +64,19 @@ class DenseLayer(nn.Module):
         return DenseLayerParts(self.norm1, relu1, self.conv1, self.norm2, relu2, self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
+        pairs = [(self.conv1, self.norm1), (self.conv2, self.norm2)] if self.bottleneck else [(self.conv1, self.norm1)]
+        z = None
+        if not self.bottleneck or is_plain(self.relu2):
+            z = run_residual_block(x, pairs, ActSpec("relu", 0.0, self.relu1), None, preact=True, add=False)
+        if z is None:
+            z = self._layers(x)
+        return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
+
+    def _layers(self, x: Tensor) -> Tensor:
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
-            z = run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
-        else:
-            z = run_conv_act(z, self.conv1)
-        return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
+            return run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)
+        return run_conv_act(z, self.conv1)
 
 
 class DenseBlock(nn.ModuleDict):
@@ -76,9 +84,9 @@ class DenseBlock(nn.ModuleDict):
 
     In inference nothing is concatenated layer by layer: on the CPU every bottleneck reads its inputs where they lie and the
     block is one op call; elsewhere all features lie in one buffer, of which a layer's BatchNorm reads the first channels and
-    behind which its output is written. With gradients every layer concatenates; ``memory_efficient`` then keeps
-    only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
-    it twice).
+    behind which its output is written. With gradients every layer concatenates and keeps the concatenation and its first
+    convolution's output, no activations; ``memory_efficient`` then keeps only the layers' outputs and computes each layer again
+    in backward (running statistics see a batch once; torchvision's see it twice).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).
     """

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import BasicBlock, Bottleneck, FusedSequential
+from ..modules._block import run_conv_bn_act_pool
 from ..modules._pool import run_pool
-from ..modules._run import ActSpec, run_conv_bn_act
+from ..modules._run import ActSpec
 from ..modules.residual import conv1x1
 from ._init import he_fan_out
 from ._registry import register
@@ -39,6 +40,7 @@ class ResNet(nn.Module):
         groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's.
         zero_init_residual: the last BatchNorm of each branch starts at 0, every block as the identity.
         stride_in_1x1: stride on the 1x1 convolution of a bottleneck (the paper) instead of the 3x3 (torchvision, default).
+        memory_efficient: in training, compute each block's last convolution again in backward instead of keeping its output.
         residual_scale: factor after each addition; ``1 / sqrt(2)`` keeps the variance of the activations constant.
 
     Shape: x (N, 3, H, W), any size from 1 on, in the paper 224 -> logits (N, num_classes).
@@ -57,6 +59,7 @@ class ResNet(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
         stride_in_1x1: bool = False,
         residual_scale: float = 1.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         dilate = tuple(replace_stride_with_dilation or (False, False, False))
@@ -65,7 +68,7 @@ class ResNet(nn.Module):
                 f"ResNet: layers, replace_stride_with_dilation: expected 4 and 3 entries, got {len(layers)} and {len(dilate)}"
             )
         self._norm, self._groups, self._base_width = norm_layer or nn.BatchNorm2d, groups, width_per_group
-        self._options: dict[str, Any] = {"residual_scale": residual_scale}
+        self._options: dict[str, Any] = {"residual_scale": residual_scale, "memory_efficient": memory_efficient}
         if stride_in_1x1:
             if block is BasicBlock:
                 raise ValueError("ResNet: stride_in_1x1: expected False for BasicBlock, which has no 1x1 convolution, got True")
@@ -106,7 +109,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = run_pool(run_conv_bn_act(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu)), self.maxpool)
+        x = run_conv_bn_act_pool(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu), self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(run_pool(x, self.avgpool), 1))
 

@@ -1,7 +1,8 @@
 """Pre-activation residual blocks: BN - act - conv, added without an activation after the sum.
 
 Each convolution but the last runs fused with the BatchNorm and activation behind it; the leading BatchNorm is a pass of its own
-because the shortcut uses the same input.
+because the shortcut uses the same input. With gradients the whole block is one autograd node that keeps no activations
+(functional/residual_block.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..functional import add_act
+from ._block import Pair, run_norm_act_conv, run_residual_block
 from ._chain import Step, run_chain
-from ._run import NO_ACT, ActSpec, run_bn_act, run_conv_act
+from ._run import NO_ACT, ActSpec, run_bn_act
 from .residual import conv1x1, conv3x3
 
 
@@ -41,7 +43,7 @@ class BNActConv2d(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_conv_act(run_bn_act(x, self.bn, ActSpec("relu", 0.0, self.relu)), self.conv)
+        return run_norm_act_conv(x, self.bn, ActSpec("relu", 0.0, self.relu), self.conv)
 
 
 class _PreActivation(nn.Module):
@@ -60,11 +62,14 @@ class _PreActivation(nn.Module):
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The residual branch behind the leading BN + act."""
+    def pairs(self) -> list[Pair]:
+        """The convolutions of the branch, each with the BatchNorm in front of it."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        out = run_residual_block(x, self.pairs(), self._act(), self.downsample, preact=True, alpha=self.residual_scale)
+        if out is not None:
+            return out
         act, norm = self._act(), self.bn1
         if norm is not None and self.downsample is None and self.prologue:
             branch = run_chain((x,), self._steps(act, (norm, act)))
@@ -75,11 +80,11 @@ class _PreActivation(nn.Module):
 
     def _steps(self, act: ActSpec, before: tuple[nn.Module, ActSpec] | None = None) -> tuple[Step, ...]:
         """The convolutions of the branch; ``before``: the leading BatchNorm and activation."""
-        layers = self._layers()
-        last = len(layers) - 1
+        convs, norms = zip(*self.pairs(), strict=True)
+        behind = [(norm, act) for norm in norms[1:]] + [(None, NO_ACT)]
         return tuple(
-            Step(conv, bn, act if i < last else NO_ACT, (i,), before=before if i == 0 else None)
-            for i, (conv, bn) in enumerate(layers)
+            Step(conv, norm, then, (i,), before=before if i == 0 else None)
+            for i, (conv, (norm, then)) in enumerate(zip(convs, behind, strict=True))
         )
 
 
@@ -119,8 +124,8 @@ class PreActBasicBlock(_PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
 
-    def _layers(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
-        return (self.conv1, self.bn2), (self.conv2, None)
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class PreActBottleneck(_PreActivation):
@@ -160,5 +165,5 @@ class PreActBottleneck(_PreActivation):
         self.relu = nn.ReLU(inplace=True)
         self.downsample, self.residual_scale = downsample, residual_scale
 
-    def _layers(self) -> tuple[tuple[nn.Module, nn.Module | None], ...]:
-        return (self.conv1, self.bn2), (self.conv2, self.bn3), (self.conv3, None)
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]

@@ -1,7 +1,8 @@
 """Post-activation residual blocks: torchvision's attribute names and state_dict keys, fused forward and backward.
 
 ``BasicBlock``: conv3x3 - BN - act - conv3x3 - BN - (+ shortcut) - act. ``Bottleneck``: 1x1, 3x3, 1x1. The last BatchNorm, the
-addition and the activation are one pass.
+addition and the activation are one pass; with gradients the whole block is one autograd node (functional/residual_block.py),
+which keeps convolution outputs and no activations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..functional import add_act
+from ._block import Pair, run_residual_block
 from ._chain import Step, run_chain
 from ._run import NO_ACT, ActSpec
 
@@ -33,17 +35,31 @@ class _Residual(nn.Module):
     relu: nn.Module
     downsample: nn.Module | None
     residual_scale: float
+    memory_efficient: bool
+
+    def pairs(self) -> list[Pair]:
+        """The convolutions of the branch with their BatchNorms."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.residual_scale == 1.0:
+            out = run_residual_block(
+                x, self.pairs(), self._act(), self.downsample, memory_efficient=self.memory_efficient
+            )  # fmt: skip
+            if out is not None:
+                return out
+        return self._run(x)
 
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
 
-    def _run(self, x: Tensor, *layers: tuple[nn.Module, nn.Module]) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
         """``relu(scale * (branch(x) + shortcut(x)))``; in inference on the CPU one op call, and one for the shortcut."""
         act, scaled = self._act(), self.residual_scale != 1.0
         shortcut = x if self.downsample is None else self.downsample(x)
         inputs = (x,) if scaled or shortcut is x else (x, shortcut)
         n = len(inputs)
-        steps = [Step(conv, bn, act, (0 if i == 0 else n + i - 1,)) for i, (conv, bn) in enumerate(layers)]
+        steps = [Step(conv, bn, act, (0 if i == 0 else n + i - 1,)) for i, (conv, bn) in enumerate(self.pairs())]
         if scaled:
             steps[-1] = steps[-1]._replace(act=NO_ACT)
             return add_act(run_chain(inputs, tuple(steps)), shortcut, alpha=self.residual_scale, activation="relu")
@@ -57,6 +73,7 @@ class BasicBlock(_Residual):
     Args:
         inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's.
         residual_scale: factor after the addition (``1 / sqrt(2)`` keeps the variance constant).
+        memory_efficient: in training, compute the last convolution again in backward instead of keeping its output.
 
     Shape: x (N, inplanes, H, W) -> (N, planes, ceil(H / stride), ceil(W / stride)).
     Raises: ValueError for groups, base_width or dilation that torchvision's block refuses too.
@@ -77,6 +94,7 @@ class BasicBlock(_Residual):
         norm_layer: Norm | None = None,
         *,
         residual_scale: float = 1.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         if groups != 1 or base_width != 64 or dilation != 1:
@@ -91,10 +109,10 @@ class BasicBlock(_Residual):
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm(planes)
         self.downsample = downsample
-        self.stride, self.residual_scale = stride, residual_scale
+        self.stride, self.residual_scale, self.memory_efficient = stride, residual_scale, memory_efficient
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, (self.conv1, self.bn1), (self.conv2, self.bn2))
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class Bottleneck(_Residual):
@@ -105,6 +123,7 @@ class Bottleneck(_Residual):
             channels leave the block.
         stride_in_1x1: the stride is on the first 1x1 convolution (the 2015 paper) instead of the 3x3 (torchvision).
         residual_scale: factor after the addition.
+        memory_efficient: as in :class:`BasicBlock`.
 
     Shape: x (N, inplanes, H, W) -> (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
     Reference: He et al., Deep Residual Learning for Image Recognition, 2015.
@@ -125,6 +144,7 @@ class Bottleneck(_Residual):
         *,
         stride_in_1x1: bool = False,
         residual_scale: float = 1.0,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__()
         norm = norm_layer or nn.BatchNorm2d
@@ -138,7 +158,7 @@ class Bottleneck(_Residual):
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
-        self.stride, self.residual_scale = stride, residual_scale
+        self.stride, self.residual_scale, self.memory_efficient = stride, residual_scale, memory_efficient
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+    def pairs(self) -> list[Pair]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ._block import run_conv_bn_act_pool, run_norm_act_conv
 from ._chain import Step, run_chain
 from ._pool import is_pool, run_pool
 from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_act, run_conv_bn_act
@@ -16,13 +18,16 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
 class FusedSequential(nn.Sequential):
     """Runs its children one after the other as ``nn.Sequential`` does, with the same state_dict keys.
 
-    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or
-    a 2-D convolution followed by an activation too; 2-D convolutions in a row are one op call in inference on the CPU, and
-    poolings take an inference kernel there; everything else is called as it is. Children may be exchanged, hooked or
+    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or a
+    2-D convolution followed by an activation too; everything else is called as it is. In inference on the CPU 2-D convolutions
+    in a row are one op call, and poolings take a kernel of ours. With gradients BatchNorm - activation - convolution, and
+    convolution - BatchNorm - activation - max-pooling, are one autograd node. Children may be exchanged, hooked or
     frozen at any time: a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
 
     Shape: as the children say.
     """
+
+    in_order = True  # the forward is the children's, one after the other
 
     def forward(self, x: Tensor) -> Tensor:
         return run_sequence(list(self._modules.values()), x)
@@ -36,11 +41,12 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
         kind, after = type(module), children[i + 1] if i + 1 < n else None
         if kind is nn.Conv2d:
             steps, i = _steps(children, i)
-            if len(steps) > 1:
-                x = run_chain((x,), steps)
-                continue
-            conv, bn, act = steps[0][:3]
-            x = run_conv_act(x, conv, act) if bn is None else run_conv_bn_act(x, conv, bn, act)
+            pool = children[i] if i < n and type(children[i]) is nn.MaxPool2d else None
+            if pool is not None and steps[-1].bn is not None and torch.is_grad_enabled():
+                x = run_conv_bn_act_pool(_run_steps(x, steps[:-1]), *steps[-1][:3], pool)
+                i += 1
+            else:
+                x = _run_steps(x, steps)
         elif kind in _CONVOLUTIONS and type(after) in _NORMS:
             act = _act(children, i + 2)
             x = run_conv_bn_act(x, module, after, act)
@@ -51,12 +57,24 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
             i += 2 if act is NO_ACT else 3
         elif kind in _NORMS:
             act = _act(children, i + 1)
-            x = run_bn_act(x, module, act)
             i += 1 if act is NO_ACT else 2
+            if act is not NO_ACT and i < n and type(children[i]) is nn.Conv2d and _stands_alone(children, i):
+                x = run_norm_act_conv(x, module, act, children[i])
+                i += 1
+            else:
+                x = run_bn_act(x, module, act)
         else:
             x = run_pool(x, module) if is_pool(module) else module(x)
             i += 1
     return x
+
+
+def _run_steps(x: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """Several in one op call where that is possible; one by itself, which costs less host time."""
+    if len(steps) != 1:
+        return run_chain((x,), steps) if steps else x
+    conv, bn, act = steps[0][:3]
+    return run_conv_act(x, conv, act) if bn is None else run_conv_bn_act(x, conv, bn, act)
 
 
 def _steps(children: list[nn.Module], i: int) -> tuple[tuple[Step, ...], int]:
@@ -72,6 +90,11 @@ def _steps(children: list[nn.Module], i: int) -> tuple[tuple[Step, ...], int]:
         i += act is not NO_ACT
         steps.append(Step(conv, bn, act, (len(steps),)))
     return tuple(steps), i
+
+
+def _stands_alone(children: list[nn.Module], i: int) -> bool:
+    """Whether nothing behind the convolution at place ``i`` is fused with it."""
+    return _act(children, i + 1) is NO_ACT and not (i + 1 < len(children) and type(children[i + 1]) in _NORMS)
 
 
 def _act(children: list[nn.Module], i: int) -> ActSpec:

@@ -4,11 +4,13 @@ from . import (  # noqa: F401
     _conv_transpose_packed,
     add_act,
     bn_act,
+    bn_act_max_pool,
     conv_bn_act,
     conv_transpose_bn_act,
     local_response_norm,
     max_pool_indices,
     nms,
     pool2d,
+    residual_block,
     upsample_add,
 )

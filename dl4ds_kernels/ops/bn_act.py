@@ -90,6 +90,27 @@ def eval_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, eps: f
     return mean, (var.sqrt() + eps).reciprocal() if eps_std else (var + eps).rsqrt()
 
 
+def normalise_again(
+    namespace: str,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+    negative_slope: float,
+) -> Tensor:
+    """``act(bn(y))`` from the batch statistics of an earlier training call, with the bits of that call.
+
+    An eval call with weight * rstd as the weight, running variance 1 and eps 0: the kernels then multiply with the same
+    rounded product as before.
+    """
+    scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+    return op("bn_act", namespace)(
+        y, scale, bias, mean, torch.ones_like(rstd), None, False, 0.0, 0.0, False, activation, negative_slope, False
+    )[0]
+
+
 def _fake_bwd(
     dout: Tensor,
     x: Tensor,

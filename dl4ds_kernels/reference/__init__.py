@@ -2,11 +2,13 @@
 
 from .add_act import add3_act, add_act
 from .bn_act import bn_act
+from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .pool2d import avg_pool2d, global_avg_pool2d, max_pool2d
+from .residual_block import residual_block
 from .upsample_add import upsample_add
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "add_act",
     "avg_pool2d",
     "bn_act",
+    "bn_act_max_pool",
     "conv_bn_act",
     "conv_transpose_bn_act",
     "global_avg_pool2d",
@@ -21,5 +24,6 @@ __all__ = [
     "max_pool2d",
     "max_pool_indices",
     "max_unpool",
+    "residual_block",
     "upsample_add",
 ]

@@ -1,0 +1,139 @@
+"""Contract and schedule of ``bn_act_max_pool``: ``max_pool2d(act(batch_norm(x)))``, the end of a network's stem.
+
+No kernel of its own: ``bn_act`` and torch's pooling. What one op buys is memory: ``x`` and per-channel statistics are kept for
+backward, neither the activated map (four times the pooled one) nor the pooling's 8-byte indices; both are made again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._define import CPP, define_op, op
+from .bn_act import eval_statistics, normalise_again
+
+_POOL = torch.ops.aten.max_pool2d_with_indices
+_ARGS = 16
+
+
+def _forward(
+    namespace: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    eps_std: bool,
+    activation: int,
+    negative_slope: float,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, ...]:
+    """``(out, mean, rstd, new_running_mean, new_running_var)``; vectors that do not apply are empty."""
+    z, mean, rstd, _, new_mean, new_var = op("bn_act", namespace)(
+        x, weight, bias, running_mean, running_var, None, training, momentum, eps, eps_std, activation, negative_slope, False
+    )
+    out, _ = _POOL(z, kernel, stride, padding, dilation, ceil_mode)
+    return out, mean, rstd, new_mean, new_var
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, running_mean, running_var, training = inputs[:6]
+    _, mean, rstd, _, _ = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, *((mean, rstd) if training else (running_mean, running_var)))
+    ctx.scalars = (training, *inputs[7:])
+
+
+def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    grads: list[Any] = [None] * _ARGS
+    if dout is None:
+        return tuple(grads)
+    x, weight, bias, first, second = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx, dweight, dbias = op("bn_act_max_pool_bwd", namespace)(
+        dout, x, weight, bias, first, second, *ctx.scalars, need_x, need_weight or need_bias
+    )
+    if need_x:
+        grads[0] = dx
+    if need_weight:
+        grads[1] = dweight.to(weight.dtype)
+    if need_bias:
+        grads[2] = dbias.to(bias.dtype)
+    return tuple(grads)
+
+
+def _gradients(
+    namespace: str,
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    training: bool,
+    eps: float,
+    eps_std: bool,
+    activation: int,
+    negative_slope: float,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    need_dx: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
+    """``(dx, dweight, dbias)``; ``first, second``: mean and rstd in training, else the running statistics."""
+    if training:
+        mean, rstd = first, second
+        z = normalise_again(namespace, x, weight, bias, mean, rstd, activation, negative_slope)
+    else:
+        mean, rstd = eval_statistics(x, first, second, eps, eps_std)
+        z = op("bn_act", namespace)(
+            x, weight, bias, first, second, None, False, 0.0, eps, eps_std, activation, negative_slope, False
+        )[0]
+    _, where = _POOL(z, kernel, stride, padding, dilation, ceil_mode)
+    dz = torch.ops.aten.max_pool2d_with_indices_backward(dout, z, kernel, stride, padding, dilation, ceil_mode, where)
+    del z, where
+    return op("bn_act_bwd", namespace)(
+        dz, x, weight, bias, mean, rstd, None, None, training, eps, eps_std, activation, negative_slope, need_dx, need_dparams,
+        False,
+    )[:3]  # fmt: skip
+
+
+_SCALARS = (
+    "bool training, {momentum}float eps, bool eps_std, int activation, float negative_slope, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, bool ceil_mode"
+)
+
+define_op(
+    "bn_act_max_pool",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    + _SCALARS.format(momentum="float momentum, ")
+    + ") -> (Tensor out, Tensor mean, Tensor rstd, Tensor new_running_mean, Tensor new_running_var)",
+    fake=partial(_forward, CPP),
+    setup_context=_setup_context,
+    backward=_backward,
+    composed_of="bn_act",
+    compose=_forward,
+)
+define_op(
+    "bn_act_max_pool_bwd",
+    "(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor first, Tensor second, "
+    + _SCALARS.format(momentum="")
+    + ", bool need_dx, bool need_dparams) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=partial(_gradients, CPP),
+    composed_of="bn_act",
+    compose=_gradients,
+)
