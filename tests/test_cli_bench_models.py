@@ -66,12 +66,17 @@ def test_a_factory_with_every_layout_and_dtype(zoo: types.ModuleType, kernels: N
         assert row["gflop_per_s"] == pytest.approx(flops / row["median_ms"] / 1e6, rel=0.02, abs=0.06)
 
 
-def test_exact_has_the_strict_limit(zoo: types.ModuleType) -> None:
+def test_exact_has_the_strict_limit(zoo: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         bench = models.ModelBench("zoo_of_the_test:small", exact=True)
     case = benchmark.Case("model", bench.select("3x8x8")[0], 1, "fp32", "nchw")
     assert bench.floor(case, "auto") < 1e-6 < bench.floor(case, "eager") == 1e-4
-    assert "exact" in str(bench.setup(case, "auto").fn.__closure__[0].cell_contents.dl4ds_report).lower() or bench.exact
+    asked = []
+    monkeypatch.setattr(models, "optimize", lambda model, **options: asked.append(options["exact"]) or model)
+    for exact in (True, False):
+        bench.exact = exact
+        bench._call(case, "auto", torch.randn(1, 3, 8, 8))
+    assert asked == [True, False]
 
 
 def test_an_optimized_model_that_is_wrong_gets_no_speed(zoo: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +98,6 @@ def test_own_models_are_compared_with_plain_torch() -> None:
         bench = models.ModelBench("cifar_resnet20")
         assert bench.size == (3, 32, 32)
         case = benchmark.Case("model", bench.select("")[0], 1, "fp32", "nchw")
-        seen: list[str] = []
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             bench.setup(case, "eager").fn()
         seen = [event.key for event in profile.key_averages()]
