@@ -377,8 +377,8 @@ def test_a_backend_asked_for_that_is_not_there_fails():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--op", "conv"), "--op: expected one or more of add_act, add3_act, bn_act"),
-        ((), "Missing option"),
+        (("--op", "conv"), "--op: expected one or more of add_act, add3_act, add_bn_act"),
+        ((), "expected one of --op"),
         (("--op", "add_act", "--shapes", "resnet"), "--shapes: expected all, resnet50"),
         (("--op", "nms", "--shapes", "resnet50"), "--shapes: nms: expected all, yolo"),
         (("--op", "add_act", "--dtype", "int8"), "--dtype: expected one or more of fp32"),

@@ -25,7 +25,6 @@ EXCEPTIONS = {
     ("pool2d", "kernel"): "no CUDA kernel, see the row above",
     ("pool2d", "header"): "the Params of a CUDA kernel, which is not there",
     ("pool2d", "triton"): "CUDA tensors take stock torch",
-    ("pool2d", "benchmark"): "bench/ops/conv_kinds.py times it with the other layers of its kind",
     ("conv_transpose_bn_act", "cuda"): "Triton serves CUDA tensors",
     ("conv_transpose_bn_act", "kernel"): "Triton serves CUDA tensors",
     ("conv_transpose_bn_act", "header"): "the Params of a CUDA kernel; Triton serves CUDA tensors",

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _peers
 import torch
-from _stock import plain_torch, stock_twin
 from torch import Tensor, nn
 
 from dl4ds_kernels import benchmark
+from dl4ds_kernels.benchmark import peers as _peers
+from dl4ds_kernels.benchmark._stock import plain_torch, stock_twin
 
 PEERS = {name: _peers.RUNTIMES[name] for name in ("onnxruntime", "openvino")}
 LIMIT = 2e-4  # of the largest output: no time for what is wrong by more

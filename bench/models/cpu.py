@@ -6,7 +6,7 @@ Parity against fp64 comes first: a candidate whose error is above the limit gets
 with the reason. The floor of a model is its direct multiply-adds over the measured peak of the machine (a large fp32 matrix
 product or convolution); Winograd goes below it. Every round takes one sample of each candidate in a fresh random order, after a
 rest in which the threads of the one before stop spinning. --merge keeps the rows that FILE has and this run has not, so that a
-table can be made in pieces on a shared machine. The peers are in _peers.py.
+table can be made in pieces on a shared machine. The peers are in dl4ds_kernels/benchmark/peers.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import _peers
 from _results import models_table, save
 
 import dl4ds_kernels as dk
 from dl4ds_kernels import benchmark
+from dl4ds_kernels.benchmark import peers as _peers
 
 # name -> (model, batch, height and width, goal: times the best peer)
 ROWS = {
@@ -85,23 +85,6 @@ def build(name: str) -> nn.Module:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model
-
-
-def peak_gflops() -> float:
-    """The highest fp32 rate that stock torch reaches: of a large matrix product and a large direct convolution, best of ten."""
-    a = torch.randn(2048, 2048)
-    x, weight = torch.randn(16, 512, 14, 14).to(memory_format=torch.channels_last), torch.randn(512, 512, 3, 3)
-    work = {
-        2 * 2048**3: lambda: torch.mm(a, a),
-        2 * 16 * 14 * 14 * 512 * 512 * 9: lambda: torch.conv2d(x, weight, padding=1),
-    }
-    best = 0.0
-    for _ in range(10):
-        for flops, call in work.items():
-            start = time.perf_counter()
-            call()
-            best = max(best, flops / (time.perf_counter() - start) / 1e9)
-    return best
 
 
 def macs(model: nn.Module, x: Tensor) -> int:
@@ -225,7 +208,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     rows = []
     with torch.no_grad():
-        peak = peak_gflops()
+        peak = benchmark.peak_gflops()
         for name in chosen:
             rows.append(run(name, arguments.rounds, arguments.threads, arguments.compile, peak))
             print(models_table(rows[-1:]), flush=True)

@@ -25,22 +25,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    op, option = metafunc.module.OP, metafunc.config.getoption
-    module, device = engine.OPS[op], "cuda" if torch.cuda.is_available() else "cpu"
-    nms = op == "nms"
-    axes = (
-        module.select(option("--shapes") or module.DEFAULT),
-        option("--dtypes").split(","),
-        ["nchw"] if nms else option("--layouts").split(","),
-        [False] if nms else [False, True],
-    )
-    cases = [
-        engine.Case(op, layer, 1, dtype, layout, backward, device)
-        for layer, dtype, layout, backward in itertools.product(*axes)
-    ]
-    providers = [name for name in module.STOCK if name != "compile"] + list(engine.default_backends(device))
-    metafunc.parametrize("case", cases, ids=lambda case: case.id)
-    metafunc.parametrize("provider", providers)
+    option, device = metafunc.config.getoption, "cuda" if torch.cuda.is_available() else "cpu"
+    cases, providers = [], {}
+    for op in getattr(metafunc.module, "OPS", None) or (metafunc.module.OP,):
+        module, boxes = engine.OPS[op], op in engine.NMS
+        axes = (
+            module.select(option("--shapes") or module.DEFAULT),
+            option("--dtypes").split(","),
+            ["nchw"] if boxes else option("--layouts").split(","),
+            [False, True] if engine.differentiable(op) else [False],
+        )
+        cases += [
+            engine.Case(op, layer, 1, dtype, layout, backward, device)
+            for layer, dtype, layout, backward in itertools.product(*axes)
+        ]
+        providers |= dict.fromkeys(name for name in module.STOCK if name != "compile")
+    providers |= dict.fromkeys(engine.default_backends(device))
+    metafunc.parametrize("case", cases, ids=lambda case: f"{case.op}-{case.id}")
+    metafunc.parametrize("provider", list(providers))
 
 
 @pytest.fixture

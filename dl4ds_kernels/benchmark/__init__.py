@@ -3,12 +3,15 @@
 from ._case import DTYPES, LAYOUTS, OURS, STOCK, Case, Run, Unavailable, default_backends, why_not
 from ._engine import Row, failed, relative_error, run_case, run_cases
 from ._machine import machine
+from ._roof import peak_gbytes, peak_gflops
 from ._timing import Timing, measure, quantile, speedup, speedup_range
-from .ops import OPS
+from .ops import COVERS, NMS, OPS, differentiable
 
 __all__ = [
+    "COVERS",
     "DTYPES",
     "LAYOUTS",
+    "NMS",
     "OPS",
     "OURS",
     "STOCK",
@@ -18,9 +21,12 @@ __all__ = [
     "Timing",
     "Unavailable",
     "default_backends",
+    "differentiable",
     "failed",
     "machine",
     "measure",
+    "peak_gbytes",
+    "peak_gflops",
     "quantile",
     "relative_error",
     "run_case",

@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from .. import _backend, _extension, benchmark
-from ._console import fail, out, progress, to_json
+from . import _doctor, _info_view
+from ._console import fail, progress, to_json
 
-# Odd sizes, a residual, forward and backward: small enough to take no time even in Triton's interpreter.
-_CHECK_SHAPE = "7x5x3"
-_CHECK_BOXES = "yolo.98"
+# Packages whose version decides what runs or what is compared with.
+_PACKAGES = ("torchvision", "triton", "numpy", "timm", "onnxruntime", "openvino", "ncnn", "pybind11", "ninja")
 
 
-def _checks(device: str) -> list[benchmark.Row]:
-    """Every op with every backend that can run on ``device``, against fp64."""
-    rows: list[benchmark.Row] = []
-    dtypes = ("fp32", "fp16") if device == "cuda" else ("fp32",)
-    for op, module in benchmark.OPS.items():
-        if op == "nms" and importlib.util.find_spec("torchvision") is None:
-            continue  # its contract is torchvision's own answer: nothing to check against
-        layer = module.select(_CHECK_BOXES if op == "nms" else _CHECK_SHAPE)[0]
-        ours = [name for name in benchmark.OURS if benchmark.why_not(name, device) is None]
-        if op == "nms":
-            ours = [name for name in ours if name in ("auto", "reference", device)]
-        for dtype in dtypes if op != "nms" else ("fp32",):
-            for backward in (False, True) if op != "nms" else (False,):
-                case = benchmark.Case(op, layer, 2, dtype, "nchw", backward, device)
-                rows += benchmark.run_cases([case], ours, module, time_it=False)
-    return rows
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA kernel driver, or None."""
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return next((word for word in first.split() if word[:1].isdigit() and "." in word), None)
+
+
+def _why_no_gpu() -> str | None:
+    """Why torch sees no CUDA device; None where it does."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if _driver() is None:
+        return "no NVIDIA driver is loaded here"
+    return "torch sees no CUDA device (driver too old for this CUDA, or CUDA_VISIBLE_DEVICES hides it)"
+
+
+def _gpu_code() -> list[str]:
+    """One sentence for every GPU that the compiled CUDA part has no code for."""
+    if not _extension.status()["_cuda"].loaded:
+        return []
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [why for index in devices if (why := _extension.no_code_for(torch.cuda.get_device_capability(index)))]
 
 
 def collect() -> dict[str, Any]:
@@ -46,31 +64,37 @@ def collect() -> dict[str, Any]:
     }
     host = _extension.host()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    checks = []
-    for device in devices:
-        checks += _checks(device)
+    rows = [row for device in devices for row in _doctor.check(device)]
     problems = [
         f"{row.op} {row.direction} {row.dtype} on {row.device} with {row.provider}: {row.message}"
-        for row in checks
+        for row in rows
         if benchmark.failed(row)
     ]
     if not parts["_C"]["loaded"]:
         problems.insert(0, _extension.status()["_C"].message())
-    if "cuda" in devices and not any(row.device == "cuda" and row.provider in ("cuda", "triton") for row in checks):
+    if "cuda" in devices and not any(row.device == "cuda" and row.provider in ("cuda", "triton") for row in rows):
         problems.append(f"no kernels for the GPU: {_extension.missing_reason('cuda')}")
-    return {
-        "schema": 1,
+    reasons = {device: {name: benchmark.why_not(name, device) for name in benchmark.OURS} for device in devices}
+    facts: dict[str, Any] = {
+        "schema": 2,
         "machine": benchmark.machine(),
+        "packages": _versions(),
+        "driver": _driver(),
+        "no_gpu": _why_no_gpu(),
+        "gpus_without_code": _gpu_code(),
         "cpu_features": _plain(host.cpu_features()) if host else None,
         "cuda_archs": _plain(host.cuda_archs()) if host else None,
         "parts": parts,
         "build": _extension.build_info(),
         "backend": _backend.current(),
-        "backends": {device: [n for n in benchmark.OURS if benchmark.why_not(n, device) is None] for device in devices},
+        "backends": {device: [n for n, why in found.items() if why is None] for device, found in reasons.items()},
+        "not_here": {device: {n: why for n, why in found.items() if why is not None} for device, found in reasons.items()},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("DL4DS_")},
-        "checks": [row.as_dict() for row in checks],
+        "checks": [row.as_dict() for row in rows],
         "problems": problems,
     }
+    facts["issue"] = _info_view.issue_block(facts)
+    return facts
 
 
 def _plain(value: Any) -> Any:
@@ -80,62 +104,19 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple, set)) else value
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        on = [k for k, v in value.items() if v is True]
-        return ", ".join(on + [f"{k}={v}" for k, v in value.items() if not isinstance(v, bool)])
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def info(json_output: Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")] = False) -> None:
+def info(
+    json_output: Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")] = False,
+    issue: Annotated[bool, typer.Option("--issue", help="only the block to paste into an issue")] = False,
+) -> None:
     """Versions, devices, compiled parts and why one is missing; every op checked once against fp64. Exit 0 if all is right."""
     with progress() as bar:
         bar.add_task("checking every op", total=None)
         facts = collect()
     if json_output:
         print(to_json(facts), end="")
+    elif issue:
+        print(facts["issue"], end="")
     else:
-        _print(facts)
+        _info_view.show(facts)
     if facts["problems"]:
         fail(f"{len(facts['problems'])} problem(s): " + "; ".join(facts["problems"]))
-
-
-def _print(facts: dict[str, Any]) -> None:
-    console, machine = out(), facts["machine"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-
-    def line(name: str, value: Any) -> None:
-        table.add_row(name, escape(_text(value)) if value not in (None, "", [], {}) else "[dim]none[/]")
-
-    line("dl4ds_kernels", machine["dl4ds_kernels"])
-    line("torch", f"{machine['torch']} ({'CUDA ' + machine['cuda'] if machine['cuda'] else 'CPU build'})")
-    line("python", f"{machine['python']} on {machine['system']}")
-    line("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads")
-    line("CPU features", facts["cpu_features"])
-    line("GPU", [f"{g['name']} (sm_{g['capability'].replace('.', '')}, {g['memory_gib']} GiB)" for g in machine["gpus"]])
-    for name, part in facts["parts"].items():
-        state = (
-            f"[green]loaded[/] {escape(part['file'])}" if part["loaded"] else f"[yellow]not loaded[/] {escape(part['reason'])}"
-        )
-        table.add_row(f"part {name}", state)
-        if part["cure"] and not part["loaded"]:
-            table.add_row("", f"[dim]{escape(part['cure'])}[/]")
-    line("CUDA archs", facts["cuda_archs"])
-    line("build", facts["build"])
-    line("backend", facts["backend"])
-    for device, names in facts["backends"].items():
-        line(f"runs on {device}", names)
-    line("environment", facts["environment"])
-    console.print(table)
-    columns = ("op", "pass", "dtype", "device", "backend", "error", "allowed", "result")
-    checks = Table(
-        *columns, title="every op once, error against fp64", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for row in facts["checks"]:
-        figures = ["-" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "limit")]
-        color = "red" if row["status"] in ("wrong", "error", "unavailable") else "green"
-        names = (row[key] for key in ("op", "direction", "dtype", "device", "provider"))
-        checks.add_row(*names, *figures, f"[{color}]{row['status']}[/]")
-    console.print(checks)

@@ -216,3 +216,21 @@ def test_ops_neither_alias_nor_mutate(kernel_backend: str, namespace: str) -> No
     pointers = {t.data_ptr() for t in inputs}
     assert not any(t.numel() and t.data_ptr() in pointers for t in outputs)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(1, 3, 96, 128), (6, 5, 40, 40), (700, 3, 3, 3)], ids=str)
+def test_variance_between_the_pieces(shape: tuple[int, ...], layout: str, kernel_backend: str) -> None:
+    """A mean that drifts through the tensor: almost all variance lies between the pieces whose moments are merged.
+
+    Random data do not show it: their pieces all have nearly the same mean.
+    """
+    n, c, h, w = shape
+    drift = torch.linspace(-8, 8, n * h * w).view(n, 1, h, w)
+    x = (drift + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(device_of(kernel_backend))
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
+    mean, var = torch.zeros(c, device=x.device), torch.zeros(c, device=x.device)
+    bn_act(x, mean, var, training=True, momentum=1.0, backend=kernel_backend)
+    wide = x.double()
+    torch.testing.assert_close(var.double(), wide.var((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)

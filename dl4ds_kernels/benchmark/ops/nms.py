@@ -63,13 +63,12 @@ def select(selection: str) -> list[Boxes]:
     return list(chosen.values())
 
 
-@remembered
-def problem(case: Case) -> Problem:
-
+def make_inputs(case: Case) -> dict[str, Tensor]:
+    """boxes (N, 4), scores (N,) and, with classes, idxs (N,) of a case; Unavailable for what NMS does not do."""
     if case.backward:
-        raise Unavailable("nms has no gradient: use --pass fwd")
+        raise Unavailable(f"{case.op} has no gradient here: use --pass fwd")
     if case.dtype not in ("fp32", "fp64"):
-        raise Unavailable(f"nms: dtype: expected fp32 or fp64, got {case.dtype}")
+        raise Unavailable(f"{case.op}: dtype: expected fp32 or fp64, got {case.dtype}")
     g, boxes = generator(case), case.layer
     centre = torch.rand(boxes.objects or boxes.count, 2, generator=g, dtype=torch.float64) * boxes.image
     if boxes.objects:
@@ -84,6 +83,12 @@ def problem(case: Case) -> Problem:
     }
     if boxes.classes:
         inputs["idxs"] = torch.randint(boxes.classes, (boxes.count,), generator=g)
+    return inputs
+
+
+@remembered
+def problem(case: Case) -> Problem:
+    inputs, boxes = make_inputs(case), case.layer
     # The contract is torchvision's own answer on the same device, whose threshold rule differs between CPU and CUDA.
     on_device = [t.to(case.device) for t in inputs.values()]
     return Problem(inputs, {"keep": _contract(boxes)(*on_device, IOU_THRESHOLD).cpu()})

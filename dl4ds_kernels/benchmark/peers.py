@@ -1,4 +1,6 @@
-"""The peers of bench/models/cpu.py and table.py. A maker returns a call without arguments; a failure is named with its reason.
+"""Runtimes and compilers that whole models are compared with: by ``bench --model`` and by bench/models.
+
+A maker returns a call without arguments; a failure is named with its reason.
 
 `pip install onnxruntime openvino onnx ncnn`, and `pip install --no-deps pnnx` for ncnn's converter.
 """
@@ -43,9 +45,10 @@ def fold(model: nn.Module) -> nn.Module:
     return traced
 
 
-def _folded(model: nn.Module, x: Tensor, threads: int) -> Call:
-    folded, last = fold(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    return lambda: folded(last)
+def folded(model: nn.Module, x: Tensor, threads: int) -> Call:
+    """PyTorch eager with BatchNorm folded into the convolutions, channels_last."""
+    small, last = fold(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return lambda: small(last)
 
 
 def _inductor(model: nn.Module, x: Tensor, threads: int, freezing: bool) -> Call:
@@ -136,7 +139,7 @@ _INDUCTOR: dict[str, Maker] = {
 
 def make(model: nn.Module, x: Tensor, threads: int, with_compile: bool) -> tuple[dict[str, Call], dict[str, str]]:
     """Every peer: (name -> call, name -> why it is missing)."""
-    found, missing = build({"folded": _folded} | (_INDUCTOR if with_compile else {}) | RUNTIMES, model, x, threads)
+    found, missing = build({"folded": folded} | (_INDUCTOR if with_compile else {}) | RUNTIMES, model, x, threads)
     if not with_compile:
         missing |= dict.fromkeys(_INDUCTOR, "not asked for (--compile)")
     return found, missing
@@ -151,7 +154,8 @@ def build(makers: dict[str, Maker], model: nn.Module, x: Tensor, threads: int) -
             missing[name] = f"{name} is not installed"
             continue
         try:
-            with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # exporters deprecate one another
                 found[name] = maker(model, x, threads)
             found[name]()
         except Exception as error:  # one peer's failure must not hide the other rows; it is printed with the table

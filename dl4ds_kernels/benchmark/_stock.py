@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dl4ds_kernels.modules import BNAct2d
+from ..modules import BNAct2d
 
 
 def stock_twin(model: nn.Module) -> nn.Module:
