@@ -111,7 +111,7 @@ def run(seed: int = 0, quick: bool = False) -> Result:
         Check("without BatchNorm the plain net does not shatter (24 layers)", float(without[1]), low=0.75),
     ]
     at = {f"lag {lag}": lag for lag in LAGS}
-    numbers = {
+    numbers = {  # fmt: skip
         name: {k: {lag: float(curve[i]) for lag, i in at.items()} for k, curve in curves.items()}
         for name, curves in (
             ("plain", plain),

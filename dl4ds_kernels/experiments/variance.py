@@ -70,13 +70,14 @@ def gradient_moments(kind: str, seeds: int, seed: int, width: int, samples: int)
 
 
 def batch_variances(x: Tensor, *, batch_norm: bool, seeds: int, width: int = 100, blocks: int = BLOCKS) -> list[float]:
-    """Notebook 11.3: the variance over all values of the data (N, D_in), of the first layer and of each residual block."""
+    """Notebook 11.3: of the data (N, D_in), the first layer and each residual block, each unit's variance over the samples, averaged
+    over the units."""
     total = torch.zeros(blocks + 2, dtype=torch.float64)
     for i in range(seeds):
         generator = torch.Generator().manual_seed(i)
         first = x @ _he(width, x.shape[1], generator).T
         states = hidden_states("bn" if batch_norm else "plain", first, blocks, generator)
-        total += torch.stack([h.double().var() for h in [x, *states]])
+        total += torch.stack([h.double().var(0).mean() for h in [x, *states]])
     return (total / seeds).tolist()
 
 
