@@ -96,7 +96,8 @@ def run(seed: int = 0, quick: bool = False) -> Result:
         for entry in ENTRIES:
             macs = rows[entry.label]["macs"]
             left.scatter(entry.year, entry.top1, s=40 + 12 * macs / 1e9, color=RESIDUAL, alpha=0.75, zorder=3)
-            place = {"xytext": (11, 6), "textcoords": "offset points", "fontsize": 9}
+            below = entry.label == "ResNet-200"
+            place = {"xytext": (11, -26 if below else 6), "textcoords": "offset points", "fontsize": 9}
             left.annotate(f"{entry.label}\n{entry.top1} %", (entry.year, entry.top1), **place)
             if entry.top1 < record:
                 record = entry.top1

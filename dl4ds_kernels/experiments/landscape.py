@@ -79,13 +79,13 @@ def run(seed: int = 0, quick: bool = False) -> Result:
 
         axes = figure.subplots(1, 2, sharey=True)
         levels = [0.1 * 1.5**k for k in range(18)]
-        for ax, kind, title in zip(axes, ("plain", "residual"), ("without residual connections", "with"), strict=True):
+        for ax, kind, title in zip(axes, ("plain", "residual"), ("without residual connections", "with residual connections"), strict=True):
             z = planes[kind].clamp(levels[0], levels[-1]).log()
             ticks = [math.log(v) for v in levels]
             filled = ax.contourf(axis, axis, z.T, levels=ticks, cmap="viridis", extend="both")
             ax.contour(axis, axis, z.T, levels=[math.log(CHANCE)], colors="white", linewidths=2)
             ax.plot(0, 0, "+", color="white", markersize=12, markeredgewidth=2)
-            ax.set_title(f"{title}: loss {centre[kind]:.2f} at +, {valley[kind]:.0%} of the plane beats chance")
+            ax.set_title(f"{title}: loss {centre[kind]:.2f} at +,\n{valley[kind]:.0%} of the plane beats chance")
             ax.set(xlabel="first direction", aspect="equal")
             ax.grid(False)
         axes[0].set_ylabel("second direction")

@@ -5,8 +5,8 @@ the 16 products; for others its Jacobian is: the product of (I + J_k) is the sum
 trained network, deleting a residual block removes half of the paths and hardly matters; deleting a block of a plain network
 removes the only one.
 
-References: Veit et al., Residual Networks Behave Like Ensembles of Relatively Shallow Networks, 2016; Prince, Understanding Deep
-Learning, section 11.2.
+References: Veit et al., Residual Networks Behave Like Ensembles of Relatively Shallow Networks, 2016; Prince, Understanding
+Deep Learning, section 11.2.
 """
 
 from __future__ import annotations

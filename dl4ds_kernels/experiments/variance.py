@@ -70,8 +70,8 @@ def gradient_moments(kind: str, seeds: int, seed: int, width: int, samples: int)
 
 
 def batch_variances(x: Tensor, *, batch_norm: bool, seeds: int, width: int = 100, blocks: int = BLOCKS) -> list[float]:
-    """Notebook 11.3: of the data (N, D_in), the first layer and each residual block, each unit's variance over the samples, averaged
-    over the units."""
+    """Notebook 11.3: of the data (N, D_in), the first layer and each residual block, each unit's variance over the samples,
+    averaged over the units."""
     total = torch.zeros(blocks + 2, dtype=torch.float64)
     for i in range(seeds):
         generator = torch.Generator().manual_seed(i)
