@@ -79,7 +79,9 @@ def run(seed: int = 0, quick: bool = False) -> Result:
 
         axes = figure.subplots(1, 2, sharey=True)
         levels = [0.1 * 1.5**k for k in range(18)]
-        for ax, kind, title in zip(axes, ("plain", "residual"), ("without residual connections", "with residual connections"), strict=True):
+        for ax, kind, title in zip(
+            axes, ("plain", "residual"), ("without residual connections", "with residual connections"), strict=True
+        ):
             z = planes[kind].clamp(levels[0], levels[-1]).log()
             ticks = [math.log(v) for v in levels]
             filled = ax.contourf(axis, axis, z.T, levels=ticks, cmap="viridis", extend="both")
