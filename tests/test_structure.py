@@ -46,10 +46,11 @@ ROOMS = (
     ("_backend",),
     ("ops", "reference", "_triton", "_packing"),
     ("functional",),
-    ("detection", "modules", "segmentation", "pose"),
+    ("detection", "modules", "segmentation", "pose", "datasets"),
     ("convert",),
     ("models",),
-    ("benchmark", "experiments"),
+    ("benchmark",),
+    ("experiments", "recipes"),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -7,6 +7,7 @@ import typer
 from .bench import bench
 from .demo import demo
 from .detect import detect
+from .experiment import experiment
 from .info import info
 from .models import models
 
@@ -21,3 +22,4 @@ app.command()(demo)
 app.command()(bench)
 app.command()(models)
 app.command()(detect)
+app.command()(experiment)

@@ -10,6 +10,7 @@ from .preact import BNActConv2d, PreActBasicBlock, PreActBottleneck
 from .residual import BasicBlock, Bottleneck
 from .residual_order import OrderedResidual2d
 from .sequential import FusedSequential
+from .sync_bn import SyncBNAct, convert_sync_batchnorm
 
 __all__ = [
     "AddAct",
@@ -25,4 +26,6 @@ __all__ = [
     "OrderedResidual2d",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "SyncBNAct",
+    "convert_sync_batchnorm",
 ]

@@ -18,6 +18,7 @@ from .._activation import ACTIVATION_CODES, apply_activation
 from ..functional import add_act, bn_act, conv_bn_act
 from ._packed import Epilogue, run_bn_act_conv_packed, run_packed
 from .bn_act import BNAct2d, batch_statistics_choice
+from .sync_bn import SyncBNAct
 
 _ACTIVATION_TYPES: dict[type, str] = {
     nn.ReLU: "relu",
@@ -60,7 +61,8 @@ def is_plain(module: nn.Module) -> bool:
 def _bn_fusable(bn: nn.Module) -> bool:
     kind = type(bn)
     known = kind is nn.BatchNorm2d or kind in (nn.BatchNorm1d, nn.BatchNorm3d)
-    return (known or (kind is BNAct2d and bn.activation == "none")) and is_plain(bn)
+    ours = kind is BNAct2d or (kind is SyncBNAct and not bn.syncs())
+    return (known or (ours and bn.activation == "none")) and is_plain(bn)
 
 
 def _no_global_hooks() -> bool:
@@ -84,7 +86,7 @@ def _apply(act: ActSpec, z: Tensor) -> Tensor:
 
 
 def _eps_mode(bn: nn.Module) -> str:
-    return bn.eps_mode if type(bn) is BNAct2d else "var"
+    return bn.eps_mode if isinstance(bn, BNAct2d) else "var"
 
 
 def _slope(act: ActSpec) -> float:
@@ -125,6 +127,8 @@ def run_bn_act(
 ) -> Tensor:
     """``act(bn(x) [+ residual])`` of stock modules, fused where they allow it; ``in_place`` as in :func:`add`."""
     if not (isinstance(x, Tensor) and _bn_fusable(bn) and _act_fusable(act) and _no_global_hooks()):
+        if type(bn) is SyncBNAct and bn.activation == "none" and is_plain(bn) and _act_fusable(act) and _no_global_hooks():
+            return bn.run(x, residual, act.name, _slope(act))
         # Also under fx.symbolic_trace, where x is a Proxy: the traced graph shows the stock modules.
         return _apply(act, add(bn(x), residual, in_place))
     if _in_place_promotes(in_place, x.dtype, residual):
