@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from gpu.place import Place, rule_cases
 from torch import Tensor
 
 from dl4ds_kernels import benchmark
 from dl4ds_kernels import functional as F
+from gpu.place import Place, rule_cases
 
 REPEATS = 100
 Call = Callable[[], dict[str, Tensor]]

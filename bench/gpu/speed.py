@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.place import Place
 from torch import nn
 
 from dl4ds_kernels import benchmark, optimize
+from gpu.place import Place
 
 TIMED_SHAPES = "resnet50"
 _GIB = 1 << 30
@@ -26,10 +26,8 @@ def ceilings() -> dict[str, float]:
     timing = benchmark.measure({"copy": lambda: target.copy_(source)}, rounds=20, device="cuda")["copy"]
     found = {"copy_gbytes_per_s": round(2 * _GIB / timing.median / 1e6, 1)}
     n, before = 8192, torch.backends.cuda.matmul.allow_tf32
-    for name, dtype, tf32 in (
-        ("fp16", torch.float16, False), ("bf16", torch.bfloat16, False), ("tf32", torch.float32, True), ("fp32", torch.float32, False)
-    ):  # fmt: skip
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("tf32", torch.float32), ("fp32", torch.float32)):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
         timing = benchmark.measure({name: lambda a=a, b=b: a @ b}, rounds=10, device="cuda")[name]
         found[f"matmul_{name}_tflop_per_s"] = round(2 * n**3 / timing.median / 1e9, 1)
@@ -38,7 +36,7 @@ def ceilings() -> dict[str, float]:
 
 
 def ops(place: Place, batch: int, rounds: int) -> list[benchmark.Row]:
-    """ResNet-50's layers in bf16 and fp32, channels_last, inference and training; NMS. A dry run stops after the parity gate."""
+    """ResNet-50's layers in bf16 and fp32, channels_last, both directions; NMS. A dry run stops after the parity gate."""
     rows = []
     for op, module in benchmark.OPS.items():
         nms = op == "nms"
