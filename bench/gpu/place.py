@@ -36,16 +36,21 @@ class Place:
             torch.cuda.synchronize()
 
 
+def shapes_of(op: str, maps: str) -> str:
+    """``maps``, or the box sets of an op on boxes: all of nms, of its relatives (quadratic, in Python) their default."""
+    return maps if op not in benchmark.NMS else "all" if op == "nms" else benchmark.OPS[op].DEFAULT
+
+
 def parity_cases(place: Place) -> Iterator[benchmark.Case]:
     """Every op, dtype, layout and direction, on odd and on real shapes."""
     for op, module in benchmark.OPS.items():
-        nms = op == "nms"
-        layers = module.select("all" if nms else PARITY_SHAPES)
+        nms = op in benchmark.NMS
+        layers = module.select(shapes_of(op, PARITY_SHAPES))
         axes = (
             layers[:2] if place.small else layers,
             ("fp32", "fp64") if nms else ("fp32", "fp16", "bf16"),
             ("nchw",) if nms else ("nchw", "nhwc"),
-            (False,) if nms else (False, True),
+            (False, True) if benchmark.differentiable(op) else (False,),
         )
         for layer, dtype, layout, backward in itertools.product(*axes):
             # Of two values a channel the normalised ones are +-1 and every gradient a difference of equals.
@@ -56,9 +61,9 @@ def parity_cases(place: Place) -> Iterator[benchmark.Case]:
 def rule_cases(place: Place) -> Iterator[tuple[benchmark.Case, str]]:
     """One small case of every op and direction, on every backend by name."""
     for op, module in benchmark.OPS.items():
-        nms = op == "nms"
+        nms = op in benchmark.NMS
         for layer in module.select(RULE_BOXES if nms else RULE_SHAPES):
-            for backward in (False,) if nms else (False, True):
+            for backward in (False, True) if benchmark.differentiable(op) else (False,):
                 case = benchmark.Case(op, layer, 2, "fp32", "nchw" if nms else "nhwc", backward, place.device)
                 for backend in place.backends():
                     yield case, backend

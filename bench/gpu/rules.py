@@ -12,26 +12,11 @@ import torch
 from torch import Tensor
 
 from dl4ds_kernels import benchmark
-from dl4ds_kernels import functional as F
 from gpu.place import Place, rule_cases
 
 REPEATS = 100
 Call = Callable[[], dict[str, Tensor]]
-DEPENDS_ON_DATA = "SKIP: the size of its output depends on the data; nms_padded is checked in its place"
-
-
-def _nms_padded(place: Place, backend: str) -> Call:
-    """nms with outputs of a fixed size: the form for graphs."""
-    g = torch.Generator().manual_seed(0)
-    corner = torch.rand(2, 200, 2, generator=g) * 100
-    boxes = torch.cat([corner, corner + 20], -1).to(place.device)
-    scores = torch.rand(2, 200, generator=g).to(place.device)
-
-    def call() -> dict[str, Tensor]:
-        keep, count = F.nms_padded(boxes, scores, iou_threshold=0.5, max_output=50, backend=backend)
-        return {"keep": keep, "count": count}
-
-    return call
+DEPENDS_ON_DATA = "SKIP: the size of its output depends on the data, or it is plain torch; nms_padded is the form for graphs"
 
 
 def calls(place: Place) -> Iterator[tuple[str, Call | str]]:
@@ -39,7 +24,7 @@ def calls(place: Place) -> Iterator[tuple[str, Call | str]]:
     for case, backend in rule_cases(place):
         module = benchmark.OPS[case.op]
         name = f"{case.op} {backend} {case.direction}"
-        if case.op == "nms":
+        if case.op in benchmark.NMS and case.op != "nms_padded":
             yield name, DEPENDS_ON_DATA
             continue
         try:
@@ -47,8 +32,6 @@ def calls(place: Place) -> Iterator[tuple[str, Call | str]]:
                 yield name, module.setup(case, backend).outputs
         except benchmark.Unavailable as reason:
             yield name, f"SKIP: {reason}"
-    for backend in place.backends():
-        yield f"nms_padded {backend} fwd", _nms_padded(place, backend)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dl4ds_kernels import benchmark, optimize
-from gpu.place import Place
+from gpu.place import Place, shapes_of
 
 TIMED_SHAPES = "resnet50"
 _GIB = 1 << 30
@@ -39,12 +39,12 @@ def ops(place: Place, batch: int, rounds: int) -> list[benchmark.Row]:
     """ResNet-50's layers in bf16 and fp32, channels_last, both directions; NMS. A dry run stops after the parity gate."""
     rows = []
     for op, module in benchmark.OPS.items():
-        nms = op == "nms"
-        layers = module.select("all" if nms else TIMED_SHAPES)
+        nms = op in benchmark.NMS
+        layers = module.select(shapes_of(op, TIMED_SHAPES))
         axes = (
             layers[:2] if place.is_dry else layers,
             ("fp32",) if nms else ("fp32", "bf16"),
-            (False,) if nms else (False, True),
+            (False, True) if benchmark.differentiable(op) else (False,),
         )
         for layer, dtype, backward in itertools.product(*axes):
             case = benchmark.Case(op, layer, batch, dtype, "nchw" if nms else "nhwc", backward, place.device)

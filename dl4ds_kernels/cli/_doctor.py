@@ -14,6 +14,7 @@ _CLASSES = Boxes("yolo.98.classes", 98, 120.0, 448.0, classes=20)
 # Dispatcher ops behind a public function of another name; the variants of NMS are plain torch operations.
 _KERNELS: dict[str, tuple[str, ...]] = {
     "add_bn_act": ("add_act", "bn_act"), "bn_act_conv": ("bn_act",), "max_pool_indices": ("max_pool_indices", "max_unpool"),
+    **dict.fromkeys(("basic_block", "bottleneck", "preact_basic_block", "preact_bottleneck"), ("residual_block",)),
     "soft_nms": (), "diou_nms": (), "matrix_nms": (), "darknet_nms": (),
 }  # fmt: skip
 _NEEDS_TORCHVISION = ("nms", "nms_padded")  # their contract is torchvision's own answer

@@ -11,6 +11,7 @@ from typing import Any
 from . import (
     add3_act,
     add_act,
+    blocks,
     bn_act,
     conv_bn_act,
     conv_transpose_bn_act,
@@ -28,8 +29,11 @@ OPS: dict[str, Any] = {
     "add3_act": add3_act,
     "add_bn_act": preact.add_bn_act,
     "avg_pool2d": pool2d.avg_pool2d,
+    "basic_block": blocks.basic_block,
     "bn_act": bn_act,
     "bn_act_conv": preact.bn_act_conv,
+    "bn_act_max_pool": blocks.bn_act_max_pool,
+    "bottleneck": blocks.bottleneck,
     "conv_bn_act": conv_bn_act,
     "conv_transpose_bn_act": conv_transpose_bn_act,
     "darknet_nms": nms_variants.darknet_nms,
@@ -42,6 +46,8 @@ OPS: dict[str, Any] = {
     "max_unpool": pool2d.max_unpool,
     "nms": nms,
     "nms_padded": nms_variants.nms_padded,
+    "preact_basic_block": blocks.preact_basic_block,
+    "preact_bottleneck": blocks.preact_bottleneck,
     "soft_nms": nms_variants.soft_nms,
     "upsample_add": upsample_add,
 }
