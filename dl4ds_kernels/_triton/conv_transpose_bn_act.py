@@ -163,6 +163,8 @@ def _launch(
     strides = dict(zip(("weight_r", "weight_s", *(("weight_c", "weight_k") if channels_last else ("weight_k", "weight_c"))),
                        taps.stride(), strict=True))  # fmt: skip
     config: dict[str, Any] = conv_launch_config(pixels, channels_out, channels_in, x.dtype)
+    if x.dtype == torch.float32:
+        config["num_stages"] = 3  # with two, Triton 3.8's code for sm_120 keeps 8 bytes on a stack
     _common.launch(
         conv_transpose_bn_act_kernel,
         TAPS * triton.cdiv(pixels, config["BLOCK_P"]) * triton.cdiv(channels_out, config["BLOCK_K"]),

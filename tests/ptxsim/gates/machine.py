@@ -66,8 +66,8 @@ def problems(backend: ModuleType, arch: str, only: Any = None) -> list[str]:
             found.append(f"{name} has {used['registers']} registers, more than {most.registers}")
         if re.search(r"\b(LDL|STL)\b", sass):
             found.append(f"{name} uses local memory")
-        # ATOMS.OR RZ, [UR..]: the books of tensor memory on sm_100, kept in shared memory by the tcgen05 allocation.
-        if re.search(r"(?<!BAR\.)\b(ATOM|ATOMG|ATOMS(?!\.OR RZ, \[UR)|RED|REDG)\.", sass):
+        # ATOMS.OR and .AND RZ, [UR..]: the books of tensor memory on sm_100, kept in shared memory by tcgen05's allocation.
+        if re.search(r"(?<!BAR\.)\b(ATOM|ATOMG|ATOMS(?!\.(?:OR|AND) RZ, \[UR)|RED|REDG)\.", sass):
             found.append(f"{name} uses atomics")
         if most.mma and dtype in HALVES and not re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass):
             found.append(f"{name}: no tensor-core instruction")
