@@ -185,6 +185,55 @@ ARGUMENTS = (
         "wrong_predicate|missing_mask|loose_comparison", r"^nms_kernel\.cuh: w\.bin_at\[i\] = takes_part",
         "the compiler's two ways to take a 64-bit remainder", never=True,
     ),
+    Argument(
+        "loose_comparison", r"^nms_block\.cuh: for \(int (half|w) =",
+        "the choice of who stores a word that every lane, or every warp, would compute alike",
+        before=r"^setp\.ne\.s32 %p\d+, %r\d+, 0;",
+    ),
+    Argument(
+        "wrong_thread", r"^nms_kernel\.cuh: for \(int base = 0; base < w\.bins", "every thread has counted the same: it does "
+        "not matter which of them stores the count", kernel="nms_large",
+    ),
+    Argument("loose_comparison", r"^nms_sort\.cuh: return bits & 0x8000u", "computed for zeros too, whose key is another one"),
+    Argument(
+        "loose_comparison", r"^nms_sort\.cuh: for \(int64_t base = 0; base < per_image", "a round behind the last counter: it "
+        "stores nothing",
+    ),
+    Argument(
+        "loose_comparison", r"^nms_kernel\.cuh: for \(int64_t base = 0; base < w\.count && found < w\.max_output",
+        "where nothing is to be kept, no kept box finds a place", before=r"^setp\.gt\.s64 %p\d+, %rd\d+, 0;",
+    ),
+    Argument("missing_mask", r"^nms_large_kernel\.cuh: if \(n == 0\)", "an empty chunk has no word and keeps nothing"),
+    Argument(
+        "missing_mask", r"^nms_large_kernel\.cuh: if \(i < n && w\.alive", "the row of a suppressed box is not used, and a row "
+        "behind the chunk is not stored",
+    ),
+    Argument(
+        "uninitialised_tail|swapped_operands", r"^nms_large_kernel\.cuh: (w\.kept_at\[place\] =|before \+= v < warp)",
+        "the places of kept boxes are read by nms_push alone, in bins of more than 2048 boxes (kept_at: with classes): such a "
+        "call is too long to simulate for every mutant", equal=False, kernel="nms_decide",
+    ),
+    Argument(
+        "missing_mask", r"^nms_iou\.cuh: if \(threshold >= 1e-4f", "one of the four conditions of the quick way is left out: "
+        "its remainder then decided as the quotient does in every simulated pair of this kernel", equal=False,
+    ),
+    Argument(
+        "wrong_rounding|wrong_sign", r"^(cuda_fp16\.hpp|nms_iou\.cuh: const float area_b)",
+        "every pair that this copy of the code compares in a simulated call is far from the threshold", equal=False,
+        kernel="nms_(bins|image|push|mask)_kernelI(6__half|NS0_11Float16Rule)",
+    ),
+    Argument(
+        "wrong_thread", r"^nms_block\.cuh: for \(uint32_t i = threadIdx\.x", "word 15 of the kept bits keeps an old value: "
+        "read only where a bin has more than 960 boxes and reaches max_output before", equal=False,
+    ),
+    Argument(
+        "loose_comparison", r"^nms_kernel\.cuh: for \(int64_t pad = p\.count", "one zero more, behind the flags: the next "
+        "image's first, a zero anyway, or a byte of the workspace that changed no result", equal=False,
+    ),
+    Argument(
+        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: if \(step >= u && r < a\.rows\.count\)",
+        "no thread of a simulated call is just one row behind the last here: its load would have been reported", equal=False,
+    ),
     # --- Triton
     Argument("nan_losing_max", r"^_device\.py: .*z > 0, z, z \* SLOPE", "leaky_relu gives z or z * slope: NaN either way"),
     Argument("nan_losing_max", r"^_bn_reduce\.py: filled = count > 0", "counts are never NaN", never=True),
