@@ -41,10 +41,12 @@ def panels(image: Image.Image, output: Tensor, layout: YoloLayout, found: Detect
     for box, confidence, label in zip(boxes, confidences[0].flatten().tolist(), labels, strict=True):
         if confidence > 0:
             _box(axes[2], box, colour(label), 0.2 + 4 * min(confidence, 1.0))
-    for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+    left = zip(found.scores.tolist(), found.boxes.tolist(), found.labels.tolist(), strict=True)
+    for score, box, label in sorted(left):  # the surest on top: boxes of several classes often share a place
         _box(axes[3], box, colour(label), 2.5)
         text = f"{_escape(names[label])} {score:.2f}"
-        axes[3].text(box[0], box[1], text, fontsize=9, color="white", va="bottom", backgroundcolor=colour(label))
+        inside = "top" if box[1] < 0.08 * image.height else "bottom"  # a label above the picture would cover the title
+        axes[3].text(box[0], box[1], text, fontsize=9, color="white", va=inside, backgroundcolor=colour(label))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
     return buffer.getvalue()

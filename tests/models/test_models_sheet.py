@@ -120,7 +120,7 @@ ROWS = [
     Row("6.2", "3-D U-Net", "unet3d", 19_069_955 + 4_672, (f"{REFERENCE}unet3d", f"{REFERENCE}unet3d_full_width")),
     Row("6.2", "3-D U-Net with biases", lambda: models.unet3d(up_bias=True), 19_075_523, (f"{REFERENCE}unet3d",)),
     Row("6.3", "DeconvNet", "deconvnet", 251_805_653,
-        (f"{REFERENCE}deconvnet", f"{REFERENCE}deconvnet_training", f"{REFERENCE}deconvnet_full_width")),
+        (f"{REFERENCE}deconvnet", f"{REFERENCE}deconvnet_training")),
     Row("6.3", "DeconvNet without BN", lambda: models.deconvnet(batch_norm=False), 251_772_245, (f"{REFERENCE}deconvnet",)),
     *_resnet(18, 11_689_512, 11_687_720), *_resnet(34, 21_797_672, 21_795_880), *_resnet(50, 25_557_032, 25_549_352),
     *_resnet(101, 44_549_160, 44_541_480), *_resnet(152, 60_192_808, 60_185_128), *_resnet(200, 64_673_832, 64_666_152),
