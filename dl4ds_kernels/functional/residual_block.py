@@ -164,7 +164,13 @@ def _public(
         if len(params) != count:
             raise ValueError(name)  # in words below
         return run_block(
-            x, params, downsample, preact=preact, shortcut=IDENTITY if downsample is None else PROJECTION, alpha=alpha, **options
+            x,
+            params,
+            downsample,
+            preact=preact,
+            shortcut=IDENTITY if downsample is None else PROJECTION,
+            alpha=alpha,
+            **options,
         )
     except Exception:
         _explain(name, x, params, count, downsample, preact, options["activation"])
@@ -372,4 +378,13 @@ def _explain_norm(name: str, what: str, bn: BNParams, x: Tensor, channels: int) 
         check_vector(name, f"{what}.norm.{field}", getattr(bn, field), x, channels)
 
 
-__all__ = ["NO_SHORTCUT", "BNParams", "ConvParams", "basic_block", "bottleneck", "preact_basic_block", "preact_bottleneck", "run_block"]
+__all__ = [
+    "NO_SHORTCUT",
+    "BNParams",
+    "ConvParams",
+    "basic_block",
+    "bottleneck",
+    "preact_basic_block",
+    "preact_bottleneck",
+    "run_block",
+]

@@ -75,9 +75,9 @@ class DenseBlock(nn.ModuleDict):
     """Layers that each see every feature before them.
 
     Without gradients all features lie in one buffer: a layer's BatchNorm reads the first channels of it and its output is
-    written behind them, so nothing is concatenated. With gradients every layer concatenates and keeps the concatenation and its
-    first convolution's output, no activations; ``memory_efficient`` keeps only the layers' outputs and computes each layer again in backward (running statistics see a batch once; torchvision's see
-    it twice).
+    written behind them, so nothing is concatenated. With gradients every layer concatenates and keeps the concatenation and
+    its first convolution's output, no activations; ``memory_efficient`` keeps only the layers' outputs and computes each layer
+    again in backward (running statistics see a batch once; torchvision's see it twice).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).
     """

@@ -15,10 +15,11 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.BatchNorm1d)
 class FusedSequential(nn.Sequential):
     """Runs its children one after the other as ``nn.Sequential`` does, with the same state_dict keys.
 
-    With gradients BatchNorm - activation - convolution and convolution - BatchNorm - activation - max-pooling are one autograd
-    node each, which keeps no activations. A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or
-    a 2-D convolution followed by an activation too; everything else is called as it is. Children may be exchanged, hooked or
-    frozen at any time: a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
+    A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or
+    a 2-D convolution followed by an activation too; everything else is called as it is. With gradients, BatchNorm - activation
+    - convolution and convolution - BatchNorm - activation - max-pooling are one autograd node each, which keeps no activations.
+    Children may be exchanged, hooked or frozen at any time: a hooked child is called by itself. Indexing with a slice returns
+    a FusedSequential.
 
     Shape: as the children say.
     """

@@ -185,9 +185,7 @@ class _Gradient(_Schedule):
         """``(dy, dresidual)`` of ``act(bn(y) [+ residual])``; the gradients of the BatchNorm's vectors are noted."""
         weight, bias = self.vectors(norm)
         mean, rstd = (
-            self.statistics[norm.index]
-            if self.training
-            else eval_statistics(y, *self.running(norm), norm.eps, norm.eps_std)
+            self.statistics[norm.index] if self.training else eval_statistics(y, *self.running(norm), norm.eps, norm.eps_std)
         )
         first = 1 + len(self._convs)
         places = [first + place if place >= 0 else -1 for place in (norm.weight, norm.bias)]

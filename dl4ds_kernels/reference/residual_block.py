@@ -23,9 +23,7 @@ def residual_block(
     def normalise(y: Tensor, norm: Norm) -> Tensor:
         weight, bias = (norms[place] if place >= 0 else None for place in (norm.weight, norm.bias))
         mean, var = (running[norm.running + i] if norm.running >= 0 else None for i in (0, 1))
-        z, new_mean, new_var = bn_act(
-            y, weight, bias, mean, var, None, training, norm.momentum, norm.eps, norm.eps_std, 0, 0.0
-        )
+        z, new_mean, new_var = bn_act(y, weight, bias, mean, var, None, training, norm.momentum, norm.eps, norm.eps_std, 0, 0.0)
         if new_mean is not None:
             new_running[norm.index] = (new_mean, new_var)
         return z

@@ -44,7 +44,9 @@ class Case(NamedTuple):
     @property
     def id(self) -> str:
         base = Case()
-        named = (f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items() if value != getattr(base, name))
+        named = (
+            f"{name}={value}".replace("torch.", "") for name, value in self._asdict().items() if value != getattr(base, name)
+        )
         return "-".join(named).replace(" ", "") or "base"
 
     @property
@@ -177,7 +179,9 @@ def stock(case: Case) -> Callable[[dict[str, Tensor]], Tensor]:
     return call
 
 
-def results(case: Case, function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Results:
+def results(
+    case: Case, function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> Results:
     """Output, every gradient and the running statistics after one call."""
     leaves = {n: t.detach().clone() if t.dim() == 1 else t.detach() for n, t in tensors.items()}
     if dtype is not None:
@@ -226,7 +230,9 @@ def _grouped(found: Results) -> Results:
 
 
 SMALL_CASES = [Case(kind, stride, FP64, "nhwc", shape=(2, 8, 3, 2)) for kind in KINDS for stride in (1, 2)]
-SMALL_CASES += [c._replace(memory_efficient=True) for c in SMALL_CASES[:4]] + [c._replace(training=False) for c in SMALL_CASES[2:6]]
+SMALL_CASES += [c._replace(memory_efficient=True) for c in SMALL_CASES[:4]] + [
+    c._replace(training=False) for c in SMALL_CASES[2:6]
+]
 SMALL_CASES += [c._replace(activation="silu") for c in SMALL_CASES[2:4]]
 
 
@@ -367,10 +373,9 @@ def test_launches(kernels: None) -> None:
     leaves = {n: t.requires_grad_(not n.endswith((".mean", ".var"))) for n, t in tensors_of(case).items()}
     counts: list[collections.Counter[str]] = []
     out = None
-    for run in (lambda: ours(case, "cpu")(leaves), lambda: out.sum().backward()):
+    for forwards in (True, False):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            made = run()
-        out = made if out is None else out
+            out = ours(case, "cpu")(leaves) if forwards else out.sum().backward()
         counts.append(collections.Counter(event.name for event in profile.events()))
     forward, backward = counts
     assert forward["aten::convolution"] == 4 and forward["dl4ds_kernels::bn_act"] == 4 and forward["aten::_foreach_copy_"] == 1
@@ -384,7 +389,10 @@ def test_a_cheap_projection_is_computed_again(kernels: None) -> None:
     x = torch.randn(1, 64, 32, 32)
     rand = lambda *shape: torch.randn(shape).requires_grad_()  # noqa: E731
     norm = lambda: F.BNParams(torch.zeros(128), torch.ones(128), rand(128), rand(128))  # noqa: E731
-    params = [F.ConvParams(rand(128, 64, 3, 3), norm(), stride=2, padding=1), F.ConvParams(rand(128, 128, 3, 3), norm(), padding=1)]
+    params = [
+        F.ConvParams(rand(128, 64, 3, 3), norm(), stride=2, padding=1),
+        F.ConvParams(rand(128, 128, 3, 3), norm(), padding=1),
+    ]
     projection = F.ConvParams(rand(128, 64, 1, 1), norm(), stride=2)
     owned = [x, *(c.weight for c in params), projection.weight]
     kept = saved_bytes(lambda: F.basic_block(x, params, projection, training=True, backend="cpu"), owned)
@@ -516,16 +524,24 @@ def test_code_round_trip() -> None:
         assert decode(*encode(block)) == block
 
 
+def _first(p: list[F.ConvParams], **changed: Any) -> list[F.ConvParams]:
+    return [p[0]._replace(**changed), *p[1:]]
+
+
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "count": (lambda p, d: (p[:2], d), ValueError, "bottleneck: params: expected 3 convolutions, got 2"),
-    "norm": (lambda p, d: ([p[0]._replace(norm=None), *p[1:]], d), ValueError, r"params\[0\].norm: expected BNParams, got None"),
-    "channels": (lambda p, d: ([p[1], *p[1:]], d), RuntimeError, r"params\[0\].weight: expected 8 channels in with groups=1, got 4"),
-    "dtype": (lambda p, d: ([p[0]._replace(weight=p[0].weight.double()), *p[1:]], d), RuntimeError, "expected dtype torch.float32 like x"),
-    "vector": (lambda p, d: ([p[0]._replace(norm=p[0].norm._replace(bias=torch.ones(3))), *p[1:]], d), RuntimeError,
-               r"params\[0\].norm.bias: expected shape \(C,\) = \(4,\), got \(3,\)"),
+    "norm": (lambda p, d: (_first(p, norm=None), d), ValueError, r"params\[0\].norm: expected BNParams, got None"),
+    "channels": (
+        lambda p, d: ([p[1], *p[1:]], d), RuntimeError, r"params\[0\].weight: expected 8 channels in with groups=1, got 4",
+    ),
+    "dtype": (lambda p, d: (_first(p, weight=p[0].weight.double()), d), RuntimeError, "expected dtype torch.float32 like x"),
+    "vector": (
+        lambda p, d: (_first(p, norm=p[0].norm._replace(bias=torch.ones(3))), d), RuntimeError,
+        r"params\[0\].norm.bias: expected shape \(C,\) = \(4,\), got \(3,\)",
+    ),
     "projection": (lambda p, d: (p, None), RuntimeError, "downsample: expected a projection from 8 to 12 channels, got None"),
     "width": (lambda p, d: (p, p[0]), RuntimeError, "downsample.weight: expected 12 channels out like the branch, got 4"),
-    "tensor": (lambda p, d: ([p[0]._replace(weight=1), *p[1:]], d), TypeError, r"params\[0\].weight: expected a Tensor, got int"),
+    "tensor": (lambda p, d: (_first(p, weight=1), d), TypeError, r"params\[0\].weight: expected a Tensor, got int"),
 }  # fmt: skip
 
 
