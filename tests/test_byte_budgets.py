@@ -112,7 +112,7 @@ def layer_sum(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[fl
 
 
 PLAIN = {
-    "unet": (partial(models.unet, batch_norm=True), (1, 1, 188, 188)),
+    "unet": (partial(models.unet, batch_norm=True), (16, 1, 188, 188)),
     "yolov1_tiny": (models.yolov1_tiny, (2, 3, 448, 448)),
     "vgg16_bn": (models.vgg16_bn, (2, 3, 64, 64)),
 }
