@@ -47,6 +47,9 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_composed: dict[str, Callable[..., Any]] = {}  # op name -> compose(namespace, *args)
+
+
 def op(name: str, namespace: str = CPP) -> Any:
     """The callable of a defined op: ``torch.ops.<namespace>.<name>.default``."""
     return getattr(getattr(torch.ops, namespace), name).default
@@ -55,6 +58,11 @@ def op(name: str, namespace: str = CPP) -> Any:
 def defined_ops() -> dict[str, str]:
     """Every defined op name and the stem of the files that hold its kernels."""
     return dict(_defined)
+
+
+def composition(name: str) -> Callable[..., Any] | None:
+    """``compose(namespace, *args)`` of an op that only schedules others, None for one with kernels."""
+    return _composed.get(name)
 
 
 def has_kernel(name: str, namespace: str, device: str) -> bool:
@@ -93,6 +101,8 @@ def define_op(
     """
     stem = stem or name.removesuffix("_bwd")
     _defined[name] = stem
+    if compose is not None:
+        _composed[name] = compose
     for namespace, library in _libraries.items():
         qualified = f"{namespace}::{name}"
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
-from ..modules._run import NO_ACT, ActSpec, has_hooks, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
-from .plan import MISS, Chain, Options, Plan, module_problem, run_keywords
+from ..modules._run import NO_ACT, ActSpec, has_hooks, is_plain, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
+from .plan import MISS, Chain, Options, Plan, default_arguments, make_plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
 _DENSE_BLOCK = ("torchvision.models.densenet", "_DenseBlock")
 _TRANSITION = ("torchvision.models.densenet", "_Transition")
+_RESIDUAL = {("torchvision.models.resnet", "BasicBlock"): 2, ("torchvision.models.resnet", "Bottleneck"): 3}  # convolutions
 _DENSE_CHAINS = (
     ("bn_act", ("norm1", "relu1"), ("bn", "act")),
     ("conv_bn_act", ("conv1", "norm2", "relu2"), ("conv", "bn", "act")),
@@ -32,7 +34,35 @@ def block_plan(module: nn.Module, options: Options, skip: Collection[str], share
         return _dense_block(options)
     if (type(module).__module__, type(module).__qualname__) == _TRANSITION:
         return _transition(module, options, skip, shared)
+    convolutions = _RESIDUAL.get((type(module).__module__, type(module).__qualname__))
+    if convolutions is not None:
+        return _residual(module, convolutions, options, skip, shared)
     return None
+
+
+def _residual(module: nn.Module, convolutions: int, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
+    """torchvision's residual blocks: the plan of their trace; with gradients, where all of it is fused, one autograd node."""
+    from .forward import FusedForward
+
+    plan = make_plan(module, default_arguments(module), options, skip, shared)
+    layer_by_layer = plan.run
+    if layer_by_layer is None or any(chain.problem is not None or chain.key in skip for chain in plan.chains):
+        return plan
+    keywords = run_keywords(options, convolution=False) | {"memory_efficient": options.memory_efficient}
+    names = [(f"conv{i}", f"bn{i}") for i in range(1, convolutions + 1)]
+
+    def forward(self: Any, x: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            m, shortcut = self._modules, self.downsample
+            fused = shortcut.__dict__.get("forward") if isinstance(shortcut, nn.Module) else None
+            if shortcut is None or (isinstance(fused, FusedForward) and not fused.skip):  # else it is excluded
+                pairs = [(m[conv], m[bn]) for conv, bn in names]
+                out = run_residual_block(x, pairs, ActSpec("relu", 0.0, m["relu"]), shortcut, **keywords)
+                if out is not None:
+                    return out
+        return layer_by_layer(self, x)
+
+    return plan._replace(run=forward)
 
 
 def _chains(
@@ -113,6 +143,11 @@ def _dense_layer(layer: nn.Module, options: Options, skip: Collection[str], shar
         if self.memory_efficient and self.any_requires_grad(features):
             return MISS
         relu1, relu2 = ActSpec("relu", 0.0, self.relu1), ActSpec("relu", 0.0, self.relu2)
+        if all(fused) and torch.is_grad_enabled() and type(self.relu2) is nn.ReLU and is_plain(self.relu2):
+            pairs = [(self.conv1, self.norm1), (self.conv2, self.norm2)]
+            x = run_residual_block(torch.cat(features, 1), pairs, relu1, None, preact=True, add=False, **bn_keywords)
+            if x is not None:
+                return F.dropout(x, p=self.drop_rate, training=self.training) if self.drop_rate > 0 else x
         if first and second:
             x = run_dense_conv(features, self.norm1, relu1, self.conv1, self.norm2, relu2, **keywords)
         else:

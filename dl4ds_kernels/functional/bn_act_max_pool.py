@@ -69,8 +69,8 @@ def bn_act_max_pool(
         path = select("bn_act_max_pool", x, backend)
         if path is REFERENCE:
             out, new_mean, new_var = reference.bn_act_max_pool(
-                x, weight, bias, running_mean, running_var, None, training, momentum, eps, eps_std, ACTIVATION_CODES[activation],
-                negative_slope, pool=(kernel_size, stride, pool_padding, dilation, ceil_mode),
+                x, weight, bias, running_mean, running_var, None, training, momentum, eps, eps_std,
+                ACTIVATION_CODES[activation], negative_slope, pool=(kernel_size, stride, pool_padding, dilation, ceil_mode),
             )  # fmt: skip
         elif path is STOCK or x.dim() != 4 or x.numel() <= x.shape[1] or not needs_grad(x, weight, bias):
             z = bn_act(

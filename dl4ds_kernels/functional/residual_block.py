@@ -13,7 +13,7 @@ from .. import reference
 from .._activation import ACTIVATION_CODES, activation_code
 from .._backend import REFERENCE, STOCK, select
 from .._define import op
-from ..ops._block_code import IDENTITY, NO_SHORTCUT, PROJECTION, Block, Conv, Norm, encode
+from ..ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from ._common import call, check_floating, check_tensor, check_vector, eps_mode_flag, fail, needs_grad
 from .add_act import add_act
 from .bn_act import bn_act
@@ -376,15 +376,3 @@ def _explain_norm(name: str, what: str, bn: BNParams, x: Tensor, channels: int) 
     eps_mode_flag(name, bn.eps_mode)
     for field in ("running_mean", "running_var", "weight", "bias"):
         check_vector(name, f"{what}.norm.{field}", getattr(bn, field), x, channels)
-
-
-__all__ = [
-    "NO_SHORTCUT",
-    "BNParams",
-    "ConvParams",
-    "basic_block",
-    "bottleneck",
-    "preact_basic_block",
-    "preact_bottleneck",
-    "run_block",
-]

@@ -108,13 +108,17 @@ def run_conv_bn_act_pool(
             momentum=norm.momentum, eps=norm.eps, eps_mode=norm.eps_mode, activation=act.name, negative_slope=_slope(act),
             backend=backend,
         )  # fmt: skip
-    return run_pool(run_conv_bn_act(x, conv, bn, act, backend=backend, **keywords), pool)
+    return run_pool(run_conv_bn_act(x, conv, bn, act, backend=backend, **keywords), pool, backend=backend)
 
 
-def run_norm_act_conv(x: Tensor, bn: nn.Module, act: ActSpec, conv: nn.Module, *, backend: str | None = None) -> Tensor:
+def run_norm_act_conv(
+    x: Tensor, bn: nn.Module, act: ActSpec, conv: nn.Module, *, backend: str | None = None, **keywords: Any
+) -> Tensor:
     """``conv(act(bn(x)))``; with gradients only ``x`` is kept."""
     out = run_residual_block(x, [(conv, bn)], act, None, preact=True, add=False, backend=backend)
-    return run_conv_act(run_bn_act(x, bn, act, backend=backend), conv, backend=backend) if out is None else out
+    if out is not None:
+        return out
+    return run_conv_act(run_bn_act(x, bn, act, backend=backend), conv, backend=backend, **keywords)
 
 
 def _projection(shortcut: nn.Module) -> Pair | None:

@@ -20,6 +20,7 @@ from .._activation import ACTIVATION_CODES
 from .._define import CPP, op
 from ..functional._common import call
 from ..functional.conv_bn_act import out_shape
+from ._block import run_norm_act_conv
 from ._packed import applies
 from ._run import (
     NO_ACT,
@@ -108,6 +109,9 @@ def _run_step(registers: list[Tensor], step: Step, memory_format: str, exact: bo
     if before is not None:
         if bn is not None and pool is None:
             return run_dense_conv(xs, *before, conv, bn, act, **keywords)
+        if bn is None and act is NO_ACT:
+            out = run_norm_act_conv(xs[0] if len(xs) == 1 else torch.cat(xs, 1), *before, conv, **keywords)
+            return out if pool is None else pool(out)
         xs = [run_bn_act(xs[0] if len(xs) == 1 else torch.cat(xs, 1), *before, backend=backend)]
     if bn is not None:
         out = run_conv_bn_act(xs[0], conv, bn, act, registers[residual] if residual >= 0 else None, in_place, **keywords)

@@ -30,7 +30,7 @@ class Norm(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """One convolution (places in ``convs``) and the BatchNorm that belongs to it: behind it, in a pre-activation block before."""
+    """One convolution (places in ``convs``) and its BatchNorm: the one behind it, in a pre-activation block before it."""
 
     weight: int
     bias: int

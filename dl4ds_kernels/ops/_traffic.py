@@ -1,0 +1,128 @@
+"""What each op reads and writes of its maps, in passes over a tensor: the declaration that budgets and roofline start from.
+
+One row an op. ``PASSES[op](a)`` gives {tensor: (reads, writes)} for a call whose schema arguments and results are the
+attributes of ``a``; per-channel vectors, workspaces and weights are left out (under 1 % of a ResNet's traffic). A pass is one
+read or write of every element from or to memory: what a cache saves is not counted off. A tensor that is computed in place is
+read and written. Bit masks are tensors of numel / 8 bytes. Checked against the simulator's distinct bytes by
+tests/test_byte_budgets.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Passes = dict[str, tuple[int, int]]
+
+
+def _bn_act(a: Any) -> Passes:
+    """Batch statistics are a pass of their own."""
+    return {"x": (2 if a.training else 1, 0), "residual": (1, 0), "out": (0, 1), "mask": (0, 1)}
+
+
+def _bn_act_bwd(a: Any) -> Passes:
+    """Two sums over everything, then dx; z is recomputed from x (and the residual) where there is no mask."""
+    sums, apply = int(a.need_dparams or (a.training and a.need_dx)), int(a.need_dx or a.need_dresidual)
+    remade = a.activation != 0 and a.mask is None
+    x = sums + (apply if (a.training and a.need_dx) or remade else 0)
+    z = sums + apply if remade else 0
+    return {"dout": (sums + apply, 0), "x": (x, 0), "residual": (z, 0), "mask": (sums + apply, 0)} | {
+        "dx": (0, 1), "dresidual": (0, 1),
+    }  # fmt: skip
+
+
+def _add_act(a: Any) -> Passes:
+    return {"x": (1, 0), "residual": (1, 0), "out": (0, 1), "mask": (0, 1)}
+
+
+def _add_act_bwd(a: Any) -> Passes:
+    remade = int(a.activation != 0 and a.mask is None)
+    mask = int(a.activation != 0 and a.mask is not None)
+    return {"dout": (1, 0), "x": (remade, 0), "residual": (remade, 0), "mask": (mask, 0), "result": (0, 1)}
+
+
+def _conv_bn_act(a: Any) -> Passes:
+    """The library's convolution, then one pass in place (``FUSED``: the epilogue is part of the convolution)."""
+    return {"x": (1, 0), "residual": (1, 0), "result": (1, 2)}
+
+
+def _convolution(a: Any) -> Passes:
+    return {"input": (1, 0), "result": (0, 1)}
+
+
+def _convolution_backward(a: Any) -> Passes:
+    """dgrad reads the gradient and writes another, wgrad reads gradient and input."""
+    dgrad, wgrad = int(a.output_mask[0]), int(a.output_mask[1])
+    return {"grad_output": (dgrad + wgrad, 0), "input": (wgrad, 0), "result0": (0, dgrad)}
+
+
+PASSES: dict[str, Callable[[Any], Passes]] = {
+    "dl4ds_kernels::bn_act": _bn_act,
+    "dl4ds_kernels::bn_act_bwd": _bn_act_bwd,
+    "dl4ds_kernels::add_act": _add_act,
+    "dl4ds_kernels::add_act_bwd": _add_act_bwd,
+    "dl4ds_kernels::conv_bn_act": _conv_bn_act,
+    "aten::convolution": _convolution,
+    "aten::convolution_backward": _convolution_backward,
+    # Stock torch, for the comparison: three passes of a training BatchNorm, five of its gradient.
+    "aten::native_batch_norm": lambda a: {"input": (2 if a.training else 1, 0), "result0": (0, 1)},
+    "aten::native_batch_norm_backward": lambda a: {"grad_out": (2, 0), "input": (2, 0), "result0": (0, 1)},
+    "aten::relu": lambda a: {"self": (1, 0), "result": (0, 1)},
+    "aten::relu_": lambda a: {"self": (1, 1)},
+    "aten::leaky_relu": lambda a: {"self": (1, 0), "result": (0, 1)},
+    "aten::leaky_relu_": lambda a: {"self": (1, 1)},
+    "aten::threshold_backward": lambda a: {"grad_output": (1, 0), "self": (1, 0), "result": (0, 1)},
+    "aten::leaky_relu_backward": lambda a: {"grad_output": (1, 0), "self": (1, 0), "result": (0, 1)},
+    "aten::add": lambda a: {"self": (1, 0), "other": (1, 0), "result": (0, 1)},
+    "aten::add_": lambda a: {"self": (1, 1), "other": (1, 0)},
+    "aten::cat": lambda a: {"tensors": (1, 0), "result": (0, 1)},
+}
+# With the epilogue in the convolution (our CPU kernels, Triton for 1x1 and 3x3): scale, shift and activation cost nothing.
+FUSED: dict[str, Callable[[Any], Passes]] = {
+    "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)}
+}
+# Names of what an op returns, where its row speaks of more than one of them.
+_RESULTS = {
+    "bn_act": ("out", "mean", "rstd", "mask"),
+    "bn_act_bwd": ("dx", "dweight", "dbias", "dresidual"),
+    "add_act": ("out", "mask"),
+}
+
+
+def moved(
+    overload: Any, args: tuple[Any, ...], results: Any, table: dict[str, Callable[[Any], Passes]] = PASSES
+) -> dict[str, tuple[int, int]] | None:
+    """{tensor: (bytes read, bytes written)} that a call declares; None for an op that is not in the table.
+
+    Only tensors with two dimensions or more and bit masks count: the rest is vectors.
+    """
+    schema = overload._schema
+    row = table.get(schema.name)
+    if row is None:
+        return None
+    names = [argument.name for argument in schema.arguments]
+    call: dict[str, Any] = {argument.name: argument.default_value for argument in schema.arguments}
+    call |= dict(zip(names, args, strict=False))
+    values = results if isinstance(results, tuple) else (results,)
+    numbered = ("result",) if len(values) == 1 else tuple(f"result{i}" for i in range(len(values)))
+    returned = _RESULTS.get(schema.name.split("::")[1], numbered)
+    for name, value in zip(returned, values, strict=False):
+        call[name if call.get(name) is None else name + "_"] = value
+    found = {}
+    for name, (reads, writes) in row(SimpleNamespace(**call)).items():
+        size = _bytes(call.get(name))
+        if size and reads + writes:
+            found[name] = (reads * size, writes * size)
+    return found
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(map(_bytes, value))
+    if not isinstance(value, Tensor) or (value.dim() < 2 and value.dtype is not torch.uint8):
+        return 0
+    return value.numel() * value.element_size()

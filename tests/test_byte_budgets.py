@@ -1,0 +1,236 @@
+"""Declared bytes (ops/_traffic.py) against the design's table, against a sum over layers, and against the simulator.
+
+The design's figures are MB an image at 2 bytes an element, activations of convolutions, BatchNorms and additions only, forward
+and backward: its plan A is the library's convolution and one fused pass a BatchNorm, and keeps every activation. A block that
+keeps none (functional/residual_block.py) reads each plain convolution output once more and writes the activation once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from ptxsim.fixture import require_nvcc, require_simulator
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from dl4ds_kernels import models
+from dl4ds_kernels._activation import ACTIVATION_CODES
+from dl4ds_kernels._define import op
+from dl4ds_kernels.benchmark._bytes import Recorder, model_bytes
+from dl4ds_kernels.models import resnet as resnet_models
+from dl4ds_kernels.modules import residual
+from dl4ds_kernels.modules._run import run_conv_bn_act
+from dl4ds_kernels.ops._traffic import FUSED, PASSES, moved
+
+IMAGES = (2, 3, 224, 224)
+# Depth: training eager, training plan A (None: the design gives no figure).
+GOLDEN = {18: (99.9, 76.1), 50: (470.8, 367.3), 101: (706.0, 547.0), 152: (997.0, 768.0)}
+CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+
+
+def megabytes(recorder: Recorder, images: int = IMAGES[0]) -> float:
+    return sum(recorder.bytes.values()) / images / 1e6
+
+
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The schedule that keeps every activation."""
+    monkeypatch.setattr(residual, "run_residual_block", lambda *_, **__: None)
+    monkeypatch.setattr(resnet_models, "run_conv_bn_act_pool", lambda x, c, bn, act, pool: pool(run_conv_bn_act(x, c, bn, act)))
+
+
+deep = pytest.mark.full
+DEPTHS = [18, 50, pytest.param(101, marks=deep), pytest.param(152, marks=deep)]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_training_is_plan_a(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer by layer: the design's figure. As blocks: two passes more for every activation that is made again."""
+    make = getattr(models, f"resnet{depth}")
+    blocks = model_bytes(make, IMAGES, training=True)
+    layer_by_layer(monkeypatch)
+    layers = model_bytes(make, IMAGES, training=True)
+    eager, plan_a = GOLDEN[depth]
+    assert megabytes(layers) == pytest.approx(plan_a, rel=0.02)
+    assert megabytes(layers) < megabytes(blocks) <= 1.08 * plan_a < eager
+    again = blocks.launches["dl4ds_kernels::bn_act"] - layers.launches["dl4ds_kernels::bn_act"]
+    plain = {18: 9, 50: 33, 101: 67, 152: 101}[depth]  # the stem's and one or two a block
+    assert again == plain
+    norms = blocks.launches["dl4ds_kernels::bn_act_bwd"]
+    assert layers.launches["dl4ds_kernels::bn_act"] == norms == layers.launches["aten::convolution"]
+    sums = blocks.launches["aten::add_"] - norms  # without num_batches_tracked; one of the gradients of each block's input
+    assert sums == {18: 8, 50: 16, 101: 33, 152: 50}[depth]
+
+
+@deep
+@pytest.mark.parametrize("depth", GOLDEN)
+def test_the_table_describes_eager_too(depth: int) -> None:
+    """The same count over torchvision's models and torch's ops is the design's figure for them."""
+    recorder = model_bytes(getattr(torchvision.models, f"resnet{depth}"), IMAGES, training=True)
+    assert megabytes(recorder) == pytest.approx(GOLDEN[depth][0], rel=0.01)
+
+
+def test_inference() -> None:
+    """ResNet-50: 54.6 MB with the epilogue in the convolution (CPU, Triton), two passes an output more behind a library's."""
+    fused = model_bytes(models.resnet50, IMAGES, training=False, table=PASSES | FUSED)
+    assert megabytes(fused) == pytest.approx(54.6, rel=0.005) and megabytes(fused) <= 55
+    assert fused.launches == {"dl4ds_kernels::conv_bn_act": 53}
+    library = model_bytes(models.resnet50, IMAGES, training=False)
+    assert megabytes(library) == pytest.approx(54.6 + 2 * 2 * 11.11, rel=0.005)
+
+
+@deep
+def test_inference_of_eager() -> None:
+    assert megabytes(model_bytes(torchvision.models.resnet50, IMAGES, training=False)) == pytest.approx(159.6, rel=0.005)
+
+
+def layer_sum(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[float, float]:
+    """(convolutions' own bytes, those of BatchNorm and activation) of a training step, from the sizes that hooks see.
+
+    A convolution: input and output, three times each; not the gradient of the image. A BatchNorm: 3 passes forward, 5 back.
+    """
+    seen: list[tuple[str, int, int, bool]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.append((type(module).__name__, args[0].numel(), out.numel(), args[0].requires_grad))
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = make()
+        for module in model.modules():
+            name = type(module).__name__
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) or "Norm" in name or "ConvBNAct" in name:
+                module.register_forward_hook(note)
+        model(torch.empty(shape))
+    convs = [(i, o, need) for name, i, o, need in seen if name in ("Conv2d", "ConvTranspose2d")]
+    own = sum(2 * (3 if need else 2) * (i + o) for i, o, need in convs)
+    norms = sum(2 * 8 * o for name, _, o, _ in seen if "Norm" in name or "ConvBNAct" in name)
+    return own / shape[0] / 1e6, norms / shape[0] / 1e6
+
+
+PLAIN = {
+    "unet": (partial(models.unet, batch_norm=True), (16, 1, 188, 188)),
+    "yolov1_tiny": (models.yolov1_tiny, (2, 3, 448, 448)),
+    "vgg16_bn": (models.vgg16_bn, (2, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_nets(name: str) -> None:
+    """Without residuals: every convolution's own traffic, 8 passes a BatchNorm (2 more where a pool follows)."""
+    make, shape = PLAIN[name]
+    recorder = model_bytes(make, shape, training=True)
+    own, norms = layer_sum(make, shape)
+    mine = sum(recorder.bytes[name] for name in CONVOLUTIONS) / shape[0] / 1e6
+    fused = sum(size for name, size in recorder.bytes.items() if "bn_act" in name) / shape[0] / 1e6
+    assert mine == pytest.approx(own, rel=1e-6)
+    pooled = recorder.launches["dl4ds_kernels::bn_act"] - recorder.launches["dl4ds_kernels::bn_act_bwd"]
+    assert (pooled > 0) == (name == "vgg16_bn")
+    assert norms <= fused <= 1.25 * norms if pooled else fused == pytest.approx(norms, rel=1e-6)
+
+
+# ---- The declarations against what the kernels touch, in the simulator.
+
+N, C, H, W = 4, 64, 14, 12
+SHAPES = [torch.channels_last, torch.contiguous_format]
+
+
+def randn(memory_format: torch.memory_format) -> Tensor:
+    return torch.randn(N, C, H, W).half().contiguous(memory_format=memory_format)
+
+
+def touched(reports: list[Any]) -> dict[str, tuple[int, int]]:
+    """{tensor: (distinct bytes read, written)}, summed over the kernels of a call."""
+    found: dict[str, tuple[int, int]] = {}
+    for report in reports:
+        for name, t in report.tensors.items():
+            read, written = found.get(name, (0, 0))
+            found[name] = (read + t["read"], written + t["written"])
+    return found
+
+
+def agree(declared: dict[str, tuple[int, int]] | None, reports: list[Any], rest: float = 0.05) -> None:
+    """Maps and masks exactly; vectors and workspaces, which are not declared, under ``rest`` of it all."""
+    found, total = touched(reports), 0
+    assert declared
+    names = {"result": "out" if "out" in found else "dx"}
+    for name, both in declared.items():
+        assert found.pop(names.get(name, name)) == both, name
+        total += sum(both)
+    assert sum(map(sum, found.values())) <= rest * total, found
+
+
+@pytest.fixture
+def simulator() -> Any:
+    require_nvcc()
+    require_simulator()
+    import _cuda_launch
+
+    return _cuda_launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", SHAPES, ids=["nhwc", "nchw"])
+def test_bn_act_touches_what_it_declares(memory_format: torch.memory_format, simulator: Any) -> None:
+    relu, none = ACTIVATION_CODES["relu"], 0
+    x, residual, dout = (randn(memory_format) for _ in range(3))
+    vectors = [torch.rand(C) + 0.5 for _ in range(4)]
+    bn, bwd = op("bn_act"), op("bn_act_bwd")
+    for training, added, save in ((True, None, False), (True, residual, True), (False, None, False), (False, residual, False)):
+        results, reports = simulator.bn_act_fwd(x, *vectors, added, relu, training=training, save_mask=save)
+        returned = (results["out"], None, None, results.get("mask"), None, None)
+        args = (x, *vectors, added, training, 0.1, 1e-5, False, relu, 0.0, save)
+        agree(moved(bn, args, returned), reports)
+    mean, rstd = torch.zeros(C), torch.ones(C)
+    mask = torch.randint(0, 256, (x.numel() // 8,), dtype=torch.uint8)
+    for training, bits, act, needs in (
+        (True, None, relu, ("dx", "dweight", "dbias")),
+        (True, mask, relu, ("dx", "dweight", "dbias", "dresidual")),
+        (True, None, none, ("dx", "dweight", "dbias")),
+        (False, None, relu, ("dx", "dweight", "dbias")),
+    ):
+        results, reports = simulator.bn_act_bwd(
+            dout, x, *vectors[:2], mean, rstd, None, bits, act, training=training, needs=needs
+        )
+        returned = tuple(results.get(name) for name in ("dx", "dweight", "dbias", "dresidual"))
+        args = (
+            dout,
+            x,
+            *vectors[:2],
+            mean,
+            rstd,
+            None,
+            bits,
+            training,
+            1e-5,
+            False,
+            act,
+            0.0,
+            True,
+            True,
+            "dresidual" in needs,
+        )
+        agree(moved(bwd, args, returned), reports)
+
+
+@pytest.mark.slow
+def test_add_act_touches_what_it_declares(simulator: Any) -> None:
+    x, residual, dout = (randn(torch.channels_last) for _ in range(3))
+    for name, save in (("relu", True), ("none", False), ("silu", False)):
+        code = ACTIVATION_CODES[name]
+        out, mask, reports = simulator.add_act_fwd(x, residual, 1.0, code, 0.0, save)
+        agree(moved(op("add_act"), (x, residual, 1.0, code, 0.0, save), (out, mask)), reports)
+        if name == "none":
+            continue
+        inputs = (None, None) if save else (x, residual)
+        dx, reports = simulator.add_act_bwd(dout, mask, *inputs, 1.0, code, 0.0)
+        agree(moved(op("add_act_bwd"), (dout, mask, *inputs, 1.0, code, 0.0), dx), reports)
+
+
+def test_every_row_is_an_op() -> None:
+    for name in PASSES | FUSED:
+        namespace, stem = name.split("::")
+        assert hasattr(getattr(torch.ops, namespace), stem), name
