@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dl4ds_kernels-setup
 PYTEST := $(PY) -m pytest
 
-.PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs clean
+.PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs tour dist clean
 help:           ## this list
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -57,6 +57,13 @@ gates: build    ## docs/kernel-gates.md: every GPU kernel and its gates, on the 
 
 bench: build    ## regenerate bench/results and the README figures
 	$(PY) bench/run.py
+
+docs: build     ## the documentation site in build/site: strict, no network while building
+	@$(PY) -c "import mkdocs, material, mkdocstrings, nbclient" 2>/dev/null || $(PY) -m pip install -q -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+tour: build     ## execute the notebooks of the documentation again
+	$(PY) docs/tour/make.py
 
 lint: $(STAMP)  ## ruff and clang-format
 	$(PY) -m ruff check .
