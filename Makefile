@@ -65,6 +65,10 @@ docs: build     ## the documentation site in build/site: strict, no network whil
 tour: build     ## execute the notebooks of the documentation again
 	$(PY) docs/tour/make.py
 
+dist: $(STAMP)  ## sdist and wheel for every release architecture, built twice and compared, SBOM and SHA256SUMS in dist/
+	@$(PY) -c "import cyclonedx" 2>/dev/null || $(PY) -m pip install -q "cyclonedx-python-lib>=8"
+	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),env -u TORCH_CUDA_ARCH_LIST) $(PY) tools/dist.py --twice
+
 lint: $(STAMP)  ## ruff and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -76,4 +80,4 @@ format: $(STAMP) ## apply ruff and clang-format
 	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
 clean:          ## remove build products (the environment stays)
-	rm -rf build dl4ds_kernels/*.so dl4ds_kernels/_build_info.json *.egg-info
+	rm -rf build dist dl4ds_kernels/*.so dl4ds_kernels/_build_info.json *.egg-info
