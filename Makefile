@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dl4ds_kernels-setup
 PYTEST := $(PY) -m pytest
 
-.PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs clean
+.PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs tour dist clean
 help:           ## this list
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/: *[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -58,6 +58,17 @@ gates: build    ## docs/kernel-gates.md: every GPU kernel and its gates, on the 
 bench: build    ## regenerate bench/results and the README figures
 	$(PY) bench/run.py
 
+docs: build     ## the documentation site in build/site: strict, no network while building
+	@$(PY) -c "import mkdocs, material, mkdocstrings, nbclient" 2>/dev/null || $(PY) -m pip install -q -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+tour: build     ## execute the notebooks of the documentation again
+	$(PY) docs/tour/make.py
+
+dist: $(STAMP)  ## sdist and wheel for every release architecture, built twice and compared, SBOM and SHA256SUMS in dist/
+	@$(PY) -c "import cyclonedx" 2>/dev/null || $(PY) -m pip install -q "cyclonedx-python-lib>=8"
+	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),env -u TORCH_CUDA_ARCH_LIST) $(PY) tools/dist.py --twice
+
 lint: $(STAMP)  ## ruff and clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -69,4 +80,4 @@ format: $(STAMP) ## apply ruff and clang-format
 	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' | xargs -r $(VENV)/bin/clang-format -i
 
 clean:          ## remove build products (the environment stays)
-	rm -rf build dl4ds_kernels/*.so dl4ds_kernels/_build_info.json *.egg-info
+	rm -rf build dist dl4ds_kernels/*.so dl4ds_kernels/_build_info.json *.egg-info
