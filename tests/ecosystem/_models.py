@@ -49,7 +49,7 @@ def seeded(build: type[nn.Module] | object, seed: int = 0) -> nn.Module:
 
 
 def make(kind: str) -> nn.Module:
-    """"own": our layers; "optimized": ``dk.optimize`` of the stock network; "stock"."""
+    """ "own": our layers; "optimized": ``dk.optimize`` of the stock network; "stock"."""
     if kind == "own":
         return seeded(own_net)
     stock = seeded(StockNet)

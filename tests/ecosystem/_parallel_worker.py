@@ -39,7 +39,10 @@ def main(folder: Path) -> None:
     results = {}
     for kind in ("own", "optimized"):
         model = convert_sync_batchnorm(_models.make(kind))
-        results[f"ddp-{kind}"] = {"losses": train(nn.parallel.DistributedDataParallel(model), rank), "state": model.state_dict()}
+        results[f"ddp-{kind}"] = {
+            "losses": train(nn.parallel.DistributedDataParallel(model), rank),
+            "state": model.state_dict(),
+        }
         sharded = convert_sync_batchnorm(_models.make(kind))
         fully_shard(sharded)
         losses = train(sharded, rank)

@@ -43,7 +43,9 @@ def test_two_processes(tmp_path: Path) -> None:
             assert means == pytest.approx(losses, rel=1e-4), wrapper
             for result in results:
                 for name, value in state.items():
-                    torch.testing.assert_close(result["state"][name], value, rtol=1e-3, atol=1e-4, msg=f"{wrapper} {kind} {name}")
+                    torch.testing.assert_close(
+                        result["state"][name], value, rtol=1e-3, atol=1e-4, msg=f"{wrapper} {kind} {name}"
+                    )
     losses, state = _alone("stock")
     for rank in range(2):
         for name, value in state.items():
