@@ -14,7 +14,8 @@ LIMBS = ((0, 1), (1, 4), (1, 7), (7, 2), (1, 3), (4, 5), (4, 6))
 def figures(count: int, *, size: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Pictures of one figure in a random pose; its left arm has an elbow and its left side is lighter, so that sides differ.
 
-    Returns: x (count, 3, size, size) float32 in [0, 1]; joints (count, 8, 2) as (x, y) in pixels, pixel centres at whole numbers.
+    Returns: x (count, 3, size, size) float32 in [0, 1]; joints (count, 8, 2) as (x, y) in pixels, pixel
+    centres at whole numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(size).float(), torch.arange(size).float(), indexing="ij")

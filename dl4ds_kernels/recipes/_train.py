@@ -1,7 +1,7 @@
 """The loop that all recipes share: epochs, logs, and checkpoints from which training goes on bit for bit.
 
-Everything random in an epoch comes from a generator seeded by the recipe's seed and the epoch's number (order of the samples) or
-from torch's generator, whose state is in the checkpoint.
+Everything random in an epoch comes from a generator seeded by the recipe's seed and the epoch's number (order of the samples)
+or from torch's generator, whose state is in the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small YOLOv1 (darknet layers, 112 x 112 input, 7 x 7 cells, two boxes) on shapes, or on the user's folder in VOC's format."""
+"""A small YOLOv1 (darknet layers, 112 x 112 input, 7 x 7 cells, two boxes) on shapes, or on the user's VOC folder."""
 
 from __future__ import annotations
 

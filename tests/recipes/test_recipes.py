@@ -60,7 +60,7 @@ def test_stock_layers_call_no_kernel() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             names.append(str(function))
             return function(*args, **(kwargs or {}))
 
