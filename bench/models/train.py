@@ -37,7 +37,7 @@ _FLOOR = 1e-5  # two fp32 runs differ by this much of the loss even where eager 
 
 
 class StockUNet(nn.Module):
-    """Same-padded U-Net of stock layers, base 32: conv-BN-ReLU twice a level, max pooling, 2x2 up-convolutions, concatenation."""
+    """Same-padded U-Net of stock layers, base 32: conv-BN-ReLU twice a level, max pooling, up-convolutions, concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,10 +123,12 @@ def parity(name: str, steps: int, threads: int) -> dict[str, Any]:
     """Largest difference of the losses to eager, ours and eager's own between one and two threads."""
     eager = losses(name, "eager", steps, threads)
     own = max(abs(a - b) for a, b in zip(losses(name, "eager", steps, 1 if threads > 1 else 2), eager, strict=True))
-    ours = max(abs(a - b) for a, b in zip(losses(name, "ours", steps, threads), eager, strict=True))
+    ours, last = (
+        max(abs(a - b) for a, b in zip(losses(name, c, steps, threads), eager, strict=True)) for c in ("ours", "channels_last")
+    )
     torch.set_num_threads(threads)
     limit = max(3 * own, _FLOOR * max(eager))
-    return {"steps": steps, "ours": ours, "eager_threads": own, "limit": limit, "ok": ours <= limit}
+    return {"steps": steps, "ours": ours, "channels_last": last, "eager_threads": own, "limit": limit, "ok": ours <= limit}
 
 
 def peak_mib(name: str, candidate: str, threads: int) -> float:
@@ -161,11 +163,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 f"{r['model']} b{r['batch']} {r['size']}", *times, f"{r['speedup']:.2f}x" if "speedup" in r else "wrong",
-                f"{p['ours']:.1e} / {p['eager_threads']:.1e}" if p else "–",
+                f"{p['ours']:.1e} / {p['channels_last']:.1e} / {p['eager_threads']:.1e}" if p else "–",
                 " / ".join(f"{v:.0f}" for v in r.get("peak_mib", {}).values()) or "–",
             ]
         )  # fmt: skip
-    return markdown(["step", *(f"{c} ms" for c in CANDIDATES), "best peer / ours", "loss: ours / eager 1-2", "peak MiB"], lines)
+    return markdown(["step", *(f"{c} ms" for c in CANDIDATES), "best peer / ours", "loss: ours / channels_last / eager 1-2 threads", "peak MiB"], lines)
 
 
 def main() -> int:

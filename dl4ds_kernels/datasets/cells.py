@@ -11,7 +11,9 @@ from torch import Tensor
 def cells(count: int, *, size: int = 64, seed: int = 0, noise: float = 0.15) -> tuple[Tensor, Tensor]:
     """Pictures of 3 to 7 elliptic cells, some of them touching.
 
-    Args: count: pictures. size: pixels on each side. seed: the same seed gives the same pictures. noise: its standard deviation.
+    Args:
+        count: pictures. size: pixels on each side. seed: the same seed gives the same pictures.
+        noise: its standard deviation.
 
     Returns: x (count, 1, size, size) float32 of about 0 to 1; masks (count, size, size) int64: 0 background, k for the
     k-th cell (``masks > 0`` is the segmentation).
