@@ -167,7 +167,16 @@ def table(rows: list[dict[str, Any]]) -> str:
                 " / ".join(f"{v:.0f}" for v in r.get("peak_mib", {}).values()) or "–",
             ]
         )  # fmt: skip
-    return markdown(["step", *(f"{c} ms" for c in CANDIDATES), "best peer / ours", "loss: ours / channels_last / eager 1-2 threads", "peak MiB"], lines)
+    return markdown(
+        [
+            "step",
+            *(f"{c} ms" for c in CANDIDATES),
+            "best peer / ours",
+            "loss: ours / channels_last / eager 1-2 threads",
+            "peak MiB",
+        ],
+        lines,
+    )
 
 
 def main() -> int:

@@ -1,4 +1,8 @@
-"""A small YOLOv1 (darknet layers, 112 x 112 input, 7 x 7 cells, two boxes) on shapes, or on the user's VOC folder."""
+"""A small YOLOv1 (darknet layers, 112 x 112 input, 7 x 7 cells, two boxes) on shapes, or on the user's VOC folder.
+
+Where the paper's nets end in a connected layer, this one has a 1x1 convolution: a thousand pictures are too few to learn every
+cell apart. Output, loss and decoding are YOLOv1's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from ..datasets import Annotation, read_voc, shapes
 from ..datasets.voc import SHAPES
-from ..detection import VOC_CLASSES, detect, encode_targets, yolo_loss
+from ..detection import VOC_CLASSES, YoloLayout, detect, encode_targets, yolo_loss
 from ..models import DarknetNet, darknet_input
 from ._train import Recipe, cosine
 
@@ -17,13 +21,28 @@ _FILTERS = (16, 32, 64, 128)
 
 
 def small_cfg(classes: int) -> str:
-    """The description of the net: four 3x3 convolutions with pooling, one more, a connected layer."""
+    """The description of the net's layers: four 3x3 convolutions with pooling, one more, and the 1x1 convolution."""
     conv = "\n[convolutional]\nbatch_normalize=1\nfilters={}\nsize=3\nstride=1\npad=1\nactivation=leaky\n"
     text = f"[net]\nheight={SIZE}\nwidth={SIZE}\nchannels=3\n"
     for filters in _FILTERS:
         text += conv.format(filters) + "\n[maxpool]\nsize=2\nstride=2\n"
-    text += conv.format(128) + conv.format(32) + f"\n[connected]\noutput={49 * (10 + classes)}\nactivation=linear\n"
-    return text + f"\n[detection]\nclasses={classes}\ncoords=4\nside=7\nnum=2\nsoftmax=0\nsqrt=1\nrescore=1\n"
+    return (
+        text + conv.format(_FILTERS[-1]) + f"\n[convolutional]\nfilters={10 + classes}\nsize=1\nstride=1\nactivation=linear\n"
+    )
+
+
+class SmallYolo(nn.Module):
+    """x (N, 3, 112, 112) in [0, 1] -> (N, layout.outputs): :func:`small_cfg`'s maps in YOLOv1's order."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layout = YoloLayout(7, 2, classes)
+        self.layers = DarknetNet.from_text(small_cfg(classes), bn="opencv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = self.layers(x).flatten(2).transpose(1, 2)  # (N, 49, C + 2 * 5)
+        k = self.layout.classes
+        return self.layout.join(cells[..., :k], cells[..., k : k + 2], cells[..., k + 2 :])
 
 
 def average_precision(found: list[tuple[float, bool]], objects: int) -> float:
@@ -37,7 +56,7 @@ def average_precision(found: list[tuple[float, bool]], objects: int) -> float:
     return float((best * right).sum() / objects)
 
 
-def mean_average_precision(outputs: Tensor, truth: list[Annotation], net: DarknetNet, iou: float = 0.5) -> float:
+def mean_average_precision(outputs: Tensor, truth: list[Annotation], net: SmallYolo, iou: float = 0.5) -> float:
     """mAP: a detection is right if it overlaps an object of its class that no better detection has taken."""
     classes = net.layout.classes
     found: list[list[tuple[float, bool]]] = [[] for _ in range(classes)]
@@ -74,7 +93,7 @@ def _voc(folder: str, split: str) -> tuple[Tensor, list[Annotation]]:
 
 
 def recipe(*, seed: int = 0, data: str | None = None, quick: bool = False, epochs: int = 12) -> Recipe:
-    """The metric is mAP at IoU 0.5 on new pictures; 0.5 is reached in a few minutes on a CPU."""
+    """The metric is mAP at IoU 0.5 on new pictures; 0.8 is reached in a few minutes on a CPU."""
     if data is not None:
         (x, annotations), (held_out, truth), classes = _voc(data, "trainval"), _voc(data, "test"), len(VOC_CLASSES)
     else:
@@ -82,7 +101,7 @@ def recipe(*, seed: int = 0, data: str | None = None, quick: bool = False, epoch
         held_out, truth = shapes(16 if quick else 100, size=SIZE, seed=seed + 2)
         classes = len(SHAPES)
     torch.manual_seed(seed)
-    model = DarknetNet.from_text(small_cfg(classes), bn="opencv").to(memory_format=torch.channels_last)
+    model = SmallYolo(classes).to(memory_format=torch.channels_last)
     targets = torch.stack([encode_targets(a.boxes, a.labels, model.layout, a.size) for a in annotations])
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -93,4 +112,4 @@ def recipe(*, seed: int = 0, data: str | None = None, quick: bool = False, epoch
         return {"map50": mean_average_precision(outputs, truth, model)}
 
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-4)
-    return Recipe("yolo", model, TensorDataset(x, targets), 16, epochs, optimizer, loss, evaluate, "map50", 0.5, seed, cosine)
+    return Recipe("yolo", model, TensorDataset(x, targets), 16, epochs, optimizer, loss, evaluate, "map50", 0.8, seed, cosine)

@@ -112,9 +112,7 @@ def test_average_precision_by_hand() -> None:
 
 
 def test_perfect_output_has_map_one() -> None:
-    from dl4ds_kernels.models import DarknetNet
-
-    net = DarknetNet.from_text(yolo.small_cfg(3))
+    net = yolo.SmallYolo(3)
     boxes, labels = torch.tensor([[10.0, 20, 50, 60], [70, 70, 100, 100]]), torch.tensor([2, 0])
     truth = Annotation("a", (112, 112), boxes, labels)
     target = encode_targets(boxes, labels, net.layout, (112, 112))
