@@ -93,8 +93,8 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
     """Where ``op`` on ``x`` runs: the namespace of a kernel, ``"reference"`` or ``"stock"``."""
     name = choice or _state.name or _default
     if name == "auto":
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
-            return STOCK  # what is exported is standard ops; forward-mode derivatives exist for those alone
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or forward_ad._current_level >= 0 or _transforming():
+            return STOCK  # what is exported is standard ops; forward-mode derivatives and torch.func exist for those alone
         device = x.device.type
         if device == "cpu":
             return CPP if x.numel() >= MIN_NUMEL[op] and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
@@ -117,6 +117,11 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
             f"{op}: backend: 'triton' needs CUDA tensors, got x on {x.device} (TRITON_INTERPRET=1 runs it on the CPU)"
         )
     return TRITON if name == "triton" else CPP
+
+
+def _transforming() -> bool:
+    """Whether torch.func's grad, vmap or jvp is at work: they do not see into ops with a formula of their own."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 _triton_found: bool | None = None

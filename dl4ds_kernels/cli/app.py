@@ -10,6 +10,7 @@ from .detect import detect
 from .experiment import experiment
 from .info import info
 from .models import models
+from .train import train
 
 app = typer.Typer(
     help="Fused conv + BatchNorm + activation, residual and NMS kernels for PyTorch.",
@@ -23,3 +24,4 @@ app.command()(bench)
 app.command()(models)
 app.command()(detect)
 app.command()(experiment)
+app.command()(train)

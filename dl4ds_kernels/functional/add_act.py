@@ -60,8 +60,8 @@ def add_act(
             and alpha == 1.0
             and backend is None
             and _backend.untouched
+            and not is_compiling()  # before the size: a comparison would tie compiled code to one batch size
             and x.numel() < _SMALL
-            and not is_compiling()
         ):
             return torch.relu(torch.add(x, residual))  # host overhead decides here: nothing else may run before
         if has_torch_function_variadic(x, residual, residual2):

@@ -71,8 +71,8 @@ def bn_act(
             and eps_mode == "var"
             and backend is None
             and _backend.untouched
+            and not is_compiling()  # before the size: a comparison would tie compiled code to one batch size
             and x.numel() < _SMALL
-            and not is_compiling()
         ):
             # Host overhead decides here. torch.batch_norm is what F.batch_norm calls after its own checks.
             z = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, _cudnn(x))

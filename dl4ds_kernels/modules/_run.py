@@ -158,10 +158,11 @@ def _conv_fusable(conv: nn.Module) -> bool:
 def _worth_packing(pixels: int, conv: nn.Conv2d, memory_format: object) -> bool:
     """Whether an inference call with this many output pixels is large enough, and its result's layout is ours to choose."""
     return (
-        pixels * conv._parameters["weight"].numel() >= _packing.MIN_MACS
+        not torch.compiler.is_compiling()  # before the size: a comparison would tie compiled code to one batch size
+        and pixels * conv._parameters["weight"].numel() >= _packing.MIN_MACS
         and not torch.is_grad_enabled()
         and memory_format != "preserve"
-        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -120,7 +120,7 @@ def sync_bn_act(
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     rstd = (var.sqrt() + eps).reciprocal() if eps_mode == "std" else (var + eps).rsqrt()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-    # (x - m) * scale + shift, m a constant: the value is centred before it is scaled, and the mean's gradient goes by the shift.
+    # (x - m) * scale + shift, m a constant: the value is centred before it is scaled, and the mean's gradient takes the shift.
     fixed = mean.detach()
     shift = (fixed - mean) * scale
     shift = shift if bias is None else shift + bias.to(rstd.dtype)
@@ -133,8 +133,8 @@ def sync_bn_act(
 class SyncBNAct(BNAct2d):
     """``BNAct2d`` (same arguments, attributes and state_dict) whose batch statistics are those of all processes.
 
-    In eval, without an initialised process group or alone in it, it is ``BNAct2d``. Statistics are merged in the order of ranks;
-    batches may differ in size.
+    In eval, without an initialised process group or alone in it, it is ``BNAct2d``. Statistics are merged in the order of
+    ranks; batches may differ in size.
 
     Args: as :class:`BNAct2d`; process_group: default the world's.
     Shape: x (N, C, …) with 2 to 5 dimensions, residual like x -> the same. Raises: ValueError for another rank.
@@ -173,8 +173,8 @@ _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BNAct2d)
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """``module`` with every BatchNorm and ``BNAct2d`` replaced by :class:`SyncBNAct`, sharing parameters and buffers.
 
-    Fused blocks (``ConvBNAct2d``, the residual blocks, models of this package, optimized models) keep residual and activation in
-    BatchNorm's pass. Exact types only: subclasses stay as they are. Convert after ``dk.optimize``, before
+    Fused blocks (``ConvBNAct2d``, the residual blocks, models of this package, optimized models) keep residual and activation
+    in BatchNorm's pass. Exact types only: subclasses stay as they are. Convert after ``dk.optimize``, before
     DistributedDataParallel.
 
     Returns: ``module`` itself, or its replacement where it is a BatchNorm.
