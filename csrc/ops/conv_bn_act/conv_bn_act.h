@@ -19,10 +19,10 @@ struct ConvBnActFwdParams {
     int64_t batch = 0, height = 0, width = 0, channels = 0;
     int64_t channels_out = 0, kernel_h = 1, kernel_w = 1, height_out = 0, width_out = 0;
     int64_t pad_h = 0, pad_w = 0, stride_h = 1, stride_w = 1, dilation_h = 1, dilation_w = 1;
-    const void* x = nullptr;                             // NHWC, the channels of a pixel side by side
+    const void* x = nullptr;                                 // NHWC, the channels of a pixel side by side
     int64_t x_stride_n = 0, x_stride_h = 0, x_stride_w = 0;  // in elements
-    const void* weight = nullptr;                        // dense (channels_out, kernel_h, kernel_w, channels)
-    const void* residual = nullptr;                      // dense NHWC like out; null: none
+    const void* weight = nullptr;    // dense (channels_out, kernel_h, kernel_w, channels)
+    const void* residual = nullptr;  // dense NHWC like out; null: none
     ChannelVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
     bool eps_std = false;  // rstd = 1 / (sqrt(var) + eps) instead of 1 / sqrt(var + eps)
     double eps = 1e-5;

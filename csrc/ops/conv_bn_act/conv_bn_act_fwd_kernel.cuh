@@ -1,7 +1,7 @@
-// One convolution layer of inference in one kernel: CUTLASS' sm_80 implicit GEMM main loop (tensor cores, fp32
-// accumulators), then an epilogue of our own: act(acc * scale + shift [+ residual]) in fp32, one rounding,
-// 16-byte stores. Rows of the GEMM are output pixels, columns output channels, and the reduction runs over the
-// taps of the filter inside chunks of input channels.
+// One convolution layer of inference in one kernel: CUTLASS' sm_80 implicit GEMM main loop (tensor cores,
+// fp32 accumulators), then an epilogue of our own: act(acc * scale + shift [+ residual]) in fp32, one
+// rounding, 16-byte stores. Rows of the GEMM are output pixels, columns output channels, and the reduction
+// runs over the taps of the filter inside chunks of input channels.
 //
 // Few pixels fill few multiprocessors: then the channels are cut into slices, each block leaves its fp32
 // accumulators in a workspace, and a second kernel adds them up in the order of the slices.
@@ -34,7 +34,8 @@ struct ConvElement<__nv_bfloat16> {
     using Instruction = cutlass::gemm::GemmShape<16, 8, 16>;
 };
 template <>
-struct ConvElement<float> {  // rounded to TF32, to nearest with ties away from zero, when read from shared memory
+struct ConvElement<float> {  // rounded to TF32, to nearest with ties away from zero, when read from shared
+                             // memory
     using type = float;
     using Instruction = cutlass::gemm::GemmShape<16, 8, 8>;
 };
@@ -81,16 +82,16 @@ struct ConvTypes {
     static constexpr int kM = kRows, kN = kColumns, kK = 64 / sizeof(T), kVec = 16 / sizeof(T);
     using Element = typename ConvElement<T>::type;
     using Kernel = typename cutlass::conv::kernel::DefaultConv2dFprop<
-        Element, ConvLayout, Element, ConvLayout, Element, ConvLayout, float,
-        cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, cutlass::gemm::GemmShape<kM, kN, kK>,
+        Element, ConvLayout, Element, ConvLayout, Element, ConvLayout, float, cutlass::arch::OpClassTensorOp,
+        cutlass::arch::Sm80, cutlass::gemm::GemmShape<kM, kN, kK>,
         cutlass::gemm::GemmShape<kM / 2, kN / 2, kK>, typename ConvElement<T>::Instruction,
         cutlass::epilogue::thread::LinearCombination<Element, kVec, float, float>,
-        cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<1>, kStages,
-        cutlass::arch::OpMultiplyAdd, cutlass::conv::IteratorAlgorithm::kOptimized,
-        cutlass::conv::StrideSupport::kStrided, kVec, kVec>::Kernel;
+        cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<1>, kStages, cutlass::arch::OpMultiplyAdd,
+        cutlass::conv::IteratorAlgorithm::kOptimized, cutlass::conv::StrideSupport::kStrided, kVec,
+        kVec>::Kernel;
     using Mma = typename Kernel::Mma;
-    // CUTLASS' way from the registers of an mma through shared memory (fp32 there) to 16-byte accesses; of its
-    // element type only the size matters, and for bf16 it has one buffer instead of two.
+    // CUTLASS' way from the registers of an mma through shared memory (fp32 there) to 16-byte accesses; of
+    // its element type only the size matters, and for bf16 it has one buffer instead of two.
     using Staged = std::conditional_t<sizeof(T) == 2, cutlass::half_t, float>;
     using Staging = typename cutlass::epilogue::threadblock::DefaultEpilogueTensorOp<
         typename Mma::Shape, typename Mma::Policy::Operator, 1,
@@ -132,8 +133,8 @@ __device__ __forceinline__ void conv_affine(const ConvAffine& a, int channel, in
 
 /// Turns the block's accumulators into output. Through shared memory, 8 rows of every warp a round: the
 /// registers of an mma hold pairs of channels, a thread stores 16 bytes. Two buffers in turn, so that a round
-/// needs one barrier: who writes a buffer has passed the barrier behind the reads of two rounds ago. A barrier
-/// lies between whatever used the memory before and this.
+/// needs one barrier: who writes a buffer has passed the barrier behind the reads of two rounds ago. A
+/// barrier lies between whatever used the memory before and this.
 template <typename T, typename Types>
 __device__ __forceinline__ void conv_epilogue(typename Types::Shared& shared, const ConvOutput& output,
                                               const typename Types::Accumulators& accumulators, int row_tile,

@@ -11,7 +11,8 @@ namespace dl4ds {
 namespace conv_detail {
 
 inline ConvAffine affine_of(const ConvBnActFwdParams& p) {
-    return {p.conv_bias, p.running_mean, p.running_var, p.bn_weight, p.bn_bias, p.eps_std, static_cast<float>(p.eps)};
+    return {p.conv_bias, p.running_mean,           p.running_var, p.bn_weight, p.bn_bias,
+            p.eps_std,   static_cast<float>(p.eps)};
 }
 
 template <typename T>

@@ -1,5 +1,5 @@
-// The fused convolution's launchers, one for each element type and file, and whether they are compiled at all:
-// CUTLASS' headers are needed for building (PyPI's nvidia-cutlass, or CUTLASS_PATH), not for running.
+// The fused convolution's launchers, one for each element type and file, and whether they are compiled at
+// all: CUTLASS' headers are needed for building (PyPI's nvidia-cutlass, or CUTLASS_PATH), not for running.
 #pragma once
 
 #include <cuda_bf16.h>
