@@ -26,10 +26,6 @@ if os.environ.get("SOURCE_DATE_EPOCH"):  # a reproducible build: nvcc's line tab
     NVCC_FLAGS, LINK_FLAGS = NVCC_FLAGS.replace(" -lineinfo", ""), LINK_FLAGS + " -Wl,-s"
 
 
-def sources(*patterns):
-    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
-
-
 def nvcc_version(home):
     """Release (major.minor) of a toolkit that can compile, None for an incomplete one."""
     if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
@@ -106,17 +102,16 @@ class NinjaBuild(build_ext):
             flags += " -isystem ".join(systems)
             n.rule("cxx", f"{cxx} -MMD -MF $out.d {flags} $extra -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("link", f"{cxx} {LINK_FLAGS} $in -o $out $libraries")
-            self.part(n, build, "_C", sources("bindings.cpp", "**/*_cpu.cpp"), facts, libs)
+            self.part(n, build, "_C", ("bindings.cpp", "**/*_cpu.cpp"), facts, libs)
             if home:
                 nvcc = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc {cutlass}"  # never torch's
                 n.rule("nvcc", f"{nvcc} -c $in -o $out", depfile="$out.d", deps="gcc")
                 libs += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
-                self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
+                self.part(n, build, "_cuda", ("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
         print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
         if subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
             sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
-        info = {
-            "version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
+        info = {"version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
             "python": f"CPython {sys.version.split()[0]}", "cuda_archs": home and archs, "cuda_skipped": skipped,
             "cutlass": home and cutlass_version}  # fmt: skip
         self.built = build, home, info
@@ -125,7 +120,8 @@ class NinjaBuild(build_ext):
     def copy_extensions_to_source(self):
         self.install_parts(ROOT / "dl4ds_kernels")
 
-    def part(self, n, build, name, files, extra, libraries):
+    def part(self, n, build, name, patterns, extra, libraries):
+        files = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
         rules = {f: "nvcc" if f.endswith(".cu") else "cxx" for f in files}
         objects = [n.build(f"{build}/{f}.o", rules[f], str(ROOT / f), variables={"extra": extra})[0] for f in files]
         n.build(f"{build}/{name}.so", "link", objects, variables={"libraries": libraries})
