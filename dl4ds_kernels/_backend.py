@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _cuda_conv, _extension
+from ._activation import ACTIVATION_CODES
 from ._define import CPP, TRITON, has_kernel, triton_interpreted
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
@@ -140,6 +141,7 @@ def explain(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    activation: str = "relu",
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
@@ -165,6 +167,6 @@ def explain(
     report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
     if op == "conv_bn_act" and weight is not None and path == CPP and x.device.type == "cuda":
         pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
-        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups)
+        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation])
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
     return report

@@ -23,6 +23,7 @@ REASONS = {
     5: "input channels that do not fill vectors of 16 bytes",
     6: "x, or a stride of it, lies off 16-byte boundaries",
     7: "a filter of more than 32 rows or columns",
+    8: "an activation other than none, relu, leaky_relu and relu6",
     16: "asked for: DL4DS_CUDA_CONV=library",
     17: "the GPU's compute capability is below 8.0",
     18: "not a convolution of two spatial dimensions",
@@ -35,14 +36,18 @@ REASONS = {
 
 def explain(
     x: Tensor, weight: Tensor, residual: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    question: Callable[..., list[int]] | None = None,
+    activation: int, question: Callable[..., list[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """kernels, reason, tile, slices, and the modelled microseconds of both ways, of one call of ``conv_bn_act`` on CUDA."""
     ask = question or op("conv_bn_act_route")
-    reason, tile, slices, fused_ns, library_ns = ask(x, weight, residual, stride, padding, dilation, groups)
+    reason, tile, slices, fused_ns, library_ns = ask(x, weight, residual, stride, padding, dilation, groups, activation)
     facts: dict[str, Any] = {}
     if fused_ns > 0:
         facts = {"tile": TILES[tile], "slices": slices, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3}
     if reason == 0:
-        return {"kernels": "one fused kernel (CUTLASS main loop)", "reason": "modelled (not measured) to be faster fused", **facts}
+        return {
+            "kernels": "one fused kernel (CUTLASS main loop)",
+            "reason": "modelled (not measured) to be faster fused",
+            **facts,
+        }
     return {"kernels": "cuDNN, then BatchNorm and activation in place", "reason": REASONS[reason], **facts}

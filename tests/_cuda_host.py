@@ -19,7 +19,17 @@ from ptxsim import build, toolchain
 from ptxsim import library as core
 
 OPS = ("bn_act", "add_act", "conv_bn_act", "nms")
-FUNCTIONS = ("bn_act", "bn_act_bwd", "add_act", "add_act_bwd", "conv_bn_act", "conv_bn_act_route", "nms", "batched_nms", "nms_padded")
+FUNCTIONS = (
+    "bn_act",
+    "bn_act_bwd",
+    "add_act",
+    "add_act_bwd",
+    "conv_bn_act",
+    "conv_bn_act_route",
+    "nms",
+    "batched_nms",
+    "nms_padded",
+)
 RENAMED = (
     "aoti_torch_device_type_cuda", "aoti_torch_get_current_cuda_stream", "aoti_torch_create_device_guard",
     "aoti_torch_delete_device_guard", "aoti_torch_copy_", "aoti_torch_get_data_ptr", "torch_c10_cuda_check_msg",

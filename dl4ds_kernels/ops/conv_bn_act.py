@@ -111,7 +111,8 @@ def _fake_route(*args: Any) -> list[int]:
 # What dk.explain tells of a CUDA call: dl4ds_kernels/_cuda_conv.py.
 define_op(
     "conv_bn_act_route",
-    "(Tensor x, Tensor weight, bool residual, int[] stride, int[] padding, int[] dilation, int groups) -> int[]",
+    "(Tensor x, Tensor weight, bool residual, int[] stride, int[] padding, int[] dilation, int groups, "
+    "int activation) -> int[]",
     fake=_fake_route,
     stem="conv_bn_act",
     triton=False,

@@ -38,10 +38,12 @@ enum class ConvRefusal : int {
     kNotCompiled = 1,  // built without CUTLASS' headers
     kDType = 2,        // not fp16, bf16 or fp32
     kEmpty = 3,
-    kTooLarge = 4,   // an index does not fit 32 bits
-    kChannels = 5,   // input channels that do not fill 16-byte vectors
-    kAddresses = 6,  // x or its strides, weight or the workspace off 16-byte boundaries
-    kFilter = 7,     // more than 32 rows or columns: the iterators keep a bit for each
+    kTooLarge = 4,    // an index does not fit 32 bits
+    kChannels = 5,    // input channels that do not fill 16-byte vectors
+    kAddresses = 6,   // x or its strides, weight or the workspace off 16-byte boundaries
+    kFilter = 7,      // more than 32 rows or columns: the iterators keep a bit for each
+    kActivation = 8,  // not none, relu, leaky_relu or relu6
+    kTile = 9,  // slices, or output channels that do not fill 16-byte vectors, with another tile than 64x64
 };
 
 /// Whether the fused kernel was compiled in.

@@ -88,7 +88,7 @@ Tensor by_fused_kernel(const CudaScope& scope, ConvBnActFwdParams& p, const Tens
     if (!dense(filter) || reinterpret_cast<uintptr_t>(filter.info.data) % 16 != 0) {
         filter.copy_to(Format::kChannelsLast);  // as cuDNN would; a channels_last model has none to make
     }
-    if (added.info.present && !dense(added)) {
+    if (added.info.present && (!dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
         added.copy_to(Format::kChannelsLast);
     }
     const Operand cb = channel_operand(kOp, "bias", bias, oi);
@@ -135,7 +135,7 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
                     negative_slope};
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
     const CudaScope scope(xi);
-    ConvRoute route = conv_route(xi, wi, residual.has_value(), geometry);
+    ConvRoute route = conv_route(xi, wi, residual.has_value(), geometry, v.activation);
     return route.reason == static_cast<int>(ConvReason::kFused)
                ? by_fused_kernel(scope, route.params, xi, weight, bias, residual, v)
                : by_library(scope, x, weight, bias, residual, geometry, v);
@@ -144,13 +144,15 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
 /// For dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the library's way.
 std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residual,
                                             std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                            std::vector<int64_t> dilation, int64_t groups) {
+                                            std::vector<int64_t> dilation, int64_t groups,
+                                            int64_t activation) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     check_cuda(kOp, xi);
     const CudaScope scope(xi);
     const ConvRoute route = conv_route(xi, tensor_info(weight), residual,
-                                       {std::move(stride), std::move(padding), std::move(dilation), groups});
+                                       {std::move(stride), std::move(padding), std::move(dilation), groups},
+                                       checked_activation(kOp, activation));
     return {route.reason, static_cast<int64_t>(route.choice.tile), route.choice.slices,
             static_cast<int64_t>(1e3 * route.choice.fused_us),
             static_cast<int64_t>(1e3 * route.choice.library_us)};

@@ -62,6 +62,6 @@ inline bool conv_tf32_allowed() {
 
 /// The route of a call. Sizes that do not fit each other go to the library, which says what is wrong.
 ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual,
-                     const ConvGeometry& geometry);
+                     const ConvGeometry& geometry, Activation activation);
 
 }  // namespace dl4ds

@@ -57,6 +57,14 @@ ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& p) {
     if (p.kernel_h > 32 || p.kernel_w > 32) {
         return ConvRefusal::kFilter;
     }
+    if (p.activation != Activation::kNone && p.activation != Activation::kRelu &&
+        p.activation != Activation::kLeakyRelu && p.activation != Activation::kRelu6) {
+        return ConvRefusal::kActivation;
+    }
+    const bool vectors = p.channels_out % vec == 0 && aligned16(p.out) && aligned16(p.residual);
+    if (p.tile != ConvTile::k64x64 && (!vectors || p.slices > 1)) {
+        return ConvRefusal::kTile;
+    }
     return ConvRefusal::kNone;
 }
 
@@ -73,9 +81,7 @@ int launch_conv_bn_act_fwd(const ConvBnActFwdParams& p, void* stream) {
     if (refusal == ConvRefusal::kEmpty && p.batch * p.height_out * p.width_out * p.channels_out == 0) {
         return 0;
     }
-    const bool sliced = p.slices > 1;
-    if (refusal != ConvRefusal::kNone || p.slices < 1 ||
-        (sliced && (p.tile != ConvTile::k64x64 || p.workspace == nullptr))) {
+    if (refusal != ConvRefusal::kNone || p.slices < 1 || (p.slices > 1 && p.workspace == nullptr)) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
     switch (p.dtype) {

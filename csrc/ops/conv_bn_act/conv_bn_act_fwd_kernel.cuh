@@ -7,8 +7,10 @@
 // accumulators in a workspace, and a second kernel adds them up in the order of the slices.
 #pragma once
 
-#include "common/cuda/activation.cuh"
+#include <cmath>
+
 #include "common/cuda/launch.cuh"
+#include "common/cuda/vec.cuh"
 #include "ops/conv_bn_act/conv_bn_act.h"
 
 // clang-format off: the order matters
@@ -51,11 +53,20 @@ struct ConvAffine {
 struct ConvOutput {
     int rows = 0, columns = 0;
     bool vectors = false;  // columns and addresses allow 16-byte accesses
-    Activation activation = Activation::kNone;
-    float slope = 0;
+    // act(z) = z below the limit, else the limit; below zero z * slope, or zero where that is asked for:
+    // none, relu, leaky_relu and relu6 in one formula without a branch.
+    bool zero_below = false;
+    float slope = 1, limit = INFINITY;
     const void* residual = nullptr;
     void* out = nullptr;
 };
+
+/// The activation of one value; keeps NaN and -0.0 as common/activation.h does.
+__device__ __forceinline__ float conv_activation(const ConvOutput& output, float z) {
+    const float below = output.zero_below ? 0.0f : z * output.slope;
+    z = z < 0.0f ? below : z;
+    return z > output.limit ? output.limit : z;
+}
 
 struct ConvFwdArgs {
     cutlass::conv::Conv2dProblemSize size;
@@ -131,6 +142,13 @@ __device__ __forceinline__ void conv_affine(const ConvAffine& a, int channel, in
     shift = fmaf(center, scale, a.bias.data != nullptr ? load_channel<float>(a.bias, channel) : 0.0f);
 }
 
+/// Whether the channels fill vectors of 16 bytes. Only the smallest tile is compiled for others too: eight
+/// times as many accesses would double the code of the large ones.
+template <typename Types>
+__device__ __forceinline__ bool whole_vectors(const ConvOutput& output) {
+    return Types::kM > 64 || output.vectors;
+}
+
 /// Turns the block's accumulators into output. Through shared memory, 8 rows of every warp a round: the
 /// registers of an mma hold pairs of channels, a thread stores 16 bytes. Two buffers in turn, so that a round
 /// needs one barrier: who writes a buffer has passed the barrier behind the reads of two rounds ago. A
@@ -177,8 +195,11 @@ __device__ __forceinline__ void conv_epilogue(typename Types::Shared& shared, co
                 const int row = first_row + round * Map::Shape::kRow + step.row();
                 const int left = row < output.rows ? output.columns - first_column - step.column() : 0;
                 const int64_t at = static_cast<int64_t>(row) * output.columns + first_column + step.column();
-                added[i] = output.vectors && left > 0 ? load_pack<T, kVec>(residual + at)
-                                                      : load_head<T, kVec>(residual + at, left);
+                if (whole_vectors<Types>(output)) {
+                    added[i] = left > 0 ? load_pack<T, kVec>(residual + at) : Pack<T, kVec>{};
+                } else {
+                    added[i] = load_head<T, kVec>(residual + at, left);
+                }
             }
         }
         typename Staging::AccumulatorFragmentIterator::Fragment fragment;
@@ -200,15 +221,14 @@ __device__ __forceinline__ void conv_epilogue(typename Types::Shared& shared, co
 #pragma unroll
             for (int k = 0; k < kVec; ++k) {
                 z[k] = fmaf(sums[i * kVec + k], scale[i % kColumns][k], shift[i % kColumns][k]);
-                z[k] += residual != nullptr ? to_acc(added[i].v[k]) : 0.0f;
+                z[k] = conv_activation(output, residual != nullptr ? z[k] + to_acc(added[i].v[k]) : z[k]);
             }
-            activate<float, kVec>(z, output.activation, output.slope);
             const Pack<T, kVec> pack = round_pack<T, kVec>(z);
             const int64_t at = static_cast<int64_t>(row) * output.columns + first_column + step.column();
-            if (output.vectors && left > 0) {
-                store_pack<T, kVec>(out + at, pack);
-            } else {
+            if (!whole_vectors<Types>(output)) {
                 store_head<T, kVec>(out + at, pack, left);
+            } else if (left > 0) {
+                store_pack<T, kVec>(out + at, pack);
             }
         }
     }
@@ -223,7 +243,7 @@ __global__ void __launch_bounds__(128) conv_bn_act_fwd_kernel(ConvFwdArgs args) 
     auto& shared = *reinterpret_cast<typename Types::Shared*>(memory);
     const int thread = threadIdx.x, slice = blockIdx.x / args.tiles, tile = blockIdx.x % args.tiles;
     const int row_tile = tile / args.column_tiles, column_tile = tile % args.column_tiles;
-    if (thread < Types::kN && args.partial == nullptr) {
+    if (thread < Types::kN) {
         conv_affine(args.affine, column_tile * Types::kN + thread, args.output.columns, shared.scale[thread],
                     shared.shift[thread]);
     }
@@ -238,7 +258,7 @@ __global__ void __launch_bounds__(128) conv_bn_act_fwd_kernel(ConvFwdArgs args) 
     const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     Mma mma(shared.main, thread, warp, thread % 32);
     mma(args.steps, accumulators, x, weight, accumulators);
-    if (args.partial != nullptr) {
+    if (kRows == 64 && args.partial != nullptr) {  // (larger tiles are not cut into slices)
         float4* to = reinterpret_cast<float4*>(args.partial) +
                      static_cast<int64_t>(blockIdx.x) * (kRows * kColumns / 4) + thread;
 #pragma unroll

@@ -21,8 +21,9 @@ ConvOutput output_of(const ConvBnActFwdParams& p) {
     out.rows = static_cast<int>(p.batch * p.height_out * p.width_out);
     out.columns = static_cast<int>(p.channels_out);
     out.vectors = p.channels_out % (16 / sizeof(T)) == 0 && aligned16(p.out) && aligned16(p.residual);
-    out.activation = p.activation;
-    out.slope = static_cast<float>(p.negative_slope);
+    out.zero_below = p.activation == Activation::kRelu || p.activation == Activation::kRelu6;
+    out.slope = p.activation == Activation::kLeakyRelu ? static_cast<float>(p.negative_slope) : 1.0f;
+    out.limit = p.activation == Activation::kRelu6 ? 6.0f : INFINITY;
     out.residual = p.residual;
     out.out = p.out;
     return out;

@@ -43,7 +43,7 @@ constexpr int64_t conv_tiles(int64_t rows, int64_t columns, int64_t m, int64_t n
 }
 
 /// Tile and slices. rows: pixels of the output; steps of the main loop are 64 bytes of channels.
-inline void choose_conv_tile(int64_t rows, int64_t columns, int64_t channel_steps, int64_t taps,
+inline void choose_conv_tile(int64_t rows, int64_t columns, int64_t channel_steps, int64_t taps, bool vectors,
                              ConvChoice& choice) {
     // Blocks of a multiprocessor at once (registers, shared memory), and the speed of its tensor cores beside
     // that of the largest tile, whose operands are read least often from shared memory.
@@ -61,7 +61,8 @@ inline void choose_conv_tile(int64_t rows, int64_t columns, int64_t channel_step
         const int64_t whole = tiles / at_once, rest = tiles % at_once;
         const int64_t deepest = whole * t.resident + (rest + kConvProcessors - 1) / kConvProcessors;
         const double cost = static_cast<double>(deepest * t.m * t.n) / t.speed;
-        if (best == 0 || cost < best) {
+        // Other channel counts than whole vectors have only the smallest tile.
+        if ((vectors || t.m == 64) && (best == 0 || cost < best)) {
             best = cost;
             choice.tile = t.tile;
         }
@@ -84,7 +85,7 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
                               int64_t taps, int64_t input_pixels, bool residual) {
     ConvChoice choice;
     const int64_t size = dtype_size(dtype), k_step = 64 / size;
-    choose_conv_tile(rows, columns, (channels + k_step - 1) / k_step, taps, choice);
+    choose_conv_tile(rows, columns, (channels + k_step - 1) / k_step, taps, columns * size % 16 == 0, choice);
     ConvMachine machine = kConvMachines[0];
     for (const ConvMachine& row : kConvMachines) {
         machine = row.architecture <= architecture ? row : machine;

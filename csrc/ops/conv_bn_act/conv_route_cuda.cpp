@@ -16,7 +16,8 @@ int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_
 
 }  // namespace
 
-ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual, const ConvGeometry& g) {
+ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual, const ConvGeometry& g,
+                     Activation activation) {
     ConvRoute route;
     const auto library = [&](ConvReason reason) {
         route.reason = code(reason);
@@ -55,6 +56,8 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
     p.x_stride_h = p.height > 1 ? x.strides[2] : p.width * p.x_stride_w;
     p.x_stride_n = p.batch > 1 ? x.strides[0] : p.height * p.x_stride_h;
     p.x = x.data;
+    p.activation = activation;
+    p.tile = ConvTile::k64x64;  // for now: the one that serves any sizes
     if (route.reason == 0) {
         route.reason = static_cast<int>(conv_bn_act_fwd_refusal(p));
     }
