@@ -6,6 +6,7 @@ TF32 as the tensor cores do).
 
 from __future__ import annotations
 
+import ctypes
 import re
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from _cuda_conv import channels_last, conv_bn_act_fwd
 from _cuda_host import host
-from ptxsim import compile_cuda
+from ptxsim import HostLibrary, compile_cuda
 from ptxsim._gate import ROTATION
 from ptxsim.fixture import require_nvcc, require_simulator
 from ptxsim.gates import machine
@@ -271,6 +272,28 @@ def test_host_function(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
         host()("conv_bn_act", *args[:7], added[..., :3], *args[8:], False, 1, 0.1)
     with pytest.raises(RuntimeError, match=r"conv_bn_act: running_var: expected shape \(C,\) = \(40,\), got \(39,\)"):
         host()("conv_bn_act", *args[:4], var[:39], *args[5:], False, 1, 0.1)
+
+
+def test_without_headers() -> None:
+    """A build without CUTLASS: the launcher is there, refuses every call and says why; the library serves them."""
+    flags = cuda.FLAGS[: cuda.FLAGS.index("-isystem")]
+    sources = sorted((cuda.CSRC / "ops" / "conv_bn_act").glob("*.cu"))
+    library = HostLibrary.from_sources(sources, includes=[cuda.CSRC], flags=flags)
+    with library.session() as session:
+        assert session.call("conv_bn_act_fused", restype=ctypes.c_bool) is False
+        params = cuda.headers("conv_bn_act").make("ConvBnActFwdParams", int, batch=1, channels=8, channels_out=8)
+        assert session.call("conv_bn_act_fwd_refusal", params) == 1 and "CUTLASS" in _cuda_conv.REASONS[1]
+        assert session.call("launch_conv_bn_act_fwd", params, None) in (0, 1) and session.reports == []
+
+
+def test_reason_codes_are_those_of_the_headers() -> None:
+    """dl4ds_kernels/_cuda_conv.py spells out every code of ConvRefusal and ConvReason, and no other."""
+    codes: set[int] = set()
+    for header, enum in (("conv_bn_act.h", "ConvRefusal"), ("conv_bn_act_cuda.h", "ConvReason")):
+        text = (cuda.CSRC / "ops" / "conv_bn_act" / header).read_text()
+        body = re.search(rf"enum class {enum} : int \{{(.*?)\}};", text, re.DOTALL).group(1)
+        codes |= {int(code) for code in re.findall(r"=\s*(\d+)", re.sub(r"//[^\n]*", "", body))}
+    assert codes - {0} == _cuda_conv.REASONS.keys()
 
 
 ARCHITECTURES = [
