@@ -1,7 +1,6 @@
 """Builds the two compiled parts with ninja; everything else is in pyproject.toml. No network, no GPU needed.
 _C     csrc/bindings.cpp and every csrc/**/*_cpu.cpp: pybind11 host facts and the CPU kernels (libtorch stable ABI).
-_cuda  every csrc/**/*_cuda.cpp (host compiler) and csrc/**/*.cu (nvcc): only where torch is a CUDA build.
-"""
+_cuda  every csrc/**/*_cuda.cpp (host compiler) and csrc/**/*.cu (nvcc): only where torch is a CUDA build."""
 
 import importlib.util
 import json
@@ -27,15 +26,10 @@ if os.environ.get("SOURCE_DATE_EPOCH"):  # a reproducible build: nvcc's line tab
     NVCC_FLAGS, LINK_FLAGS = NVCC_FLAGS.replace(" -lineinfo", ""), LINK_FLAGS + " -Wl,-s"
 
 
-def sources(*patterns):
-    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
-
-
 def nvcc_version(home):
     """Release (major.minor) of a toolkit that can compile, None for an incomplete one."""
     if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
-        text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
-        return re.search(r"release (\d+\.\d+)|$", text).group(1)
+        return re.search(r"release (\d+\.\d+)|$", subprocess.getoutput(f"'{home}/bin/nvcc' --version")).group(1)
 
 
 def cuda_plan():
@@ -47,17 +41,27 @@ def cuda_plan():
     else:
         major, spec = cuda.split(".")[0], importlib.util.find_spec("nvidia")
         pypi = [f"{p}/cu{major}" for p in (spec.submodule_search_locations if spec else [])]
-        homes = (os.environ.get("CUDA_HOME"), *pypi, "/usr/local/cuda")
-        versions = {home: nvcc_version(Path(home)) for home in homes if home}
+        versions = {home: nvcc_version(Path(home)) for home in (os.environ.get("CUDA_HOME"), *pypi, "/usr/local/cuda") if home}
         for home, version in versions.items():
             if version and version.split(".")[0] == major:
                 return Path(home), version, None
         found = ", ".join(f"{home}: {f'CUDA {v}' if v else 'no nvcc and headers'}" for home, v in versions.items())
         reason = f"no complete CUDA {major} toolkit for this torch, found {found}: set CUDA_HOME or "
         reason += f"`pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
-    if choice == "1":
-        sys.exit(f"DL4DS_BUILD_CUDA=1, but {reason}")
+    _ = choice == "1" and sys.exit(f"DL4DS_BUILD_CUDA=1, but {reason}")
     return None, None, reason
+
+
+def cutlass_plan():
+    """(flags for CUTLASS' headers, version or what is missing): CUTLASS_PATH, else PyPI's nvidia-cutlass. Only for building."""
+    spec, named = importlib.util.find_spec("cutlass_library"), os.environ.get("CUTLASS_PATH")
+    roots = [named] if named else [Path(spec.origin).parent / "source"] if spec and spec.origin else []
+    for header in (path for root in roots for path in Path(root).glob("**/cutlass/version.h")):
+        return f"-isystem {header.parents[1]}", ".".join(
+            re.findall(r"define CUTLASS_(?:MAJOR|MINOR|PATCH) (\d+)", header.read_text())
+        )
+    _ = named and sys.exit(f"CUTLASS_PATH: expected a folder with cutlass/version.h in it or below, got {named}")
+    return "", "no headers, no fused CUDA convolution: `pip install --no-deps nvidia-cutlass==4.2.0.0`, or set CUTLASS_PATH"
 
 
 def gencode(archs):
@@ -80,45 +84,44 @@ class NinjaBuild(build_ext):
     """One build.ninja for both parts, in build/, kept between calls: a rebuild compiles what changed."""
 
     def build_extensions(self):
-        import ninja
         import pybind11
-        from ninja import ninja_syntax
+        from ninja import BIN_DIR, ninja_syntax
 
         build = ROOT / "build" / f"cpython-{sys.version_info.major}{sys.version_info.minor}-torch-{torch.__version__}"
-        build.mkdir(parents=True, exist_ok=True)
+        (build / "link").mkdir(parents=True, exist_ok=True)
         cxx, torch_root = os.environ.get("CXX", "g++"), Path(torch.__file__).parent
         _ = shutil.which(cxx.split()[0]) or sys.exit(f"dl4ds_kernels: no C++ compiler {cxx!r} on PATH: install g++, or set CXX")
-        systems = [f"{torch_root}/include", sysconfig.get_paths()["include"], pybind11.get_include()]
-        include = " ".join([f"-I{ROOT}/csrc", *(f"-isystem {path}" for path in systems)])
-        home, cuda_version, skipped = cuda_plan()
+        systems = (f"{torch_root}/include", sysconfig.get_paths()["include"], pybind11.get_include())
+        (home, cuda_version, skipped), (cutlass, cutlass_version) = cuda_plan(), cutlass_plan()
         archs, version = os.environ.get("TORCH_CUDA_ARCH_LIST") or RELEASE_ARCHS, self.distribution.get_version()
         facts = f"'-DDL4DS_VERSION=\"{version}\"' '-DDL4DS_CUDA_ARCHS=\"{archs if home else ''}\"'"
         libs = f"-L{torch_root}/lib -ltorch_cpu -ldl"
         with open(build / "build.ninja", "w") as file:
             n = ninja_syntax.Writer(file, width=120)
-            flags = f"-ffile-prefix-map={ROOT}=. {CXX_FLAGS} -DTORCH_TARGET_VERSION={TARGET}"
-            n.rule("cxx", f"{cxx} -MMD -MF $out.d {flags} {include} $extra -c $in -o $out", depfile="$out.d", deps="gcc")
+            flags = f"-ffile-prefix-map={ROOT}=. {CXX_FLAGS} -DTORCH_TARGET_VERSION={TARGET} -I{ROOT}/csrc -isystem "
+            flags += " -isystem ".join(systems)
+            n.rule("cxx", f"{cxx} -MMD -MF $out.d {flags} $extra -c $in -o $out", depfile="$out.d", deps="gcc")
             n.rule("link", f"{cxx} {LINK_FLAGS} $in -o $out $libraries")
-            self.part(n, build, "_C", sources("bindings.cpp", "**/*_cpu.cpp"), facts, libs)
+            self.part(n, build, "_C", ("bindings.cpp", "**/*_cpu.cpp"), facts, libs)
             if home:
-                nvcc = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc"  # no torch headers here
+                nvcc = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc {cutlass}"  # never torch's
                 n.rule("nvcc", f"{nvcc} -c $in -o $out", depfile="$out.d", deps="gcc")
                 libs += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
-                self.part(n, build, "_cuda", sources("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
+                self.part(n, build, "_cuda", ("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
         print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
-        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
+        if subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
             sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
-        info = {
-            "version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
+        info = {"version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
             "python": f"CPython {sys.version.split()[0]}", "cuda_archs": home and archs, "cuda_skipped": skipped,
-        }  # fmt: skip
+            "cutlass": home and cutlass_version}  # fmt: skip
         self.built = build, home, info
         self.install_parts(Path(self.get_ext_fullpath("dl4ds_kernels._C")).parent)
 
     def copy_extensions_to_source(self):
         self.install_parts(ROOT / "dl4ds_kernels")
 
-    def part(self, n, build, name, files, extra, libraries):
+    def part(self, n, build, name, patterns, extra, libraries):
+        files = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
         rules = {f: "nvcc" if f.endswith(".cu") else "cxx" for f in files}
         objects = [n.build(f"{build}/{f}.o", rules[f], str(ROOT / f), variables={"extra": extra})[0] for f in files]
         n.build(f"{build}/{name}.so", "link", objects, variables={"libraries": libraries})
@@ -128,7 +131,6 @@ class NinjaBuild(build_ext):
         found = [p for d in ("lib64", "lib") for p in sorted((home / d).glob("libcudart.so*"))]
         _ = found or sys.exit(f"dl4ds_kernels: no libcudart.so in {home}: `pip install nvidia-cuda-runtime`, or set CUDA_HOME")
         link = build / "link/libcudart.so"
-        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(found[0])
         return link.parent
@@ -139,11 +141,9 @@ class NinjaBuild(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         for name, wanted in (("_C", True), ("_cuda", home)):
             built, target = build / f"{name}.so", package / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-            if wanted and target.exists() and target.stat().st_mtime_ns == built.stat().st_mtime_ns:
-                continue
-            target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
-            if wanted:
-                shutil.copy2(built, target)
+            if not (wanted and target.exists() and target.stat().st_mtime_ns == built.stat().st_mtime_ns):
+                target.unlink(missing_ok=True)  # never write into a file that a running process has mapped
+                _ = wanted and shutil.copy2(built, target)
         (package / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
 
 

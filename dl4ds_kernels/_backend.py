@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _extension
+from . import _cuda_conv, _extension
+from ._activation import ACTIVATION_CODES
 from ._define import CPP, TRITON, has_kernel, triton_interpreted
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
@@ -136,8 +137,24 @@ def _has_triton() -> bool:
     return _triton_found
 
 
-def explain(op: str, x: Tensor, *, backend: str | None = None) -> dict[str, Any]:
-    """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason."""
+def explain(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
+
+    ``weight`` and what follows it are those of ``conv_bn_act``: on CUDA the dict then says too which kernels run the layer
+    ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN with BatchNorm and activation in place.
+    """
     if op not in MIN_NUMEL:
         raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
     path = select(op, x, backend)
@@ -153,4 +170,9 @@ def explain(op: str, x: Tensor, *, backend: str | None = None) -> dict[str, Any]
     else:
         reason = f"no kernel for {x.dtype} on {x.device.type}, or a model is being exported"
     names = {CPP: f"C++ ({x.device.type})", TRITON: "Triton", REFERENCE: "reference", STOCK: "stock torch"}
-    return {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
+    report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
+    if op == "conv_bn_act" and weight is not None and path == CPP and x.device.type == "cuda":
+        pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation])
+        report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
+    return report

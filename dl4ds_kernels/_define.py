@@ -123,6 +123,13 @@ def define_op(
                 _register_kernel(library, namespace, name, stem, key, triton and compose is None)
 
 
+def define_question(name: str, kind: str, answer: Callable[[], Any]) -> None:
+    """``dl4ds_kernels::name() -> kind``: what only Python knows and the C++ part asks through the dispatcher, at each call."""
+    library = _libraries[CPP]
+    library.define(f"{name}() -> {kind}")
+    library.impl(name, answer, "CompositeExplicitAutograd")
+
+
 def _run_fake(name: str, fake: Callable[..., Any], *args: Any) -> Any:
     """One meta tensor among CPU tensors makes the dispatcher take the fake kernel: an error, not an uninitialised result."""
     devices = {arg.device for arg in args if isinstance(arg, torch.Tensor)}

@@ -19,7 +19,17 @@ from ptxsim import build, toolchain
 from ptxsim import library as core
 
 OPS = ("bn_act", "add_act", "conv_bn_act", "nms")
-FUNCTIONS = ("bn_act", "bn_act_bwd", "add_act", "add_act_bwd", "conv_bn_act", "nms", "batched_nms", "nms_padded")
+FUNCTIONS = (
+    "bn_act",
+    "bn_act_bwd",
+    "add_act",
+    "add_act_bwd",
+    "conv_bn_act",
+    "conv_bn_act_route",
+    "nms",
+    "batched_nms",
+    "nms_padded",
+)
 RENAMED = (
     "aoti_torch_device_type_cuda", "aoti_torch_get_current_cuda_stream", "aoti_torch_create_device_guard",
     "aoti_torch_delete_device_guard", "aoti_torch_copy_", "aoti_torch_get_data_ptr", "torch_c10_cuda_check_msg",
@@ -38,7 +48,7 @@ def _build() -> Path:
     compiler = toolchain.cxx().split()
     objects, core_folder = cuda.objects(), build.simulator()
     stand_ins = Path(__file__).with_name("_cuda_stand_ins.cpp")
-    sources = [cuda.CSRC / "ops" / op / f"{op}_cuda.cpp" for op in OPS]
+    sources = [source for op in OPS for source in sorted((cuda.CSRC / "ops" / op).glob("*_cuda.cpp"))]
     flags = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     cuda_include = Path(toolchain.nvcc()).resolve().parents[1] / "include"
     flags += [f"-I{cuda.CSRC}", "-isystem", f"{TORCH}/include", "-isystem", str(cuda_include)]

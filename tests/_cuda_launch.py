@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +23,19 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = [CSRC / "ops" / op / f"{op}_{way}.cu" for op in ("bn_act", "add_act") for way in ("fwd", "bwd")]
-SOURCES += [CSRC / "ops" / "nms" / "nms_fwd.cu"]
-FLAGS = ("-DNDEBUG", "--expt-relaxed-constexpr")
+SOURCES += [CSRC / "ops" / "nms" / "nms_fwd.cu", *sorted((CSRC / "ops" / "conv_bn_act").glob("*.cu"))]
+
+
+def cutlass() -> str | None:
+    """The folder that holds cutlass/cutlass.h: CUTLASS_PATH, or the PyPI package nvidia-cutlass."""
+    if "CUTLASS_PATH" in os.environ:
+        return os.environ["CUTLASS_PATH"]
+    spec = importlib.util.find_spec("cutlass_library")
+    return str(Path(spec.origin).parent / "source" / "include") if spec and spec.origin else None
+
+
+# Without CUTLASS the fused convolution's files compile to launchers that refuse, as in a build.
+FLAGS = ("-DNDEBUG", "--expt-relaxed-constexpr", *(("-isystem", cutlass()) if cutlass() else ()))
 FEW_BLOCKS = 2  # of the build whose loops take several steps on small tensors
 DTYPES = {torch.float32: "kFloat32", torch.float64: "kFloat64", torch.float16: "kFloat16", torch.bfloat16: "kBFloat16"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,8 +70,9 @@ def test_second_build_does_nothing() -> None:
     [
         ({"DL4DS_BUILD_CUDA": "maybe"}, ["DL4DS_BUILD_CUDA", "expected 0, 1 or auto", "'maybe'"]),
         ({"DL4DS_BUILD_CUDA": "0", "CXX": "false"}, ["the build failed", "CXX"]),
+        ({"DL4DS_BUILD_CUDA": "0", "CUTLASS_PATH": "/nowhere"}, ["CUTLASS_PATH", "cutlass/version.h", "got /nowhere"]),
     ],
-    ids=["choice", "compiler"],
+    ids=["choice", "compiler", "cutlass"],
 )
 def test_wrong_settings_fail_loudly(environment: dict[str, str], words: list[str], copy_of_sources: Path) -> None:
     result = build(copy_of_sources, **environment)
@@ -98,8 +100,10 @@ def test_cuda_that_cannot_be_built_fails_when_asked_for(copy_of_sources: Path) -
 def test_build_info_is_recorded() -> None:
     if not INFO:
         pytest.skip("the package was not built by setup.py")
-    wanted = {"version", "torch", "stable_abi_target", "python", "cuda_version", "cuda_archs", "cuda_skipped"}
+    wanted = {"version", "torch", "stable_abi_target", "python", "cuda_version", "cuda_archs", "cuda_skipped", "cutlass"}
     assert wanted <= INFO.keys()
+    assert (INFO["cutlass"] is None) == (INFO["cuda_version"] is None)
+    assert re.match(r"\d+\.\d+\.\d+$|no headers", INFO["cutlass"] or "no headers")
     assert (INFO["cuda_version"] is None) == (INFO["cuda_skipped"] is not None)
     compiled = _extension.host().build_info()
     assert compiled["version"] == INFO["version"]

@@ -19,8 +19,6 @@ CSRC = ROOT / "csrc"
 STEMS = sorted(set(defined_ops().values()))
 # A row that an op lacks on purpose, with the reason.
 EXCEPTIONS = {
-    ("conv_bn_act", "header"): "the convolution is the library's and its epilogue is bn_act's kernel",
-    ("conv_bn_act", "kernel"): "the convolution is the library's and its epilogue is bn_act's kernel",
     ("pool2d", "cuda"): "inference on the CPU only: CUDA tensors take stock torch",
     ("pool2d", "kernel"): "no CUDA kernel, see the row above",
     ("pool2d", "header"): "the Params of a CUDA kernel, which is not there",
@@ -48,6 +46,7 @@ ROOMS = (
     ("_version", "_activation"),
     ("_extension",),
     ("_define", "_autotune"),
+    ("_cuda_conv",),
     ("_backend",),
     ("ops", "reference", "_triton", "_packing"),
     ("functional",),
@@ -190,9 +189,9 @@ def test_file_lengths() -> None:
 
 # Set by others (compiler, torch, triton, Python, the shell, OpenMP), read or set by us.
 FOREIGN_VARIABLES = {
-    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_ARENA_MAX", "MAX_JOBS",
-    "NO_COLOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PATH", "PYTHONPATH", "PYTHONWARNINGS", "SOURCE_DATE_EPOCH", "TMPDIR",
-    "TORCH_CUDA_ARCH_LIST", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "VENV", "XDG_CACHE_HOME",
+    "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CUTLASS_PATH", "CXX", "HOME", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_ARENA_MAX",
+    "MAX_JOBS", "NO_COLOR", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PATH", "PYTHONPATH", "PYTHONWARNINGS", "SOURCE_DATE_EPOCH",
+    "TMPDIR", "TORCH_CUDA_ARCH_LIST", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "VENV", "XDG_CACHE_HOME",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._define import define_op, op
+from .._define import define_op, define_question, op
 from .bn_act import eval_statistics
 
 _ARGS = 16
@@ -93,6 +93,29 @@ define_op(
     setup_context=_setup_context,
     backward=_backward,
     autocast=_autocast,
+)
+
+
+def tf32_allowed() -> bool:
+    """Whether torch's own fp32 convolutions may use TF32 on CUDA now; then the fused kernel may."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+define_question("conv_tf32_allowed", "bool", tf32_allowed)
+
+
+def _fake_route(*args: Any) -> list[int]:
+    raise RuntimeError("conv_bn_act_route: asks about eager calls; it needs tensors with memory")
+
+
+# What dk.explain tells of a CUDA call: dl4ds_kernels/_cuda_conv.py.
+define_op(
+    "conv_bn_act_route",
+    "(Tensor x, Tensor weight, bool residual, int[] stride, int[] padding, int[] dilation, int groups, "
+    "int activation) -> int[]",
+    fake=_fake_route,
+    stem="conv_bn_act",
+    triton=False,
 )
 
 

@@ -1,10 +1,10 @@
-// Eval-mode act(bn(conv(x)) [+ residual]) on CUDA: the library's convolution (cuDNN through the dispatcher),
-// then one pass of bn_act's kernel over its output, in place. The op contract is in
-// dl4ds_kernels/ops/conv_bn_act.py.
+// Eval-mode act(bn(conv(x)) [+ residual]) on CUDA, one of two ways (conv_route_cuda.cpp decides): the fused
+// kernel, or the library's convolution (cuDNN through the dispatcher) and then one pass of bn_act's kernel
+// over its output, in place. The op contract is in dl4ds_kernels/ops/conv_bn_act.py.
+#include "ops/conv_bn_act/conv_bn_act_cuda.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-
-#include <vector>
 
 #include "ops/bn_act/bn_act_cuda.h"
 
@@ -15,41 +15,44 @@ constexpr const char* kOp = "conv_bn_act";
 
 /// aten::convolution (not transposed).
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                const std::vector<int64_t>& dilation, int64_t groups) {
+                const ConvGeometry& g) {
     using torch::stable::detail::from;
-    const std::vector<int64_t> output_padding(stride.size(), 0);
-    StableIValue stack[9] = {from(x),        from(weight), from(bias),           from(stride), from(padding),
-                             from(dilation), from(false),  from(output_padding), from(groups)};
+    const std::vector<int64_t> output_padding(g.stride.size(), 0);
+    StableIValue stack[9] = {from(x),        from(weight),         from(bias),
+                             from(g.stride), from(g.padding),      from(g.dilation),
+                             from(false),    from(output_padding), from(g.groups)};
     shim_check(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION), "aten::convolution");
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-}  // namespace
+/// The per-channel vectors of one call, as given.
+struct Vectors {
+    std::optional<Tensor> mean, var, weight, bias;
+    double eps;
+    bool eps_std;
+    Activation activation;
+    double negative_slope;
+};
 
-Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
-                        Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
-                        std::optional<Tensor> residual, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                        double eps, bool eps_std, int64_t activation, double negative_slope) {
-    const TensorInfo xi = tensor_info(x);
-    check_batched(kOp, xi);
-    check_cuda(kOp, xi);
-    check_same_device(kOp, "weight", tensor_info(weight), xi);
-    BnActFwdParams p;
-    p.activation = checked_activation(kOp, activation);
-    const CudaScope scope(xi);
-    Tensor out = convolve(x, weight, bias, stride, padding, dilation, groups);
-    Operand y(out), added(residual);
-    if (added.info.present) {
-        check_same_shape(kOp, "residual", added.info, y.info);
-        check_dtype(kOp, "residual", added.info, y.info.dtype);
-        check_same_device(kOp, "residual", added.info, y.info);
+void check_residual(const Operand& residual, const TensorInfo& out) {
+    if (residual.info.present) {
+        check_same_shape(kOp, "residual", residual.info, out);
+        check_dtype(kOp, "residual", residual.info, out.dtype);
+        check_same_device(kOp, "residual", residual.info, out);
     }
-    const Operand rm = channel_operand(kOp, "running_mean", running_mean, y.info);
-    const Operand rv = channel_operand(kOp, "running_var", running_var, y.info);
-    const Operand w = channel_operand(kOp, "bn_weight", bn_weight, y.info);
-    const Operand b = channel_operand(kOp, "bn_bias", bn_bias, y.info);
+}
+
+Tensor by_library(const CudaScope& scope, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  const ConvGeometry& geometry, const Vectors& v) {
+    BnActFwdParams p;
+    Tensor out = convolve(x, weight, bias, geometry);
+    Operand y(out), added(residual);
+    check_residual(added, y.info);
+    const Operand rm = channel_operand(kOp, "running_mean", v.mean, y.info);
+    const Operand rv = channel_operand(kOp, "running_var", v.var, y.info);
+    const Operand w = channel_operand(kOp, "bn_weight", v.weight, y.info);
+    const Operand b = channel_operand(kOp, "bn_bias", v.bias, y.info);
     const Format format = suggest_format(y.info);
     if (!same_strides(y.info.strides, dense_strides(y.info.sizes, y.info.dim, format).data(), y.info.sizes,
                       y.info.dim)) {
@@ -61,14 +64,103 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
     p.running_var = channel_vector(rv);
     p.weight = channel_vector(w);
     p.bias = channel_vector(b);
-    p.eps_std = eps_std;
-    p.eps = eps;
-    p.negative_slope = negative_slope;
+    p.eps_std = v.eps_std;
+    p.eps = v.eps;
+    p.activation = v.activation;
+    p.negative_slope = v.negative_slope;
     p.out = y.info.data;
     check_launch(launch_bn_act_fwd(p, scope.stream()), kOp);
     return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CUDA, m) { m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cuda)); }
+Tensor by_fused_kernel(const CudaScope& scope, ConvBnActFwdParams& p, const TensorInfo& x,
+                       const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, const Vectors& v) {
+    const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
+    Tensor out = empty_cuda(x, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, x.dtype);
+    const TensorInfo oi = tensor_info(out);
+    Operand added(residual), filter(weight);
+    check_residual(added, oi);
+    const auto dense = [](Operand& t) {
+        const auto strides = dense_strides(t.info.sizes, t.info.dim, Format::kChannelsLast);
+        return same_strides(t.info.strides, strides.data(), t.info.sizes, t.info.dim);
+    };
+    if (!dense(filter) || reinterpret_cast<uintptr_t>(filter.info.data) % 16 != 0) {
+        filter.copy_to(Format::kChannelsLast);  // as cuDNN would; a channels_last model has none to make
+    }
+    if (added.info.present && (!dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
+        added.copy_to(Format::kChannelsLast);
+    }
+    const Operand cb = channel_operand(kOp, "bias", bias, oi);
+    const Operand rm = channel_operand(kOp, "running_mean", v.mean, oi);
+    const Operand rv = channel_operand(kOp, "running_var", v.var, oi);
+    const Operand w = channel_operand(kOp, "bn_weight", v.weight, oi);
+    const Operand b = channel_operand(kOp, "bn_bias", v.bias, oi);
+    p.weight = filter.info.data;
+    p.residual = added.info.data;
+    p.conv_bias = channel_vector(cb);
+    p.running_mean = channel_vector(rm);
+    p.running_var = channel_vector(rv);
+    p.bn_weight = channel_vector(w);
+    p.bn_bias = channel_vector(b);
+    p.eps_std = v.eps_std;
+    p.eps = v.eps;
+    p.activation = v.activation;
+    p.negative_slope = v.negative_slope;
+    p.out = oi.data;
+    const Tensor workspace = empty_vector_cuda(x, conv_bn_act_fwd_workspace(p), DType::kUInt8);
+    p.workspace = tensor_info(workspace).data;
+    check_launch(launch_conv_bn_act_fwd(p, scope.stream()), kOp);
+    return out;
+}
+
+}  // namespace
+
+Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
+                        Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                        std::optional<Tensor> residual, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        double eps, bool eps_std, int64_t activation, double negative_slope) {
+    const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
+    check_batched(kOp, xi);
+    check_cuda(kOp, xi);
+    check_same_device(kOp, "weight", wi, xi);
+    const Vectors v{std::move(running_mean),
+                    std::move(running_var),
+                    std::move(bn_weight),
+                    std::move(bn_bias),
+                    eps,
+                    eps_std,
+                    checked_activation(kOp, activation),
+                    negative_slope};
+    const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+    const CudaScope scope(xi);
+    ConvRoute route = conv_route(xi, wi, residual.has_value(), geometry, v.activation);
+    return route.reason == static_cast<int>(ConvReason::kFused)
+               ? by_fused_kernel(scope, route.params, xi, weight, bias, residual, v)
+               : by_library(scope, x, weight, bias, residual, geometry, v);
+}
+
+/// For dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the library's way.
+std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residual,
+                                            std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                            std::vector<int64_t> dilation, int64_t groups,
+                                            int64_t activation) {
+    const TensorInfo xi = tensor_info(x);
+    check_batched(kOp, xi);
+    check_cuda(kOp, xi);
+    const CudaScope scope(xi);
+    const ConvRoute route = conv_route(xi, tensor_info(weight), residual,
+                                       {std::move(stride), std::move(padding), std::move(dilation), groups},
+                                       checked_activation(kOp, activation));
+    return {route.reason, static_cast<int64_t>(route.choice.tile), route.choice.slices,
+            static_cast<int64_t>(1e3 * route.choice.fused_us),
+            static_cast<int64_t>(1e3 * route.choice.library_us)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CUDA, m) {
+    m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cuda));
+    m.impl("conv_bn_act_route", TORCH_BOX(&conv_bn_act_route_cuda));
+}
 
 }  // namespace dl4ds

@@ -1,4 +1,7 @@
-"""Calls of conv_bn_act in inference: 1x1 and 3x3, odd sizes, strides, dilation, both layouts, every tile size."""
+"""Calls of conv_bn_act in inference: 1x1 and 3x3, odd sizes, strides, dilation, both layouts, every tile size.
+
+Those of the fused CUDA kernel are their own, since a tile and a number of slices are part of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..report import Report
 from .limits import Limits
 from .truth_bn_act import EPS, per_channel, rstd_of
 from .workload import SLOPE, Case, Results, Truth, activation, random, size_of
@@ -32,6 +36,30 @@ LIMITS = [
         note="bound by arithmetic; waves 2.56 in fp32 (IEEE, without tensor cores: operands are broadcast from shared memory)",
     ),
 ]  # fmt: skip
+_NOTE = "3x3 layers read a pixel nine times, through L1 and L2; bound by the tensor cores"
+LIMITS += [
+    Limits(
+        "conv_bn_act_fwd_kernel", "cuda", ("x", "residual", "out"), small=7.0, load=1.0, store=1.0, waves=1.1, again=12.0,
+        instructions=400, registers=255, wide_stores=False, mma=True,
+        note=_NOTE + "; waves: 64 a block in the epilogue, none in the main loop (ops/test_conv_bn_act_cuda.py)",
+    ),
+    Limits(
+        "conv_bn_act_finish_kernel", "cuda", ("residual", "out"), small=20.0, load=1.0, store=1.0, waves=1.4, again=1.1,
+        instructions=150, registers=128, wide_stores=False,
+    ),
+]  # fmt: skip
+# Of the fused kernel: x, output channels, kernel size, stride, padding, dilation; residual; the tiles, or the slices of 64x64.
+FUSED = [
+    ((1, 24, 9, 7), 136, 3, 1, 1, 1, True, ("k128x128", "k128x64", "k64x64")),
+    ((2, 40, 13, 12), 72, 1, 2, 0, 1, False, ("k128x128", "k128x64", "k64x64")),
+    ((1, 8, 17, 11), 16, 5, 1, 3, 2, True, ("k128x128", "k128x64", "k64x64")),
+    ((1, 72, 7, 7), 67, 3, 1, 1, 1, True, (1, 3)), ((2, 56, 6, 5), 24, 1, 1, 0, 1, False, (1, 2)),
+    ((1, 136, 5, 4), 72, 1, 1, 0, 1, True, (2,)),
+]  # fmt: skip
+FUSED_EVEN = [
+    ((1, 64, 16, 16), 128, 1, 1, 0, 1, True, ("k128x128", 1)), ((1, 32, 16, 16), 64, 3, 1, 1, 1, False, ("k128x64", 1)),
+    ((1, 128, 8, 8), 64, 1, 1, 0, 1, True, (2,)),
+]  # fmt: skip
 WRITTEN = {"conv_bn_act_kernel": {"out"}}
 CAPABILITIES = (80, 90)  # for sm_90 Triton emits wgmma
 
@@ -49,6 +77,28 @@ def triton(case: Case) -> Results:
         return {"out": conv_bn_act.conv_bn_act(*(t[n] for n in names), *geometry, *last)}
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
+
+
+def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
+    """The call through the launcher of the fused kernel that ships."""
+    import _cuda_conv as launcher
+
+    t = case.arguments
+    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+    geometry = (t["stride"], t["padding"], t["dilation"])
+    more = {name: t[name] for name in ("activation", "eps", "negative_slope", "tile", "slices")}
+    out, reports = launcher.conv_bn_act_fwd(*(t[n] for n in names), *geometry, options=options, **more)
+    return {"out": out}, reports
+
+
+def cuda_runs(case: Case) -> bool:
+    """The cases of the fused kernel."""
+    return "tile" in case.arguments
+
+
+def triton_runs(case: Case) -> bool:
+    """All the others."""
+    return "tile" not in case.arguments
 
 
 def convolution(t: dict[str, Any], absolute: bool = False) -> torch.Tensor:
@@ -99,4 +149,32 @@ def cases(dtype: torch.dtype) -> list[Case]:
         label = f"fwd-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-p{padding}-d{dilation}-{layout}-act{i % 6}"
         call = functools.partial(truth, arguments)
         found.append(Case("conv_bn_act", "fwd", label, arguments, call, even=geometry in LARGE))
+    return [*found, *fused_cases(dtype)]
+
+
+def fused_cases(dtype: torch.dtype) -> list[Case]:
+    """Calls of the fused CUDA kernel: every tile, slices, whole vectors of channels and others, with and without a residual."""
+    found: list[Case] = []
+    for i, (shape, k, size, stride, padding, dilation, residual, ways) in enumerate([*FUSED, *FUSED_EVEN]):
+        for j, way in enumerate(ways):
+            # fp32 values that TF32 holds exactly: rounding is the business of ops/test_conv_bn_act_cuda.py.
+            fill = torch.bfloat16 if dtype == torch.float32 else dtype
+            x = random(*shape, dtype=fill, seed=1).to(dtype).contiguous(memory_format=torch.channels_last)
+            weight = random(k, shape[1], size, size, dtype=torch.float32, seed=2) / (shape[1] * size * size) ** 0.5
+            weight = weight.to(fill).to(dtype)
+            arguments = {
+                "x": x, "weight": torch.empty(k, size, size, shape[1], dtype=dtype).permute(0, 3, 1, 2).copy_(weight),
+                "stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2, "eps": EPS,
+                "activation": (i + j) % 4, "negative_slope": SLOPE,
+                "running_var": random(k, dtype=torch.float32, seed=7).abs() + 0.5,
+            }  # fmt: skip
+            names = ("bias", "running_mean", "bn_weight", "bn_bias")
+            arguments |= {name: random(k, dtype=torch.float32, seed=3 + n) for n, name in enumerate(names)}
+            out = convolution(arguments)
+            added = random(*out.shape, dtype=dtype, seed=8).contiguous(memory_format=torch.channels_last)
+            arguments["residual"] = added if residual else None
+            arguments |= {"tile": way, "slices": 1} if isinstance(way, str) else {"tile": "k64x64", "slices": way}
+            label = f"fused-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-{way}-act{(i + j) % 4}"
+            even = (shape, k, size, stride, padding, dilation, residual, ways) in FUSED_EVEN
+            found.append(Case("conv_bn_act", "fwd", label, arguments, functools.partial(truth, arguments), even=even))
     return found

@@ -1,0 +1,97 @@
+// The fused convolution's launcher: what it refuses, its workspace, and the choice of the element type.
+#include <algorithm>
+#include <atomic>
+
+#include "common/cuda/launch.cuh"
+#include "ops/conv_bn_act/conv_bn_act_instances.h"
+
+namespace dl4ds {
+
+bool conv_bn_act_fused() { return DL4DS_HAVE_CUTLASS != 0; }
+
+int conv_bn_act_architecture() {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // 0: not asked yet
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0) {
+        return 0;
+    }
+    if (device < kDevices && known[device].load(std::memory_order_relaxed) != 0) {
+        return known[device].load(std::memory_order_relaxed);
+    }
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        return 0;
+    }
+    if (device < kDevices) {
+        known[device].store(10 * major + minor, std::memory_order_relaxed);
+    }
+    return 10 * major + minor;
+}
+
+ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& p) {
+    if (!conv_bn_act_fused()) {
+        return ConvRefusal::kNotCompiled;
+    }
+    if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat32) {
+        return ConvRefusal::kDType;
+    }
+    const int64_t rows = p.batch * p.height_out * p.width_out;
+    if (rows <= 0 || p.channels <= 0 || p.channels_out <= 0 || p.kernel_h <= 0 || p.kernel_w <= 0) {
+        return ConvRefusal::kEmpty;
+    }
+    // Rows of the last tile are numbered too; strides and sizes are ints, products of them are not.
+    const int64_t largest = std::max({rows + 128, p.channels_out + 128, p.batch * p.x_stride_n,
+                                      p.channels_out * p.kernel_h * p.kernel_w * p.channels});
+    if (largest > INT32_MAX) {
+        return ConvRefusal::kTooLarge;
+    }
+    const int64_t vec = 16 / dtype_size(p.dtype);
+    if (p.channels % vec != 0) {
+        return ConvRefusal::kChannels;
+    }
+    const bool strides = p.x_stride_n % vec == 0 && p.x_stride_h % vec == 0 && p.x_stride_w % vec == 0;
+    if (!strides || !aligned16(p.x) || !aligned16(p.weight) || !aligned16(p.workspace)) {
+        return ConvRefusal::kAddresses;
+    }
+    if (p.kernel_h > 32 || p.kernel_w > 32) {
+        return ConvRefusal::kFilter;
+    }
+    if (p.activation != Activation::kNone && p.activation != Activation::kRelu &&
+        p.activation != Activation::kLeakyRelu && p.activation != Activation::kRelu6) {
+        return ConvRefusal::kActivation;
+    }
+    const bool vectors = p.channels_out % vec == 0 && aligned16(p.out) && aligned16(p.residual);
+    if (p.tile != ConvTile::k64x64 && (!vectors || p.slices > 1)) {
+        return ConvRefusal::kTile;
+    }
+    return ConvRefusal::kNone;
+}
+
+int64_t conv_bn_act_fwd_workspace(const ConvBnActFwdParams& p) {
+    if (p.slices <= 1) {
+        return 0;
+    }
+    const int64_t tiles = ceil_div(p.batch * p.height_out * p.width_out, 64) * ceil_div(p.channels_out, 64);
+    return p.slices * tiles * 64 * 64 * static_cast<int64_t>(sizeof(float));
+}
+
+int launch_conv_bn_act_fwd(const ConvBnActFwdParams& p, void* stream) {
+    const ConvRefusal refusal = conv_bn_act_fwd_refusal(p);
+    if (refusal == ConvRefusal::kEmpty && p.batch * p.height_out * p.width_out * p.channels_out == 0) {
+        return 0;
+    }
+    if (refusal != ConvRefusal::kNone || p.slices < 1 || (p.slices > 1 && p.workspace == nullptr)) {
+        return static_cast<int>(cudaErrorInvalidValue);
+    }
+    switch (p.dtype) {
+        case DType::kFloat16:
+            return launch_conv_float16(p, stream);
+        case DType::kBFloat16:
+            return launch_conv_bfloat16(p, stream);
+        default:
+            return launch_conv_float32(p, stream);
+    }
+}
+
+}  // namespace dl4ds

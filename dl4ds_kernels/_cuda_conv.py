@@ -1,0 +1,53 @@
+"""What :func:`dl4ds_kernels.explain` tells of a CUDA convolution layer: which kernels run it, and why.
+
+The choice is made in C++, at each call (csrc/ops/conv_bn_act/conv_route_cuda.cpp): from the arguments, from
+``DL4DS_CUDA_CONV`` (``auto``, ``fused``, ``library``) and from a model of both ways. docs/gpu-conv.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ._define import op
+
+TILES = ("128x128", "128x64", "64x64")  # output pixels x channels of a thread block: ConvTile in conv_bn_act.h
+# ConvRefusal in conv_bn_act.h, ConvReason in conv_bn_act_cuda.h.
+REASONS = {
+    1: "the CUDA part was built without CUTLASS' headers (python -m dl4ds_kernels info says how to get them)",
+    2: "expected fp16, bf16 or fp32 operands of one dtype",
+    3: "nothing to compute, or sizes that do not fit each other",
+    4: "more elements than 32 bits can count",
+    5: "input channels that do not fill vectors of 16 bytes",
+    6: "x, or a stride of it, lies off 16-byte boundaries",
+    7: "a filter of more than 32 rows or columns",
+    8: "an activation other than none, relu, leaky_relu and relu6",
+    16: "asked for: DL4DS_CUDA_CONV=library",
+    17: "the GPU's compute capability is below 8.0",
+    18: "not a convolution of two spatial dimensions",
+    19: "groups",
+    20: "x is not in channels_last",
+    21: "fp32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32",
+    22: "modelled (not measured) to be no faster fused",
+}
+
+
+def explain(
+    x: Tensor, weight: Tensor, residual: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    activation: int, question: Callable[..., list[int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """kernels, reason, tile, slices, and the modelled microseconds of both ways, of one call of ``conv_bn_act`` on CUDA."""
+    ask = question or op("conv_bn_act_route")
+    reason, tile, slices, fused_ns, library_ns = ask(x, weight, residual, stride, padding, dilation, groups, activation)
+    facts: dict[str, Any] = {}
+    if fused_ns > 0:
+        facts = {"tile": TILES[tile], "slices": slices, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3}
+    if reason == 0:
+        return {
+            "kernels": "one fused kernel (CUTLASS main loop)",
+            "reason": "modelled (not measured) to be faster fused",
+            **facts,
+        }
+    return {"kernels": "cuDNN, then BatchNorm and activation in place", "reason": REASONS[reason], **facts}

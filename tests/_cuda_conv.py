@@ -1,0 +1,83 @@
+"""Runs the shipped launcher of the fused CUDA convolution on the PTX simulator (tests/_cuda_launch.py)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import _cuda_launch as cuda
+import torch
+from ptxsim import Report
+from torch import Tensor
+
+TILES = {"k128x128": (128, 128), "k128x64": (128, 64), "k64x64": (64, 64)}
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """Channels last, in memory of its own (which torch aligns)."""
+    n, c, h, w = t.shape
+    return torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=t.dtype).copy_(t)
+
+
+def conv_bn_act_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    *,
+    activation: int = 0,
+    eps: float = 1e-5,
+    eps_std: bool = False,
+    negative_slope: float = 0.1,
+    tile: str = "k64x64",
+    slices: int = 1,
+    options: dict[str, int] | None = None,
+    refusal: int = 0,
+) -> tuple[Tensor | None, list[Report]]:
+    """(out, reports); x any strides with the channels side by side, weight and residual channels last.
+
+    With ``refusal``: the launcher must give this reason (ConvRefusal) and launch nothing; out is None.
+    """
+    height, width = (out_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    out = channels_last(torch.empty(x.shape[0], weight.shape[0], height, width, dtype=x.dtype))
+    with cuda.library().session(**(options or {})) as session:
+        launch = cuda.Launch("conv_bn_act", session, "fwd")
+        vectors = {"conv_bias": bias, "running_mean": running_mean, "running_var": running_var}
+        vectors |= {"bn_weight": bn_weight, "bn_bias": bn_bias}
+        sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+        pairs = {"pad": padding, "stride": stride, "dilation": dilation, "kernel": weight.shape[2:]}
+        pairs = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
+        params = launch.make(
+            dtype=cuda.DTYPES[x.dtype], tile=tile, slices=slices, **sizes, **pairs, channels_out=weight.shape[0],
+            height_out=height, width_out=width, x=launch.read(x, "x"), weight=launch.read(weight, "weight"),
+            x_stride_n=x.stride(0), x_stride_h=x.stride(2), x_stride_w=x.stride(3),
+            residual=launch.read(residual, "residual"),
+            **{name: launch.channels(vector, name) for name, vector in vectors.items()},
+            eps_std=eps_std, eps=eps, activation=activation, negative_slope=negative_slope,
+            out=launch.pointer(out, "out", output=True),
+        )  # fmt: skip
+        assert session.call("conv_bn_act_fwd_refusal", params) == refusal
+        if refusal:
+            assert math.prod(out.shape) == 0 or session.call("launch_conv_bn_act_fwd", params, None) != 0
+            return None, session.reports
+        memory = launch.workspace(params)
+        reports = launch.run(params)
+        del memory
+    return out, reports
+
+
+def fused() -> bool:
+    """Whether the launcher is compiled in (CUTLASS' headers were found)."""
+    with cuda.library().session() as session:
+        return session.call("conv_bn_act_fused", restype=ctypes.c_bool)
