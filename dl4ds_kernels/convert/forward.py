@@ -13,7 +13,7 @@ from .audit import Untraceable
 from .blocks import block_plan
 from .passing import FusedMarker
 from .plan import MISS, Options, Plan, make_plan
-from .trace import argument_kind, stock_signature
+from .trace import TENSOR, Tensors, argument_kind, stock_signature
 
 _MAX_SPECIALISATIONS = 8
 
@@ -78,7 +78,9 @@ class FusedForward(FusedMarker):
 
     def _plan(self, arguments: dict[str, Any]) -> Any:
         try:
-            plan = block_plan(self.module, self.options, self.skip)
+            # Blocks are called with tensors; under fx.symbolic_trace with proxies, which no plan fits.
+            tensors = all(kind is TENSOR or type(kind) is Tensors for kind in arguments.values())
+            plan = block_plan(self.module, self.options, self.skip) if tensors else None
             return (plan or make_plan(self.module, arguments, self.options, self.skip)).run
         except Untraceable:
             return None
