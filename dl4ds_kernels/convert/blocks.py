@@ -52,6 +52,8 @@ def _residual(module: nn.Module, convolutions: int, options: Options, skip: Coll
     names = [(f"conv{i}", f"bn{i}") for i in range(1, convolutions + 1)]
 
     def forward(self: Any, x: Tensor) -> Any:
+        if not isinstance(x, Tensor):  # fx.symbolic_trace: no plan fits, and a new one would be this one
+            return type(self).forward(self, x)
         if torch.is_grad_enabled():
             m, shortcut = self._modules, self.downsample
             fused = shortcut.__dict__.get("forward") if isinstance(shortcut, nn.Module) else None

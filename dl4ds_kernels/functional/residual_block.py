@@ -161,7 +161,7 @@ def _public(
         if has_torch_function_variadic(x):
             scale = {"alpha": alpha} if preact else {}
             return handle_torch_function(function, (x,), x, params, downsample, **scale, **options)
-        if len(params) != count:
+        if len(params) != count or not isinstance(params[0], ConvParams):
             raise ValueError(name)  # in words below
         return run_block(
             x,
@@ -334,6 +334,10 @@ def _explain(name: str, x: Any, params: Any, count: int, downsample: Any, preact
     check_floating(name, "x", x)
     if x.dim() != 4:
         fail(name, "x", "(N, C, H, W)", tuple(x.shape))
+    if not isinstance(params, (list, tuple)) or not all(isinstance(conv, ConvParams) for conv in params):
+        fail(name, "params", "a list of ConvParams", type(params).__name__, TypeError)
+    if not (downsample is None or isinstance(downsample, ConvParams)):
+        fail(name, "downsample", "ConvParams or None", type(downsample).__name__, TypeError)
     if len(params) != count:
         fail(name, "params", f"{count} convolutions", len(params), ValueError)
     channels = x.shape[1]
@@ -372,7 +376,9 @@ def _explain_conv(name: str, what: str, conv: Any, x: Tensor, channels: int) -> 
         fail(name, f"{what}.weight", f"dtype {x.dtype} like x", weight.dtype)
 
 
-def _explain_norm(name: str, what: str, bn: BNParams, x: Tensor, channels: int) -> None:
+def _explain_norm(name: str, what: str, bn: Any, x: Tensor, channels: int) -> None:
+    if not isinstance(bn, BNParams):
+        fail(name, f"{what}.norm", "BNParams", type(bn).__name__, TypeError)
     eps_mode_flag(name, bn.eps_mode)
     for field in ("running_mean", "running_var", "weight", "bias"):
         check_vector(name, f"{what}.norm.{field}", getattr(bn, field), x, channels)

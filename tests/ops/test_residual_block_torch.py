@@ -13,7 +13,7 @@ from _residual_block import BF16, FP16, FP32, FP64, KINDS, Case, grouped, ours, 
 from torch import Tensor
 
 from dl4ds_kernels import functional as F
-from dl4ds_kernels._define import triton_interpreted
+from dl4ds_kernels._define import CPP, TRITON, has_kernel, triton_interpreted
 
 
 def saved_bytes(function: Callable[[], Tensor], owned: list[Tensor]) -> int:
@@ -176,6 +176,15 @@ def test_triton(kind: str) -> None:
     got, eager = results(case, ours(case, "triton"), tensors), results(case, stock(case), tensors)
     truth = results(case, stock(case), tensors, FP64)
     compare(grouped(got), grouped(eager), grouped(truth), "triton")
+
+
+def test_registered_where_bn_act_is() -> None:
+    """The schedule serves each namespace and device that has its kernels, and no other."""
+    for namespace in (CPP, TRITON):
+        for device in ("cpu", "cuda"):
+            expected = has_kernel("bn_act", namespace, device)
+            for name in ("residual_block", "residual_block_bwd", "bn_act_max_pool", "bn_act_max_pool_bwd"):
+                assert has_kernel(name, namespace, device) == expected
 
 
 def test_second_backward_is_refused(kernels: None) -> None:

@@ -217,7 +217,7 @@ FUNCTIONS: dict[str, int] = {
     "add_act": 2, "bn_act": 5, "conv_bn_act": 3, "add_bn_act": 6, "bn_act_conv": 6, "max_pool_indices": 1, "max_unpool": 2,
     "upsample_add": 2, "nms": 3, "batched_nms": 4, "nms_padded": 3, "soft_nms": 3, "diou_nms": 3, "matrix_nms": 3,
     "darknet_nms": 3, "avg_pool2d": 2, "conv_transpose_bn_act": 3, "global_avg_pool2d": 1, "local_response_norm": 2,
-    "max_pool2d": 2,
+    "max_pool2d": 2, "basic_block": 3, "bottleneck": 3, "preact_basic_block": 3, "preact_bottleneck": 3, "bn_act_max_pool": 5,
 }  # fmt: skip
 NEEDED: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("running_mean", "running_var"), "nms_padded": ("iou_threshold", "max_output"),
@@ -225,7 +225,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 
 def test_every_public_function_is_fuzzed() -> None:
-    assert set(FUNCTIONS) == set(F.__all__)
+    assert set(FUNCTIONS) == {name for name in F.__all__ if not isinstance(getattr(F, name), type)}
 
 
 @pytest.mark.parametrize("examples", [pytest.param(400, id="short"), pytest.param(20_000, id="long", marks=pytest.mark.full)])
