@@ -17,7 +17,7 @@ from dl4ds_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
 PARTS = [Path(part.path) for part in _extension.status().values() if part.path]
-SECOND_TORCH = "2.13.0"
+SECOND_TORCH, OLDEST_TORCH = "2.13.0", "2.11.0"
 # What the files may need at run time: torch's C interface, the CUDA runtime that torch has loaded, the C and C++ runtimes.
 NEEDED = re.compile(
     r"lib(torch(_cpu|_cuda)?\.so|cudart\.so\.\d+|stdc\+\+\.so|gcc_s\.so|gomp\.so|c\.so|m\.so|dl\.so|pthread\.so)|ld-linux"
@@ -46,9 +46,9 @@ def test_needed_libraries(part: Path) -> None:
     assert not re.search(r"\((RPATH|RUNPATH)\)", tool("readelf", "-d", part)), "no path of the build machine"
 
 
-def second_environment() -> Path:
-    """Python of an environment with the second torch, made once; torch apart it sees the packages of this one."""
-    tag = f"abi-torch-{SECOND_TORCH}-cpython-{sys.version_info.major}{sys.version_info.minor}"
+def second_environment(version: str) -> Path:
+    """Python of an environment with another torch, made once; torch apart it sees the packages of this one."""
+    tag = f"abi-torch-{version}-cpython-{sys.version_info.major}{sys.version_info.minor}"
     folder, stamp = ROOT / "build" / tag, ROOT / "build" / tag / "complete"
     python = folder / "bin" / "python"
     if stamp.exists():
@@ -56,10 +56,14 @@ def second_environment() -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
     pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--timeout", "20"]
-    wheel = f"torch=={SECOND_TORCH}+cpu"
-    # pip's own configuration first (a local folder of wheels), then PyTorch's index of CPU wheels.
-    for extra in ([], ["--index-url", "https://download.pytorch.org/whl/cpu"]):
-        result = subprocess.run([*pip, *extra, wheel], capture_output=True, text=True, timeout=150)
+    wheel = f"torch=={version}+cpu"
+    # pip's own configuration first (a local folder of wheels), then PyTorch's index of CPU wheels; PyPI has CUDA builds only,
+    # half a gigabyte, whose libraries of the same CUDA major are this environment's.
+    choices = [([], wheel), (["--index-url", "https://download.pytorch.org/whl/cpu"], wheel)]
+    if version == OLDEST_TORCH and (torch.version.cuda or "").startswith("13."):
+        choices.append(([], f"torch=={version}"))
+    for extra, wheel in choices:
+        result = subprocess.run([*pip, *extra, wheel], capture_output=True, text=True, timeout=900)
         if result.returncode == 0:
             break
     else:
@@ -72,17 +76,18 @@ def second_environment() -> Path:
 
 
 @pytest.mark.slow
-def test_same_files_under_another_torch() -> None:
+@pytest.mark.parametrize("version", [SECOND_TORCH, pytest.param(OLDEST_TORCH, marks=pytest.mark.full)])
+def test_same_files_under_another_torch(version: str) -> None:
     """Forward and backward of every op on the CPU kernels that were built against this torch."""
-    if torch.__version__.startswith(SECOND_TORCH):
-        pytest.skip(f"this torch is {SECOND_TORCH} itself")
+    if torch.__version__.startswith(version):
+        pytest.skip(f"this torch is {version} itself")
     if not _extension.status()["_C"].loaded:
         pytest.skip(_extension.missing_reason("cpu"))
-    python = second_environment()
+    python = second_environment(version)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     facts = "import torch, dl4ds_kernels as dk; print(torch.__version__, dk._extension.status()['_C'])"
     loaded = subprocess.run([python, "-c", facts], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-    assert loaded.startswith(SECOND_TORCH) and "loaded=True" in loaded and str(PARTS[0]) in loaded
+    assert loaded.startswith(version) and "loaded=True" in loaded and str(PARTS[0]) in loaded
     files = [f"tests/ops/test_{op}.py" for op in ("bn_act", "add_act", "conv_bn_act")]
     selection = "cpu and (test_forward or test_backward or prepacked) and (nhwc or eval or H28)"
     command = [python, "-m", "pytest", *files, "-k", selection, "-m", "not slow and not full", "-p", "no:randomly"]

@@ -155,3 +155,16 @@ assert torch.equal(dk.functional.add_act(torch.ones(2), torch.ones(2)), torch.fu
     )
     assert done.returncode == 2 and "--op: expected" in done.stderr and done.stdout == ""
     assert benchmark.OPS  # the same module serves both
+
+
+def test_info_with_a_torchvision_of_another_torch(monkeypatch):
+    """Its ops are missing then: NMS has nothing to be compared with, which is no fault of ours and is said."""
+
+    def broken(*_):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("torchvision.ops.nms", broken)
+    monkeypatch.setattr(benchmark, "OPS", {name: benchmark.OPS[name] for name in ("nms", "nms_padded", "max_unpool")})
+    facts = info.collect()
+    assert {row["op"] for row in facts["checks"]} == {"max_unpool"} and facts["problems"] == []
+    assert "NMS was not checked" in facts["issue"] and "operator torchvision::nms does not exist" in facts["issue"]

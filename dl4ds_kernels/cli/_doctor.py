@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import torch
 
 from .. import benchmark
 from .._define import CPP, TRITON, has_kernel
@@ -33,10 +33,21 @@ def backends(op: str, device: str) -> list[str]:
     return found
 
 
+def torchvision_problem() -> str | None:
+    """Why torchvision's NMS cannot be asked, or None: it may be missing, or built for another torch (then without its ops)."""
+    try:
+        import torchvision
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except Exception as error:  # ImportError, or whatever a build for another torch raises
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
+
+
 def check(device: str) -> list[benchmark.Row]:
     """Rows of all ops on ``device``, parity only; fp16 too on a GPU."""
     rows: list[benchmark.Row] = []
-    torchvision = importlib.util.find_spec("torchvision") is not None
+    torchvision = torchvision_problem() is None
     for op, module in benchmark.OPS.items():
         boxes = op in benchmark.NMS
         if op in _NEEDS_TORCHVISION and not torchvision:

@@ -35,6 +35,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("GPU", _text(gpus) if gpus else f"none: {facts['no_gpu']}"),
     ]
     lines += [("", why) for why in facts["gpus_without_code"]]
+    if facts["torchvision_problem"]:
+        lines.append(("torchvision", f"NMS was not checked, torchvision does not run here: {facts['torchvision_problem']}"))
     if facts["driver"]:
         lines.append(("NVIDIA driver", facts["driver"]))
     for name, part in facts["parts"].items():

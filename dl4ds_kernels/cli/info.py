@@ -79,6 +79,7 @@ def collect() -> dict[str, Any]:
         "schema": 2,
         "machine": benchmark.machine(),
         "packages": _versions(),
+        "torchvision_problem": _doctor.torchvision_problem(),
         "driver": _driver(),
         "no_gpu": _why_no_gpu(),
         "gpus_without_code": _gpu_code(),
