@@ -58,7 +58,7 @@ def run(seed: int = 0, quick: bool = False) -> Result:
                 label = f"{depth} layers (test {test[name]:.0%})"
                 ax.plot([100 * e for e in curves[name]], style, color=colour, linewidth=width, label=label)
             ax.set(xlabel="training step", title=title, ylim=(0, 100))
-            ax.legend(loc="lower left")
+            ax.legend(loc="upper right")
         left.set_ylabel("training error (%)")
 
     return Result(TITLE, numbers, checks, paint)
