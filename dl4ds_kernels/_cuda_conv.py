@@ -24,6 +24,7 @@ REASONS = {
     6: "x, or a stride of it, lies off 16-byte boundaries",
     7: "a filter of more than 32 rows or columns",
     8: "an activation other than none, relu, leaky_relu and relu6",
+    9: "output channels or slices that the tile does not serve (the route takes one that does)",
     16: "asked for: DL4DS_CUDA_CONV=library",
     17: "the GPU's compute capability is below 8.0",
     18: "not a convolution of two spatial dimensions",

@@ -19,6 +19,7 @@ CSRC = ROOT / "csrc"
 STEMS = sorted(set(defined_ops().values()))
 # A row that an op lacks on purpose, with the reason.
 EXCEPTIONS = {
+    ("conv_bn_act", "kernel"): "there is a forward kernel only: conv_bn_act_fwd_kernel.cuh",
     ("pool2d", "cuda"): "inference on the CPU only: CUDA tensors take stock torch",
     ("pool2d", "kernel"): "no CUDA kernel, see the row above",
     ("pool2d", "header"): "the Params of a CUDA kernel, which is not there",
