@@ -24,9 +24,10 @@ $(STAMP): pyproject.toml requirements-build.txt | $(PY)
 	$(PY) -m pip install -q -r requirements-build.txt
 	@if $(PY) -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
 	    $(PY) -m pip install -q "cuda-toolkit[nvcc,cccl]==$$($(PY) -c 'import torch; print(torch.version.cuda)').*"; fi
+	@# Headers of CUTLASS for the build, later a trained face cascade for NMS: without what they depend on.
+	-$(PY) -m pip install -q --no-deps nvidia-cutlass==4.2.0.0
 	$(PY) -m pip install -q --no-build-isolation -e ".[test]"
-	@# Headers of CUTLASS for the simulator's tests, a trained face cascade for NMS: without what they depend on.
-	-$(PY) -m pip install -q --no-deps nvidia-cutlass==4.2.0.0 facenet-pytorch==2.6.0
+	-$(PY) -m pip install -q --no-deps facenet-pytorch==2.6.0
 	@touch $@
 
 build: $(STAMP) ## compile what changed (seconds when nothing did)
