@@ -37,7 +37,7 @@ def prepare() -> None:
     shutil.rmtree(COPY, ignore_errors=True)
     for name in files:
         source = ROOT / name
-        if source.is_file() and not name.startswith(("docs/", "bench/results/")):
+        if source.is_file() and not name.startswith("docs/"):
             (COPY / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, COPY / name)
     for part in (*(ROOT / "dl4ds_kernels").glob("*.so"), ROOT / "dl4ds_kernels/_build_info.json"):

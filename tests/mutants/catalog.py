@@ -22,7 +22,7 @@ class Mutant:
 
 F = "tests/robustness/"
 ADD, BN, NMS = "tests/ops/test_add_act.py", "tests/ops/test_bn_act.py", "tests/ops/test_nms.py"
-HOST = "tests/test_cuda_host.py"
+NUMERICS, HOST = "tests/ops/test_bn_act_numerics.py", "tests/test_cuda_host.py"
 
 
 def _k(path: str, expression: str) -> tuple[str, ...]:
@@ -91,9 +91,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("cpu-bn-gradient-wrong-sum", "cpu", "csrc/ops/bn_act/bn_act_bwd_kernels_cpu.h",
            "    store(sum1 + i, s1);\n    store(sum2 + i, s2);\n", "    store(sum1 + i, s1);\n    store(sum2 + i, s1);\n", _k(BN, "cpu and backward and nhwc")),
     Mutant("cpu-bn-gradient-tail-not-masked", "cpu", "csrc/ops/bn_act/bn_act_bwd_kernels_cpu.h",
-           "            v.dz = keep_first<T>(v.dz, n);\n        }\n        s1 += v.dz;\n        s2 += v.dz * v.centered;\n    }\n    store(sum1 + i, s1);",
-           "            v.dz = v.dz;\n        }\n        s1 += v.dz;\n        s2 += v.dz * v.centered;\n    }\n    store(sum1 + i, s1);",
-           _k(BN, "cpu and backward")),
+           "                v.dz = keep_first<T>(v.dz, p.len - i);\n", "", _k(NUMERICS, "lanes_past")),
     Mutant("cpu-nms-equality-suppresses", "cpu", "csrc/ops/nms/nms_kernels_cpu.h",
            "            found &= to_bits<T>(inter / uni > q.threshold);\n", "            found &= to_bits<T>(inter / uni >= q.threshold);\n",
            _k(F + "test_nms_faults.py", "F38 and cpu")),

@@ -234,3 +234,17 @@ def test_variance_between_the_pieces(shape: tuple[int, ...], layout: str, kernel
     wide = x.double()
     torch.testing.assert_close(var.double(), wide.var((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean.double(), wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+
+
+def test_lanes_past_the_plane_stay_out(kernel_backend: str) -> None:
+    """Planes that end inside a vector, whose zeros behind the end normalise to -inf: silu's derivative there is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1e37 * (1 + 1e-3 * torch.randn(2, 3, 5, 7, generator=generator))).to(device_of(kernel_backend))
+    weight, mean, var = (torch.full((3,), value, device=x.device) for value in (1e3, 1e37, 1.0))
+    bias = torch.zeros(3, device=x.device, requires_grad=True)
+    out = bn_act(x, mean, var, weight, bias, training=False, activation="silu", backend=kernel_backend)
+    dout = torch.randn(x.shape, generator=generator).to(x.device)
+    (dbias,) = torch.autograd.grad(out, bias, dout)
+    z = (x.double() - mean.double().view(-1, 1, 1)) * ((var.double() + EPS).rsqrt() * weight).view(-1, 1, 1)
+    assert dbias.isfinite().all()
+    torch.testing.assert_close(dbias.double(), (dout.double() * (z > 0)).sum((0, 2, 3)), rtol=1e-4, atol=1e-4)

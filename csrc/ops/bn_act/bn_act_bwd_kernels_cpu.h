@@ -46,10 +46,8 @@ DL4DS_INLINE void reduce_lanes(const BnBwdArgs& p, int64_t r, int64_t i, int64_t
             prefetch_ahead(static_cast<const scalar_t*>(p.x) + r * p.x_pitch, i, k);
             prefetch_ahead(static_cast<const scalar_t*>(p.dout) + r * p.pitch, i, k);
         }
-        Dz<T> v = dz_lanes<scalar_t, kAct, false, kPartial>(p, r + k, i, n);
-        if constexpr (kPartial) {
-            v.dz = keep_first<T>(v.dz, n);
-        }
+        // Lanes past the last channel add to sums that nobody reads.
+        const Dz<T> v = dz_lanes<scalar_t, kAct, false, kPartial>(p, r + k, i, n);
         s1 += v.dz;
         s2 += v.dz * v.centered;
     }
