@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import time
 from collections import Counter, defaultdict
@@ -61,16 +62,19 @@ def _code(ptx: str) -> str:
 
 
 def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
-    """Whose mutants are run. CUDA: every instantiation. Triton: of every function the form that executes the most code."""
+    """Whose mutants are run. CUDA: every instantiation. Triton: of every function one form, of those that a call (not an even
+    one: mutants are not run on these) gives to several programs, where there are such, the one that executes the most code.
+    """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
         return sorted(mine, key=backend.short)
     found: dict[str, list[str]] = defaultdict(list)
-    measure.baseline(backend, op, dtype)
+    reports = [report for base in measure.baseline(backend, op, dtype) if not base.case.even for report in base.reports]
+    spread = {report.kernel for report in reports if math.prod(report.grid) > 1}
     for kernel in backend.seen():
         if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
             found[backend.stem(kernel)].append(kernel)
-    return [max(same, key=lambda k: (measure.coverage(backend, k)[0], k)) for same in found.values()]
+    return [max(same, key=lambda k: (k in spread, measure.coverage(backend, k)[0], k)) for same in found.values()]
 
 
 def kernel_row(backend: ModuleType, kernel: str) -> Row:
@@ -123,6 +127,8 @@ def with_todays_arguments(found: Row, kernel: str) -> Row:
     explained, still = [], []
     for old in [*found["explained"], *({"mutant": mutant, "why": ""} for mutant in found["open"])]:
         mutant = old["mutant"]
+        if mutant["place"].endswith(": "):  # measured where the source was not found
+            mutant |= {"place": survivors.place(mutant["file"], mutant["line"])}
         fitting = [a for a in survivors.ARGUMENTS if a.fits(kernel, mutant["operator"], mutant["place"], mutant["before"])]
         argument = next((a for a in fitting if not a.never or a.why == old["why"]), None)
         if argument:

@@ -13,19 +13,31 @@ from pathlib import Path
 
 from .. import mutate
 
+KERNELS = Path(__file__).resolve().parents[3] / "dl4ds_kernels" / "_triton"
+
 
 @functools.cache
 def source_lines(file: str) -> list[str]:
-    """The lines of a source file; none if it is not there."""
-    path = Path(file)
-    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+    """The lines of a source file; none if it is not there.
+
+    Triton keeps compiled kernels for all checkouts of a user: the file that one names may lie in another that is gone.
+    """
+    for path in (Path(file), KERNELS / Path(file).name):
+        if path.is_file():
+            return path.read_text(errors="replace").splitlines()
+    return []
+
+
+def place(file: str, line: int) -> str:
+    """`file: text of the line`."""
+    lines = source_lines(file)
+    text = lines[line - 1].strip() if 0 < line <= len(lines) else ""
+    return f"{file.rpartition('/')[2]}: {text}"
 
 
 def place_of(mutant: mutate.Mutant) -> str:
-    """`file: text of the line` of a change."""
-    lines = source_lines(mutant.file)
-    text = lines[mutant.line - 1].strip() if 0 < mutant.line <= len(lines) else ""
-    return f"{mutant.file.rpartition('/')[2]}: {text}"
+    """Where a change is."""
+    return place(mutant.file, mutant.line)
 
 
 @dataclass(frozen=True)
