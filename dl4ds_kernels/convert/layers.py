@@ -28,7 +28,7 @@ def _end_of_a_stem(node: fx.Node, container: nn.Module) -> bool:
     source = node.all_input_nodes[0]
     if type(container.get_submodule(node.target)) is not nn.MaxPool2d or source.target is not run_conv_bn_act:
         return False
-    if len(source.users) > 1 or any(residual is not None for residual in source.args[4:]):
+    if len(source.users) > 1 or source.args[4] is not None:
         return False
     between = source.next
     while between is not node and (between.op == "get_attr" or between.target is ActSpec):

@@ -16,6 +16,7 @@ from ._pool import run_pool
 from ._run import (
     ActSpec,
     _act_fusable,
+    _autocast_differs,
     _bn_fusable,
     _conv_fusable,
     _eps_mode,
@@ -30,6 +31,11 @@ from ._run import (
 from .bn_act import batch_statistics_choice
 
 Pair = tuple[nn.Module, nn.Module | None]  # a convolution and its BatchNorm
+
+
+def _is_recorded() -> bool:
+    """Whether this call is written down, to be run with and without gradients: then layer by layer."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def run_residual_block(
@@ -54,7 +60,7 @@ def run_residual_block(
         and torch.is_grad_enabled()
         and _act_fusable(act)
         and _no_global_hooks()
-        and not torch.compiler.is_exporting()
+        and not _is_recorded()
     ):
         return None
     projection = None
@@ -64,6 +70,8 @@ def run_residual_block(
             return None
     every = [*pairs] if projection is None else [*pairs, projection]
     if not all(_fits(conv, bn) for conv, bn in every):
+        return None
+    if add and not preact and _autocast_differs(x):  # stock adds in place, which keeps the branch's dtype
         return None
     training = {_uses_batch(bn) for _, bn in every if bn is not None}
     trained = x.requires_grad or any(p.requires_grad for pair in every for m in pair if m is not None for p in _tensors(m))
@@ -95,7 +103,7 @@ def run_conv_bn_act_pool(
         and _act_fusable(act)
         and _no_global_hooks()
         and _fits(conv, bn)
-        and not torch.compiler.is_exporting()
+        and not _is_recorded()
     ):
         training = _uses_batch(bn)
         norm = _params(conv, bn).norm

