@@ -27,7 +27,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage().data_ptr()
         if storage not in own:
-            kept[storage] = t  # holding it keeps the address taken
+            kept[storage] = t.detach()  # keeps the address taken; without its graph, which holds this very dictionary
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
