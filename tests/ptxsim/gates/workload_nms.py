@@ -122,9 +122,9 @@ LIMITS = [
     small_work(
         "nms_mask_kernel",
         "triton",
-        load=0.6,
+        load=0.5,  # fp64; the other types 0.6
         store=0.12,
-        again=45.0,
+        again=50.0,
         registers=128,
         note="bound by the pair tests; each program stores one word of 64 rows that lie a row apart",
     ),
