@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader
+
+from dl4ds_kernels.cli._page import environment
 
 
 def results(document: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -31,22 +33,19 @@ def _shares(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def render(document: dict[str, Any]) -> str:
     """The page of a report."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = list(results(document))
     parts = {
         part: Counter("wrong" if is_wrong(text) else text.partition(":")[0].lower() for p, _, text in found if p == part)
         for part in document["checks"]
     }
-    return environment.get_template("page.html.j2").render(
-        document=document,
-        parts=parts,
-        problems=[row for row in found if is_wrong(row[2])],
-        skips=[row for row in found if row[2].startswith("SKIP")],
-        rows=_shares(document),
+    return (
+        environment(FileSystemLoader(Path(__file__).parent))
+        .get_template("page.html.j2")
+        .render(
+            document=document,
+            parts=parts,
+            problems=[row for row in found if is_wrong(row[2])],
+            skips=[row for row in found if row[2].startswith("SKIP")],
+            rows=_shares(document),
+        )
     )

@@ -6,21 +6,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import _roofline
-
-
-def environment() -> Environment:
-    """Templates of this package with autoescape and no silent undefined names."""
-    return Environment(
-        loader=PackageLoader("dl4ds_kernels.cli"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+from ._page import environment
 
 
 def render(document: Mapping[str, Any]) -> str:

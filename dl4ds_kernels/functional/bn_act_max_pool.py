@@ -15,6 +15,7 @@ from .._backend import REFERENCE, STOCK, select
 from .._define import op
 from ._common import call, check_floating, check_vector, eps_mode_flag, fail, needs_grad
 from .bn_act import bn_act
+from .conv_bn_act import _pair
 
 Size = int | tuple[int, int]
 
@@ -92,10 +93,6 @@ def bn_act_max_pool(
     except Exception:
         _explain(x, activation, running_mean, running_var, weight, bias)
         raise
-
-
-def _pair(value: Size) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 def _explain(x: Any, activation: Any, *vectors: Any) -> None:

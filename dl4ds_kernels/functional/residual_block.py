@@ -17,7 +17,7 @@ from ..ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from ._common import call, check_floating, check_tensor, check_vector, eps_mode_flag, fail, needs_grad
 from .add_act import add_act
 from .bn_act import bn_act
-from .conv_bn_act import conv_bn_act
+from .conv_bn_act import conv_bn_act, out_shape
 
 
 class BNParams(NamedTuple):
@@ -316,9 +316,7 @@ def _check_counts(x: Tensor, params: Sequence[ConvParams], projection: ConvParam
     for conv in (*params, *(() if projection is None else (projection,))):
         source = (x.shape[2], x.shape[3]) if conv is projection else size
         stride, padding, dilation = _pair(conv.stride), _pair(conv.padding), _pair(conv.dilation)
-        new = tuple(
-            (source[d] + 2 * padding[d] - dilation[d] * (conv.weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1)
-        )
+        new = out_shape((1, 1, *source), conv.weight, stride, padding, dilation)[2:]
         if conv.norm is not None and new[0] * new[1] == 1:
             fail("residual_block", "x", "more than 1 value per channel when training", f"a map of {tuple(x.shape)}", ValueError)
         size = size if conv is projection else new

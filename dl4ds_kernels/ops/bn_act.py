@@ -95,19 +95,25 @@ def normalise_again(
     y: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    first: Tensor,
+    second: Tensor,
+    training: bool,
+    eps: float,
+    eps_std: bool,
     activation: int,
     negative_slope: float,
 ) -> Tensor:
-    """``act(bn(y))`` from the batch statistics of an earlier training call, with the bits of that call.
+    """``act(bn(y))`` with the bits of an earlier call; running statistics are not touched.
 
-    An eval call with weight * rstd as the weight, running variance 1 and eps 0: the kernels then multiply with the same
+    ``first, second``: that call's batch mean and rstd if it was in training, else the running mean and variance. In training
+    an eval call with weight * rstd as the weight, running variance 1 and eps 0: the kernels then multiply with the same
     rounded product as before.
     """
-    scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+    if training:
+        weight = second if weight is None else weight.to(second.dtype) * second
+        second, eps, eps_std = torch.ones_like(second), 0.0, False
     return op("bn_act", namespace)(
-        y, scale, bias, mean, torch.ones_like(rstd), None, False, 0.0, 0.0, False, activation, negative_slope, False
+        y, weight, bias, first, second, None, False, 0.0, eps, eps_std, activation, negative_slope, False
     )[0]
 
 

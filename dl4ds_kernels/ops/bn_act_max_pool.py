@@ -95,14 +95,8 @@ def _gradients(
     need_dparams: bool,
 ) -> tuple[Tensor, ...]:
     """``(dx, dweight, dbias)``; ``first, second``: mean and rstd in training, else the running statistics."""
-    if training:
-        mean, rstd = first, second
-        z = normalise_again(namespace, x, weight, bias, mean, rstd, activation, negative_slope)
-    else:
-        mean, rstd = eval_statistics(x, first, second, eps, eps_std)
-        z = op("bn_act", namespace)(
-            x, weight, bias, first, second, None, False, 0.0, eps, eps_std, activation, negative_slope, False
-        )[0]
+    z = normalise_again(namespace, x, weight, bias, first, second, training, eps, eps_std, activation, negative_slope)
+    mean, rstd = (first, second) if training else eval_statistics(x, first, second, eps, eps_std)
     _, where = _POOL(z, kernel, stride, padding, dilation, ceil_mode)
     dz = torch.ops.aten.max_pool2d_with_indices_backward(dout, z, kernel, stride, padding, dilation, ceil_mode, where)
     del z, where

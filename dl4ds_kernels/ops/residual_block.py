@@ -50,14 +50,11 @@ class _Schedule:
 
     def again(self, y: Tensor, norm: Norm, activation: int) -> Tensor:
         """``act(bn(y))`` as the forward pass computed it, bit for bit; running statistics are not touched."""
-        block, tensors = self.block, (y, *self.vectors(norm))
-        if self.training:
-            return normalise_again(
-                self.namespace, *tensors, *self.statistics[norm.index], activation, block.negative_slope
-            )  # fmt: skip
-        return op("bn_act", self.namespace)(
-            *tensors, *self.running(norm), None, False, 0.0, norm.eps, norm.eps_std, activation, block.negative_slope, False
-        )[0]
+        statistics = self.statistics[norm.index] if self.training else self.running(norm)
+        return normalise_again(
+            self.namespace, y, *self.vectors(norm), *statistics, self.training, norm.eps, norm.eps_std, activation,
+            self.block.negative_slope,
+        )  # fmt: skip
 
 
 def _forward(

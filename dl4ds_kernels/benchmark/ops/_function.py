@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._case import Case, Problem, Run, choose, generator, gradients, place, safe_gradient
+from .._case import Case, Problem, Run, Unavailable, choose, generator, gradients, place, safe_gradient
 from .._shapes import Layer, distinct, layers
 
 Tensors = Mapping[str, Tensor]
@@ -60,16 +60,14 @@ class Function:
         return dict(zip(self._outputs, values, strict=True))
 
     def _problem(self, case: Case) -> Problem:
+        if case.backward and not self._wrt:
+            raise Unavailable(f"{case.op} is measured forward only: use --pass fwd")
         g = generator(case)
         made = self._inputs(case, g)
         wide = {name: t.double() if t.is_floating_point() else t for name, t in made.items()}
         leaves = {name: t.detach().requires_grad_(case.backward and name in self._wrt) for name, t in wide.items()}
         found = self._named(self._stock(**leaves))
         truth, dout = {name: t.detach() for name, t in found.items()}, None
-        if case.backward and not self._wrt:
-            from .._case import Unavailable
-
-            raise Unavailable(f"{case.op} is measured forward only: use --pass fwd")
         if case.backward:
             last = found[self._outputs[-1]]
             dout = safe_gradient(case, g, last.detach(), self._kinks)
