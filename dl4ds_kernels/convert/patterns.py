@@ -12,19 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modules._run import NO_ACT, ActSpec, act_spec
+from .effects import Effects, first_argument, function_act, writes
 from .foreign import has_activation, is_norm_act
 
 # NORM_ACT: a BatchNorm whose module applies an activation too (timm's); it ends a chain.
 CONV, CONV_T, BN, ADD, ACT, NORM_ACT, LRN = "conv", "conv_transpose", "bn", "add", "act", "norm_act", "lrn"
-_FUNCTION_ACTS = {
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish",
-}  # fmt: skip
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE_ADDS = (operator.iadd, "add_")
 # The known patterns, longest first; a piece of a candidate is fused if it is one of them.
@@ -93,9 +89,9 @@ class Candidate:
                 run = []
 
 
-def find_candidates(graph: fx.Graph, container: nn.Module) -> list[Candidate]:
+def find_candidates(graph: fx.Graph, container: nn.Module, effects: Effects) -> list[Candidate]:
     """Every candidate of the graph, in the order of its last operation; no operation is in two of them."""
-    matcher = _Matcher(graph, container)
+    matcher = _Matcher(graph, container, effects)
     claimed: set[fx.Node] = set()
     found = []
     for node in reversed(graph.nodes):
@@ -109,8 +105,8 @@ def find_candidates(graph: fx.Graph, container: nn.Module) -> list[Candidate]:
 
 
 class _Matcher:
-    def __init__(self, graph: fx.Graph, container: nn.Module) -> None:
-        self.container = container
+    def __init__(self, graph: fx.Graph, container: nn.Module, effects: Effects) -> None:
+        self.container, self.effects = container, effects
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.nodes = list(graph.nodes)
 
@@ -124,7 +120,7 @@ class _Matcher:
             if element.kind == CONV_T and any(e.kind == ADD for e in line):
                 break  # its kernels take no residual
             line.insert(0, element)
-            node = self._chain_operand(element, claimed) if element.kind == ADD else _first_argument(node)
+            node = self._chain_operand(element, claimed) if element.kind == ADD else first_argument(node)
             allowed = {
                 ACT: (ADD, BN, CONV, CONV_T), ADD: (BN,), BN: (CONV, CONV_T), NORM_ACT: (CONV,),
             }.get(element.kind, ())  # fmt: skip
@@ -141,7 +137,7 @@ class _Matcher:
     def element(self, node: fx.Node) -> Element | None:
         if node.op == "call_module":
             module = self.container.get_submodule(node.target)
-            if len(node.args) + len(node.kwargs) != 1 or not isinstance(_first_argument(node), fx.Node):
+            if len(node.args) + len(node.kwargs) != 1 or not isinstance(first_argument(node), fx.Node):
                 return None
             if isinstance(module, nn.Conv2d):
                 return Element(CONV, node, node.target, module)
@@ -161,7 +157,7 @@ class _Matcher:
             plain = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
             kwargs_fine = not node.kwargs or (set(node.kwargs) == {"alpha"} and node.kwargs["alpha"] == 1)
             return Element(ADD, node) if plain and kwargs_fine else None
-        act = _function_act(node)
+        act = function_act(node)
         return Element(ACT, node, act=act) if act is not None else None
 
     def cuts(self, elements: list[Element]) -> dict[int, tuple[str, str]]:
@@ -179,54 +175,19 @@ class _Matcher:
     def _may_overwrite(self, add: Element, elements: list[Element]) -> bool:
         """Whether nobody else can see the tensor that an in-place addition writes."""
         target = add.node.args[0]
-        return len(target.users) == 1 and self._is_fresh(target)
+        return len(target.users) == 1 and self.effects.is_new(target)
 
     def _blocker(self, here: Element, following: Element, first: Element) -> str:
         """An operation between two elements that may write to what the earlier ones read (they move behind it)."""
-        source = _first_argument(first.node) if first.kind != ADD else None
+        source = first_argument(first.node) if first.kind != ADD else None
         for node in self.nodes[self.order[here.node] + 1 : self.order[following.node]]:
             if node.op == "call_module":
-                touches = source in node.all_input_nodes or not (source is None or self._is_fresh(source))
-                if touches and self._may_write_input(self.container.get_submodule(node.target)):
+                touches = source in node.all_input_nodes or not (source is None or self.effects.is_new(source))
+                if touches and self.effects.may_write_input(node):
                     return node.target
-            elif _writes(node):
+            elif writes(node):
                 return str(node.target)
         return ""
-
-    def _is_fresh(self, node: fx.Node) -> bool:
-        """Whether the node's output is certainly new memory."""
-        if node.op == "call_module":
-            module = self.container.get_submodule(node.target)
-            return type(module) in _ALWAYS_NEW or (
-                act_spec(module) is not None and (not module.inplace or self._is_fresh(_first_argument(node)))
-            )
-        if node.op == "call_function" and node.target in (operator.add, torch.add, torch.cat, torch.relu):
-            return "out" not in node.kwargs
-        act = _function_act(node)
-        if act is not None or (node.op == "call_function" and node.target is operator.iadd):
-            return (act is not None and not _writes(node)) or self._is_fresh(_first_argument(node))
-        return False
-
-    def _may_write_input(self, module: nn.Module) -> bool:
-        if type(module) is nn.Sequential:
-            for child in module:
-                if self._may_write_input(child):
-                    return True
-                if type(child) in _ALWAYS_NEW:
-                    return False
-            return False
-        if type(module) in _ALWAYS_NEW or type(module) in (nn.Identity, nn.MaxPool2d):
-            return False
-        return bool(getattr(module, "inplace", True))
-
-
-# Exact types whose output is new memory and whose input is only read.
-_ALWAYS_NEW = frozenset(
-    (
-        nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.AvgPool2d,
-        nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    )
-)  # fmt: skip
 
 
 def in_place(add: Element) -> bool:
@@ -237,34 +198,3 @@ def in_place(add: Element) -> bool:
 def is_batch_norm(module: nn.Module) -> bool:
     """Any module that normalises like BatchNorm, the foreign ones (frozen, synchronised, subclassed) included."""
     return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
-
-
-def _first_argument(node: fx.Node) -> fx.Node | None:
-    if node.args:
-        return node.args[0]
-    return node.kwargs.get("input")
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a function or method call writes to one of its inputs."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = str(getattr(node.target, "__name__", node.target))
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name != "index"
-    in_place_operator &= name not in ("inv", "invert", "is_", "is_not", "indexOf", "itemgetter")
-    flagged = node.kwargs.get("inplace", False) is not False or "out" in node.kwargs
-    positional_flag = node.target in _FUNCTION_ACTS and any(a is True for a in node.args[1:])
-    return in_place_operator or flagged or positional_flag or (name.endswith("_") and not name.endswith("__"))
-
-
-def _function_act(node: fx.Node) -> ActSpec | None:
-    """The activation that a function or method call computes, None for another call."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    name = _FUNCTION_ACTS.get(node.target)
-    if name is None or not isinstance(_first_argument(node), fx.Node):
-        return None
-    slope = 0.0
-    if name == "leaky_relu":
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-    return ActSpec(name, float(slope)) if isinstance(slope, (int, float)) else None

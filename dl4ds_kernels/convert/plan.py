@@ -16,6 +16,8 @@ from ..modules._run import ActSpec, has_hooks, run_add_act, run_bn_act, run_conv
 from ..modules._transposed import is_two_by_two, run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
+from .effects import Effects
+from .effects import guards as effect_guards
 from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
 from .layers import find_layers, rewrite_layers
 from .merge import merge_chains
@@ -83,7 +85,9 @@ def make_plan(
         Untraceable: the forward cannot be represented by a graph.
     """
     traced = skip_passing(trace_forward(module, arguments), module)
-    candidates = find_candidates(traced.graph, module)
+    effects = Effects(module)
+    candidates = find_candidates(traced.graph, module, effects)
+    traced = traced._replace(guards=(*traced.guards, *effect_guards(effects, traced.constants)))
     _note_problems(traced.graph, candidates, module, shared)
     # A convolution that stands alone and cannot be replaced is no missed fusion.
     candidates = [c for c in candidates if len(c.elements) > 1 or not (c.problems() or _is_idle(c.elements[0]))]

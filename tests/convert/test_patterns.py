@@ -253,6 +253,53 @@ def test_addition_into_the_input_is_seen_by_the_caller():
         check(model, X4, image(2, 4, 8, seed=7), kept=["INPLACE"])
 
 
+class Gate(nn.Module):
+    """A squeeze-and-excitation block that may be told to return its input, to scale it in place, or to clear it."""
+
+    how = "product"
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        gate = self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+        if self.how == "in place":
+            return x.mul_(gate)
+        if self.how == "input":
+            return x
+        return x * gate
+
+
+def gated(self, x):
+    y = self.short(self.bn(self.conv(x)))
+    y += x
+    return F.relu(y)
+
+
+def test_addition_into_what_a_submodule_made():
+    check(module(gated, short=Gate()), X4, replaced=["add_act", "conv", "conv_bn"])
+    gate = Gate()
+    gate.how = "in place"  # of the convolution's output, which the trace does not follow back into this forward
+    check(module(gated, short=gate), X4, replaced=["conv", "conv_bn"], kept=["INPLACE"], gradients=False)
+
+
+def test_what_is_known_of_a_submodule_holds_only_while_it_does_the_same():
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        short = self.short(x)
+        return self.relu(y + short)
+
+    model = module(forward, short=Gate())
+    fused = dk.optimize(model.eval())
+    for how in ("product", "in place", "input", "product"):
+        model.short.how = fused.short.how = how
+        with torch.no_grad():
+            x, y = X4.clone(), X4.clone()
+            assert_same(fused(x), model(y))
+            assert_same(x, y)
+
+
 def test_one_relu_before_and_after_a_convolution():
     check(
         nn.Sequential(nn.ReLU(), *conv_bn(), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), X4, replaced=["conv_bn_act", "conv_act"]

@@ -163,12 +163,13 @@ def test_parity_of_the_large_models(name):
         assert_same(fused(x), stock(x), 1e-3)
 
 
-def test_frozen_batch_norm_backbone_is_kept():
+def test_frozen_batch_norm_is_kept_and_the_additions_behind_it_fuse():
     norm = pytest.importorskip("torchvision.ops").misc.FrozenBatchNorm2d
     model = models.resnet18(norm_layer=norm)
     model.eval()
-    with pytest.warns(UserWarning, match="changed nothing: 0 of 20 conv-bn-act replaced; 20 kept: 20 SUBCLASS"):
-        fused = dk.optimize(model)
+    fused = dk.optimize(model)
+    assert [row.pattern for row in fused.dl4ds_report.replaced] == ["add_act"] * 8
+    assert [row.reason for row in fused.dl4ds_report.kept] == ["SUBCLASS"] * 20
     x = image(1, size=32)
     with torch.no_grad():
         assert torch.equal(fused(x), model(x))
