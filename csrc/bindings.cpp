@@ -3,11 +3,12 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "common/cpu/isa.h"
 #include "common/cpu/pool.h"
-#include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_train_cpu.h"
 
 namespace py = pybind11;
 
@@ -67,6 +68,16 @@ bool conv_supports(int algorithm, int64_t n, int64_t channels, int64_t height, i
          padding.first, padding.second, dilation.first, dilation.second, groups});
 }
 
+/// Algorithm codes of a training step: forward, gradient of the input, gradient of the weight.
+std::tuple<int, int, int> conv_train_choose(int64_t n, int64_t channels, int64_t height, int64_t width,
+                                            int64_t channels_out, Pair kernel, Pair stride, Pair padding,
+                                            Pair dilation, int64_t groups) {
+    const dl4ds::TrainChoice choice = dl4ds::conv_train_choose(
+        {n, channels, height, width, channels_out, kernel.first, kernel.second, stride.first, stride.second,
+         padding.first, padding.second, dilation.first, dilation.second, groups});
+    return {static_cast<int>(choice.forward), static_cast<int>(choice.dgrad), static_cast<int>(choice.wgrad)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
     m.def("conv_choose", &conv_choose,
           "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 4 F(4x4).");
+    m.def("conv_train_choose", &conv_train_choose,
+          "Algorithms of a training step: forward, gradients of input and weight.");
     m.def("conv_supports", &conv_supports,
           "Whether an algorithm (a code but 0) can run a convolution of these sizes.");
     m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _cuda_conv, _extension
+from . import _cpu_conv, _cuda_conv, _extension
 from ._activation import ACTIVATION_CODES
 from ._define import CPP, TRITON, has_kernel, triton_interpreted
 
@@ -153,7 +153,8 @@ def explain(
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
 
     ``weight`` and what follows it are those of ``conv_bn_act``: on CUDA the dict then says too which kernels run the layer
-    ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN with BatchNorm and activation in place.
+    ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN with BatchNorm and activation in place; on
+    the CPU which algorithm each convolution of a training step takes ("training", "training_reason").
     """
     if op not in MIN_NUMEL:
         raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
@@ -171,8 +172,12 @@ def explain(
         reason = f"no kernel for {x.dtype} on {x.device.type}, or a model is being exported"
     names = {CPP: f"C++ ({x.device.type})", TRITON: "Triton", REFERENCE: "reference", STOCK: "stock torch"}
     report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
-    if op == "conv_bn_act" and weight is not None and path == CPP and x.device.type == "cuda":
-        pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+    if op != "conv_bn_act" or weight is None or path != CPP:
+        return report
+    pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+    if x.device.type == "cpu":
+        report |= _cpu_conv.explain(x, weight, pairs, groups)
+    else:
         found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation])
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
     return report

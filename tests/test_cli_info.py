@@ -43,7 +43,17 @@ def test_info_runs_every_public_function_and_every_op_with_a_kernel():
     functions = {name for name in F.__all__ if inspect.isfunction(getattr(F, name))}
     assert functions <= checked, "functions without a check"
     covered = {name for op in checked for name in _doctor._KERNELS.get(op, (op,))}
-    inner = ("_packed", "_pack", "_chain", "_into", "_bwd", "_buffer", "_route")  # steps of other ops, with their own tests
+    inner = (
+        "_packed",
+        "_pack",
+        "_chain",
+        "_into",
+        "_bwd",
+        "_buffer",
+        "_route",
+        "_winograd",
+        "_step",
+    )  # steps of other ops, with their own tests
     public = {name for name in defined_ops() if not name.endswith(inner)}
     assert public <= covered, f"no check runs {sorted(public - covered)}"
 

@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._activation import activation_code
 from ._common import check_floating, check_vector, eps_mode_flag, fail
+from ._conv2d import conv2d
 from .bn_act import bn_act
 
 
@@ -68,7 +69,7 @@ def bn_act_conv(
             x, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
             eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, backend=backend,
         )  # fmt: skip
-        return torch.conv2d(z, weight, bias, stride, padding, dilation, groups)
+        return conv2d(z, weight, bias, stride, padding, dilation, groups, backend)
     except Exception:
         _explain(x, weight, bias, groups, activation, eps_mode, running_mean, running_var, bn_weight, bn_bias)
         raise

@@ -14,6 +14,7 @@ from .._activation import ACTIVATION_CODES, activation_code, apply_activation
 from .._backend import REFERENCE, STOCK, select
 from .._define import op
 from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
+from ._conv2d import conv2d
 from .bn_act import bn_act
 
 
@@ -84,7 +85,7 @@ def conv_bn_act(
                 (_pair(stride), _pair(padding), _pair(dilation), groups), momentum, eps,
                 eps_mode != "var" and eps_mode_flag("conv_bn_act", eps_mode), ACTIVATION_CODES[activation], negative_slope,
             )  # fmt: skip
-        y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        y = conv2d(x, weight, bias, stride, padding, dilation, groups, backend)
         unbatched = y.dim() == 3
         if unbatched:
             y = y.unsqueeze(0)

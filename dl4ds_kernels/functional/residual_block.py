@@ -15,6 +15,7 @@ from .._backend import REFERENCE, STOCK, select
 from .._define import op
 from ..ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from ._common import call, check_floating, check_tensor, check_vector, eps_mode_flag, fail, needs_grad
+from ._conv2d import conv2d
 from .add_act import add_act
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act, out_shape
@@ -264,7 +265,7 @@ def _step_by_step(
         )  # fmt: skip
 
     def plain(z: Tensor, conv: ConvParams) -> Tensor:
-        return torch.conv2d(z, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv2d(z, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, backend)
 
     def shortcut(source: Tensor) -> Tensor | None:
         if projection is None:

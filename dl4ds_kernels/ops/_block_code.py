@@ -41,9 +41,9 @@ class Conv(NamedTuple):
     norm: Norm | None
 
     @property
-    def geometry(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-        """What ``aten::convolution`` takes behind the bias."""
-        return [*self.stride], [*self.padding], [*self.dilation], False, [0, 0], self.groups
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Stride, padding, dilation and groups."""
+        return self.stride, self.padding, self.dilation, self.groups
 
 
 class Block(NamedTuple):

@@ -1,10 +1,11 @@
 """Contract and schedule of ``residual_block``: a whole residual block, forward and backward, over the fused ops.
 
-No kernel of its own: library convolutions, ``bn_act``, ``add_act`` and their gradient ops, in the namespace the op belongs to.
-What one op for the whole block buys is memory. Kept for backward are the block's input, the output of every convolution in
-front of a BatchNorm, per-channel statistics and one bit an element for the activation behind the sum; activations inside the
-block are computed again in backward from the convolution's output and the very statistics of the forward pass (the same bits;
-running statistics are not touched). ``memory_efficient`` also computes the last convolution of a post-activation block again.
+No kernel of its own: convolutions (as ``conv2d_step`` chooses them), ``bn_act``, ``add_act`` and their gradient ops, in the
+namespace the op belongs to. What one op for the whole block buys is memory. Kept for backward are the block's input, the output
+of every convolution in front of a BatchNorm, per-channel statistics and one bit an element for the activation behind the sum;
+activations inside the block are computed again in backward from the convolution's output and the very statistics of the forward
+pass (the same bits; running statistics are not touched). ``memory_efficient`` also computes the last convolution of a
+post-activation block again.
 
 Post-activation: ``act(bn_n(conv_n(… act(bn_1(conv_1(x))))) + shortcut(x))``.
 Pre-activation: ``alpha * (conv_n(act(bn_n(… conv_1(act(bn_1(x)))))) + shortcut)``, whose projection reads ``act(bn_1(x))``.
@@ -21,6 +22,7 @@ from torch import Tensor
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
 from ._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, decode
+from ._conv2d import convolve, convolve_back
 from .bn_act import eval_statistics, normalise_again
 
 Tensors = list[Tensor]
@@ -38,7 +40,7 @@ class _Schedule:
 
     def convolve(self, z: Tensor, conv: Conv) -> Tensor:
         bias = self._convs[conv.bias] if conv.bias >= 0 else None
-        return torch.ops.aten.convolution(z, self._convs[conv.weight], bias, *conv.geometry)
+        return convolve(z, self._convs[conv.weight], bias, conv.geometry)
 
     def vectors(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
         return tuple(self._norms[place] if place >= 0 else None for place in (norm.weight, norm.bias))
@@ -202,12 +204,8 @@ class _Gradient(_Schedule):
         wanted = [need_z, *(place >= 0 and self.needs[place] for place in places)]
         if not any(wanted):
             return None
-        stride, padding, dilation, transposed, output_padding, groups = conv.geometry
         weight = self._convs[conv.weight]
-        bias_sizes = [weight.shape[0]] if conv.bias >= 0 else None
-        dz, *parameters = torch.ops.aten.convolution_backward(
-            dy, z, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, wanted
-        )
+        dz, *parameters = convolve_back(dy, z, weight, conv.bias >= 0, conv.geometry, wanted)
         for place, want, grad in zip(places, wanted[1:], parameters, strict=True):
             if want:
                 self.grads[place] = grad

@@ -1,0 +1,139 @@
+"""Contract of a training step's 3x3 convolutions by Winograd's F(2x2, 3x3), and ``conv2d_step``, which chooses pass by pass.
+
+``conv2d_step`` is ``torch.conv2d`` with gradients: the output, the gradient of the input and that of the weight are each
+computed by the faster of the library and F(2x2, 3x3), whose rounding error is at most twice that of stock torch (tests hold
+it to that). The algorithms of inference with a larger error are never taken: training is exact. ``DL4DS_WINOGRAD=0`` leaves
+everything to the library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._cpu_conv import LIBRARY, Geometry, choose
+from .._define import define_op, op
+
+
+def _fake_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    n, _, height, width = x.shape
+    sizes = (n, weight.shape[0], height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
+    return x.new_empty(sizes).to(memory_format=torch.channels_last)
+
+
+def _fake_winograd_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, padding: list[int], need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else x.new_empty(0)
+    return dx, torch.empty_like(weight) if need_dweight else x.new_empty(0)
+
+
+define_op(
+    "conv2d_winograd",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] padding) -> Tensor",
+    fake=_fake_winograd,
+    stem="conv_bn_act",
+    triton=False,
+)
+define_op(
+    "conv2d_winograd_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, int[] padding, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
+    fake=_fake_winograd_bwd,
+    stem="conv_bn_act",
+    triton=False,
+)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``conv2d(x, weight, bias)`` of a training step; no gradients of its own."""
+    if choose(x, weight, geometry)[0] != LIBRARY:
+        return op("conv2d_winograd")(x, weight, bias, [*geometry[1]])
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def convolve_back(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: bool, geometry: Geometry, wanted: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of (x, weight, bias), None for those not ``wanted``. ``bias``: whether there is one."""
+    need_x, need_weight, need_bias = wanted
+    _, dgrad, wgrad = choose(x, weight, geometry)
+    ours = need_x and dgrad != LIBRARY, need_weight and wgrad != LIBRARY
+    grads: list[Tensor | None] = [None, None, None]
+    if any(ours):
+        dx, dweight = op("conv2d_winograd_bwd")(dout, x, weight, [*geometry[1]], *ours)
+        grads = [dx if ours[0] else None, dweight if ours[1] else None, None]
+        if need_bias:
+            grads[2] = dout.sum((0, 2, 3))
+            need_bias = False
+    left = need_x and not ours[0], need_weight and not ours[1], need_bias
+    if any(left):
+        stride, padding, dilation, groups = geometry
+        found = torch.ops.aten.convolution_backward(
+            dout, x, weight, [weight.shape[0]] if bias else None, stride, padding, dilation, False, [0] * len(stride),
+            groups, list(left),
+        )  # fmt: skip
+        grads = [new if take else old for new, old, take in zip(found, grads, left, strict=True)]
+    return grads
+
+
+def _fake_step(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _compose(namespace: str, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return convolve(x, weight, bias, geometry)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *geometry = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias, ctx.geometry = bias is not None, geometry
+
+
+def _backward(namespace: str, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    wanted = need_x, need_weight, ctx.has_bias and need_bias
+    grads = op("conv2d_step_bwd", namespace)(dout, x, weight, ctx.has_bias, *ctx.geometry, *wanted)
+    return (*(grad if need else None for grad, need in zip(grads, wanted, strict=True)), *(None,) * 4)
+
+
+def _compose_bwd(namespace: str, dout: Tensor, x: Tensor, weight: Tensor, bias: bool, *rest: Any) -> list[Tensor]:
+    wanted = rest[4:]
+    grads = convolve_back(dout, x, weight, bias, rest[:4], wanted)
+    return [dout.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _fake_step_bwd(dout: Tensor, x: Tensor, weight: Tensor, bias: bool, *rest: Any) -> list[Tensor]:
+    need_x, need_weight, need_bias = rest[4:]
+    return [
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(weight) if need_weight else x.new_empty(0),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    ]
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+define_op(
+    "conv2d_step",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    fake=_fake_step,
+    stem="conv_bn_act",
+    setup_context=_setup_context,
+    backward=_backward,
+    composed_of="conv2d_winograd",
+    compose=_compose,
+)
+define_op(
+    "conv2d_step_bwd",
+    f"(Tensor dout, Tensor x, Tensor weight, bool bias, {_GEOMETRY}, bool need_x, bool need_weight, bool need_bias) "
+    "-> Tensor[]",
+    fake=_fake_step_bwd,
+    stem="conv_bn_act",
+    composed_of="conv2d_winograd_bwd",
+    compose=_compose_bwd,
+)
