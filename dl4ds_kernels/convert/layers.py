@@ -1,4 +1,4 @@
-"""Poolings in a traced forward: their kernel gives stock's very result, and they are not in the report."""
+"""Poolings and fully connected layers in a traced forward: nothing of theirs is folded, and they are not in the report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 from ..modules._block import run_conv_bn_act_pool
+from ..modules._linear import is_linear, run_linear_act
 from ..modules._pool import is_pool, run_pool
-from ..modules._run import ActSpec, run_conv_bn_act
+from ..modules._run import ActSpec, act_spec, is_plain, run_conv_bn_act
+from .patterns import _function_act
 
 
 def find_layers(graph: fx.Graph, container: nn.Module) -> list[fx.Node]:
@@ -19,8 +21,46 @@ def find_layers(graph: fx.Graph, container: nn.Module) -> list[fx.Node]:
         for node in graph.nodes
         if node.op == "call_module"
         and len(node.all_input_nodes) == len(node.args) + len(node.kwargs) == 1
-        and is_pool(container.get_submodule(node.target))
+        and any(fits(container.get_submodule(node.target)) for fits in (is_pool, is_linear))
     ]
+
+
+def layer_members(node: fx.Node, container: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules that the helper for this layer would call: its own, and that of an activation behind it."""
+    act = _activation_behind(node, container)
+    return (node.target, act.target) if act is not None and act.op == "call_module" else (node.target,)
+
+
+def _activation_behind(node: fx.Node, container: nn.Module) -> fx.Node | None:
+    """The activation that alone reads a fully connected layer, None if there is none (or the layer is another)."""
+    if len(node.users) != 1 or not is_linear(container.get_submodule(node.target)):
+        return None
+    (user,) = node.users
+    if len(user.all_input_nodes) != 1:
+        return None
+    if user.op == "call_module":
+        module = container.get_submodule(user.target)
+        return user if len(user.args) == 1 and act_spec(module) is not None and is_plain(module) else None
+    return user if _function_act(user) is not None else None
+
+
+def _join_linear(graph: fx.Graph, node: fx.Node, container: nn.Module, keywords: Mapping[str, Any]) -> None:
+    """One call in place of the layer; its activation may move there, since nothing else sees what it reads."""
+    act = _activation_behind(node, container)
+    with graph.inserting_before(node):
+        linear = graph.create_node("get_attr", node.target)
+        spec: Any = ActSpec()
+        if act is not None and act.op == "call_module":
+            module = container.get_submodule(act.target)
+            name, slope, _ = act_spec(module) or spec
+            stored = graph.create_node("get_attr", act.target)
+            spec = graph.create_node("call_function", ActSpec, (name, slope, stored))
+        elif act is not None:
+            spec = _function_act(act)
+        fused = graph.create_node("call_function", run_linear_act, (node.all_input_nodes[0], linear, spec), dict(keywords))
+    for old in (node,) if act is None else (act, node):
+        old.replace_all_uses_with(fused)
+        graph.erase_node(old)
 
 
 def _end_of_a_stem(node: fx.Node, container: nn.Module) -> bool:
@@ -52,6 +92,9 @@ def rewrite_layers(
     """Call the run-time helper instead, except for paths in ``skip``; how many were replaced."""
     taken = [node for node in layers if node.target not in skip]
     for node in taken:
+        if is_linear(container.get_submodule(node.target)):
+            _join_linear(graph, node, container, keywords)
+            continue
         if _end_of_a_stem(node, container):
             _join_stem(graph, node)
             continue

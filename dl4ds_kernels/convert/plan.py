@@ -19,7 +19,7 @@ from ..modules.local_response_norm import run_local_response_norm
 from .effects import Effects
 from .effects import guards as effect_guards
 from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
-from .layers import find_layers, rewrite_layers
+from .layers import find_layers, layer_members, rewrite_layers
 from .merge import merge_chains
 from .passing import skip_passing
 from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, NORM_ACT, PATTERNS, Candidate, Element, find_candidates, in_place
@@ -105,7 +105,8 @@ def make_plan(
         _rewrite(traced.graph, piece, options)
     merge_chains(traced.graph, module)
     found = find_layers(traced.graph, module)
-    layers = tuple(Chain(path, "layer", (path,), None) for path in dict.fromkeys(node.target for node in found))
+    members = {node.target: layer_members(node, module) for node in found}
+    layers = tuple(Chain(path, "layer", paths, None) for path, paths in members.items())
     keywords = run_keywords(options, convolution=False)
     if rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces) == 0:
         return Plan(None, chains, "", traced.inlined, layers)

@@ -7,6 +7,7 @@ from .bn_act_conv import bn_act_conv
 from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
+from .linear_act import linear_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .nms import batched_nms, nms, nms_padded
@@ -32,6 +33,7 @@ __all__ = [
     "darknet_nms",
     "diou_nms",
     "global_avg_pool2d",
+    "linear_act",
     "local_response_norm",
     "matrix_nms",
     "max_pool2d",

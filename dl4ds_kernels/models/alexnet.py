@@ -30,7 +30,7 @@ class AlexNet(nn.Module):
             nn.Conv2d(256, 256, 3, padding=1), relu(), pool(),
         )  # fmt: skip
         self.avgpool = nn.AdaptiveAvgPool2d((6, 6))
-        self.classifier = nn.Sequential(
+        self.classifier = FusedSequential(
             nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), relu(),
             nn.Dropout(dropout), nn.Linear(4096, 4096), relu(),
             nn.Linear(4096, num_classes),
@@ -61,7 +61,7 @@ class AlexNetPaper(nn.Module):
             nn.Conv2d(384, 384, 3, padding=1, groups=2), relu(),
             nn.Conv2d(384, 256, 3, padding=1, groups=2), relu(), pool(),
         )  # fmt: skip
-        self.classifier = nn.Sequential(
+        self.classifier = FusedSequential(
             nn.Linear(9216, 4096), relu(), nn.Dropout(dropout),
             nn.Linear(4096, 4096), relu(), nn.Dropout(dropout),
             nn.Linear(4096, num_classes),

@@ -43,7 +43,7 @@ class VGG(nn.Module):
             layers.append(nn.MaxPool2d(2, 2))
         self.features = FusedSequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
-        self.classifier = nn.Sequential(
+        self.classifier = FusedSequential(
             nn.Linear(512 * 7 * 7, 4096), nn.ReLU(True), nn.Dropout(dropout),
             nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(dropout),
             nn.Linear(4096, num_classes),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ._block import run_conv_bn_act_pool, run_norm_act_conv
 from ._chain import Step, run_chain
+from ._linear import is_linear, run_linear_act
 from ._pool import is_pool, run_pool
 from ._run import NO_ACT, ActSpec, act_spec, run_bn_act, run_conv_act, run_conv_bn_act
 from ._transposed import run_conv_transpose_bn_act
@@ -20,9 +21,10 @@ class FusedSequential(nn.Sequential):
 
     A convolution (also transposed or 3-D) followed by a BatchNorm and perhaps an activation is one fused step, a BatchNorm or a
     2-D convolution followed by an activation too; everything else is called as it is. In inference on the CPU 2-D convolutions
-    in a row are one op call, and poolings take a kernel of ours. With gradients BatchNorm - activation - convolution, and
-    convolution - BatchNorm - activation - max-pooling, are one autograd node. Children may be exchanged, hooked or
-    frozen at any time: a hooked child is called by itself. Indexing with a slice returns a FusedSequential.
+    in a row are one op call; poolings, and fully connected layers with their activation, take a kernel of ours. With gradients
+    BatchNorm - activation - convolution, and convolution - BatchNorm - activation - max-pooling, are one autograd node.
+    Children may be exchanged, hooked or frozen at any time: a hooked child is called by itself. Indexing with a slice returns
+    a FusedSequential.
 
     Shape: as the children say.
     """
@@ -63,6 +65,10 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
                 i += 1
             else:
                 x = run_bn_act(x, module, act)
+        elif is_linear(module):
+            act = _act(children, i + 1)
+            x = run_linear_act(x, module, act)
+            i += 1 if act is NO_ACT else 2
         else:
             x = run_pool(x, module) if is_pool(module) else module(x)
             i += 1

@@ -8,6 +8,7 @@ from . import (  # noqa: F401
     bn_act_max_pool,
     conv_bn_act,
     conv_transpose_bn_act,
+    linear_act,
     local_response_norm,
     max_pool_indices,
     nms,

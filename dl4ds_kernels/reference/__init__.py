@@ -5,6 +5,7 @@ from .bn_act import bn_act
 from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
+from .linear_act import linear_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
 from .pool2d import avg_pool2d, global_avg_pool2d, max_pool2d
@@ -20,6 +21,7 @@ __all__ = [
     "conv_bn_act",
     "conv_transpose_bn_act",
     "global_avg_pool2d",
+    "linear_act",
     "local_response_norm",
     "max_pool2d",
     "max_pool_indices",

@@ -173,7 +173,7 @@ def test_strict_with_an_excluded_forward_that_cannot_be_followed():
 
 def test_nothing_replaced_is_a_warning():
     with pytest.warns(UserWarning, match="changed nothing: nothing to replace"):
-        dk.optimize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        dk.optimize(nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU()))
 
 
 @pytest.mark.parametrize("inputs", [X, (X,), [X], {"x": X}], ids=["tensor", "tuple", "list", "mapping"])
