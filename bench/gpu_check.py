@@ -5,8 +5,8 @@
 
 1. ``python -m dl4ds_kernels info``.
 2. Parity against fp64 of every op, backend, dtype and layout, forward and backward, on odd and on real shapes.
-3. Rules: no hidden synchronization, the same bits in 100 calls, capture in a CUDA graph.
-4. The rows of the fault checklist that need a GPU: F19, F26, F47 to F50, F53.
+3. Rules: no hidden synchronization, the same bits in 100 calls (F47), capture in a CUDA graph.
+4. The rows of the fault checklist that need a GPU: F19, F26, F48 to F50, F53.
 5. compute-sanitizer over every op (where it is installed).
 6. Ceilings of the GPU, ResNet-50's layers and whole models against eager, channels_last, torch.compile and TensorRT.
 

@@ -4,8 +4,9 @@
 
 The sdist is packed with sorted members and fixed times and owners; the wheel is built from the unpacked sdist, without
 network and without build isolation, in a fresh folder. ``--twice`` builds both again in another folder and fails unless every
-byte is equal. The wheel's compiled files must hold no RPATH and no path of the build machine. Needs setuptools, wheel,
-pybind11, ninja and torch (requirements-build.txt) and, for the SBOM, cyclonedx-python-lib.
+byte is equal. The wheel's compiled files must keep to torch's C interface, need no library but torch's, CUDA's and the C++ run
+time, and hold no RPATH and no path of the build machine. Needs setuptools, wheel, pybind11, ninja and torch
+(requirements-build.txt) and, for the SBOM, cyclonedx-python-lib.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUILD_INPUTS = ("setuptools", "wheel", "pybind11", "ninja", "torch", "nvidia-cuda-nvcc", "nvidia-cuda-cccl", "nvidia-cutlass")
+# What a compiled file may need: torch's C interface, the CUDA runtime that torch has loaded, the C and C++ runtimes.
+_NEEDED = re.compile(
+    r"lib(torch(_cpu|_cuda)?\.so|cudart\.so\.\d+|stdc\+\+\.so|gcc_s\.so|gomp\.so|c\.so|m\.so|dl\.so|pthread\.so)|ld-linux"
+)
 
 
 def epoch() -> int:
@@ -96,7 +101,7 @@ def make(out: Path, when: int, wheel: bool) -> list[Path]:
 
 
 def inspect(wheel: Path, scratch: str) -> None:
-    """Exit unless the compiled files are there, have no RPATH and name no folder of the build machine."""
+    """Exit unless the compiled files are there, keep to the stable ABI and name no folder of the build machine."""
     with zipfile.ZipFile(wheel) as archive:
         parts = [name for name in archive.namelist() if name.endswith(".so")]
         if not parts:
@@ -110,9 +115,31 @@ def inspect(wheel: Path, scratch: str) -> None:
                 with tempfile.NamedTemporaryFile(suffix=".so") as file:
                     file.write(data)
                     file.flush()
-                    dynamic = subprocess.run(["readelf", "-d", file.name], capture_output=True, text=True, check=True).stdout
-                if re.search(r"\((RPATH|RUNPATH)\)", dynamic):
-                    sys.exit(f"dist: {name} has an RPATH")
+                    wrong = abi_faults(Path(file.name))
+                    print(f"dist: {name} needs glibc {newest_glibc(Path(file.name))} or newer")
+                if wrong:
+                    sys.exit(f"dist: {name} {wrong[0]}")
+
+
+def _readelf(flag: str, part: Path) -> str:
+    return subprocess.run(["readelf", "-W", flag, part], capture_output=True, text=True, check=True).stdout
+
+
+def abi_faults(part: Path) -> list[str]:
+    """Why this compiled file would not run with other versions of torch or on other machines; empty when nothing is wrong."""
+    dynamic = _readelf("-d", part)
+    undefined = re.findall(r" UND (\S+)", _readelf("--dyn-syms", part))
+    mangled = [name for name in undefined if re.match(r"_Z\w*?(3c10|2at|5torch|6caffe2)", name)]
+    foreign = [name for name in re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic) if not _NEEDED.match(name)]
+    found = ["has an RPATH"] if re.search(r"\((RPATH|RUNPATH)\)", dynamic) else []
+    found += [f"uses C++ symbols of torch, which change with its version: {', '.join(mangled[:5])}"] if mangled else []
+    return found + ([f"needs libraries that torch does not bring: {', '.join(foreign)}"] if foreign else [])
+
+
+def newest_glibc(part: Path) -> str:
+    """The newest GLIBC_ version among the symbols that it takes from the C library, "none" if there is none."""
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_([\d.]+)", _readelf("-V", part))}
+    return ".".join(map(str, max(versions))) if versions else "none"
 
 
 def digest(path: Path) -> str:

@@ -56,7 +56,7 @@ def no_sync(place: Place, call: Call) -> str | None:
 
 
 def same_bits(place: Place, call: Call) -> str | None:
-    """A hundred calls give the same bits."""
+    """F47: a hundred calls give the same bits."""
     first = {name: t.clone() for name, t in call().items()}
     for i in range(REPEATS):
         for name, t in call().items():

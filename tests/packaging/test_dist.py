@@ -88,17 +88,23 @@ def test_wheels_that_must_not_ship_are_refused(tmp_path: Path, dist: ModuleType)
     with pytest.raises(SystemExit, match="holds the build machine's path"):
         dist.inspect(_wheel(tmp_path / "b.whl", {"_C.so": b"\0/tmp/scratch/csrc/x.cpp\0"}), "/tmp/scratch")
     if shutil.which("gcc") is None or shutil.which("readelf") is None:
-        pytest.skip("the RPATH check needs gcc and readelf")
-    source, library = tmp_path / "e.c", tmp_path / "e.so"
-    source.write_text("int f(void) { return 1; }\n")
-    for flags, ok in (([], True), (["-Wl,-rpath,/opt/lib"], False)):
-        subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library, *flags], check=True, cwd=tmp_path)
-        wheel = _wheel(tmp_path / "c.whl", {"_C.so": library.read_bytes()})
-        if ok:
+        pytest.skip("the checks of the ABI need gcc and readelf")
+
+    def compiled(name: str, text: str, *flags: str | Path) -> Path:
+        (tmp_path / f"{name}.c").write_text(text)
+        command = ["gcc", "-shared", "-fPIC", f"{name}.c", "-o", f"lib{name}.so", *flags]
+        subprocess.run(command, check=True, cwd=tmp_path)
+        return _wheel(tmp_path / f"{name}.whl", {"_C.so": (tmp_path / f"lib{name}.so").read_bytes()})
+
+    plain, cpp = "int f(void) { return 1; }\n", "void _ZN3c105ErrorD1Ev(void);\nvoid f(void) { _ZN3c105ErrorD1Ev(); }\n"
+    dist.inspect(compiled("plain", plain), "/nonexistent/scratch")
+    for wheel, why in (
+        (compiled("rpath", plain, "-Wl,-rpath,/opt/lib"), "has an RPATH"),
+        (compiled("cpp", cpp), "C\\+\\+ symbols of torch.*_ZN3c105ErrorD1Ev"),
+        (compiled("foreign", plain, "-Wl,--no-as-needed", "-L.", "-lplain"), "that torch does not bring: libplain.so"),
+    ):
+        with pytest.raises(SystemExit, match=why):
             dist.inspect(wheel, "/nonexistent/scratch")
-        else:
-            with pytest.raises(SystemExit, match="has an RPATH"):
-                dist.inspect(wheel, "/nonexistent/scratch")
 
 
 def test_normalising_hides_who_packed_and_when(tmp_path: Path, dist: ModuleType) -> None:
