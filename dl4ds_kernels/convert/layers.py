@@ -11,7 +11,7 @@ from ..modules._block import run_conv_bn_act_pool
 from ..modules._linear import is_linear, run_linear_act
 from ..modules._pool import is_pool, run_pool
 from ..modules._run import ActSpec, act_spec, is_plain, run_conv_bn_act
-from .patterns import _function_act
+from .effects import function_act
 
 
 def find_layers(graph: fx.Graph, container: nn.Module) -> list[fx.Node]:
@@ -41,7 +41,7 @@ def _activation_behind(node: fx.Node, container: nn.Module) -> fx.Node | None:
     if user.op == "call_module":
         module = container.get_submodule(user.target)
         return user if len(user.args) == 1 and act_spec(module) is not None and is_plain(module) else None
-    return user if _function_act(user) is not None else None
+    return user if function_act(user) is not None else None
 
 
 def _join_linear(graph: fx.Graph, node: fx.Node, container: nn.Module, keywords: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ def _join_linear(graph: fx.Graph, node: fx.Node, container: nn.Module, keywords:
             stored = graph.create_node("get_attr", act.target)
             spec = graph.create_node("call_function", ActSpec, (name, slope, stored))
         elif act is not None:
-            spec = _function_act(act)
+            spec = function_act(act)
         fused = graph.create_node("call_function", run_linear_act, (node.all_input_nodes[0], linear, spec), dict(keywords))
     for old in (node,) if act is None else (act, node):
         old.replace_all_uses_with(fused)
