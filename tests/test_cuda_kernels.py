@@ -137,6 +137,18 @@ def test_bn_act(case: Case) -> None:
     problem.check(problem.backward(forward, masked=False))
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nchw_hwslice"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_bn_act_in_several_steps(training: bool, layout: str) -> None:
+    """Threads that walk back over planes and samples: a grid far smaller than the tensor, 3 channels, steps that carry."""
+    problem = Problem(replace(BASE, shape=(5, 3, 29, 31), training=training, layout=layout, residual=layout))
+    with cuda.small_grids():
+        forward = problem.forward()
+        problem.check(forward)
+        problem.check(problem.backward(forward, masked=True))
+        problem.check(problem.backward(forward, masked=False))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", [1, 7, 1000, 2048])
 def test_add_act(dtype: torch.dtype, numel: int) -> None:

@@ -123,7 +123,7 @@ MUTANTS: tuple[Mutant, ...] = (
            ("tests/test_cuda_kernels.py", "-k", "bn_act", "-m", "not full")),
     Mutant("cuda-bn-cursor-carries-wrong", "cuda", "csrc/ops/bn_act/bn_act_kernel.cuh",
            "            c += static_cast<int>(planes.channels);\n            --n;\n", "            c += static_cast<int>(planes.channels);\n",
-           ("tests/test_cuda_kernels.py", "-k", "bn_act", "-m", "not full")),
+           _k("tests/test_cuda_kernels.py", "several_steps")),
     Mutant("cuda-reduce-barrier-missing", "cuda", "csrc/common/cuda/reduce.cuh",
            "            write(group, channel, state);\n        }\n        __syncthreads();\n", "            write(group, channel, state);\n        }\n",
            _k(HOST, "against_cpu")),
