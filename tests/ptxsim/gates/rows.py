@@ -63,7 +63,9 @@ def _code(ptx: str) -> str:
 
 def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     """Whose mutants are run. CUDA: every instantiation. Triton: of every function one form, of those that a call (not an even
-    one: mutants are not run on these) gives to several programs, where there are such, the one that executes the most code.
+    one: mutants are not run on these) gives to several programs, where there are such, one that eight calls launch or, without such, the most (another form is
+    the same function with other constants, and what few calls launch few calls examine); of these the one that executes the
+    most code.
     """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
@@ -74,7 +76,7 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     for kernel in backend.seen():
         if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
             found[backend.stem(kernel)].append(kernel)
-    return [max(same, key=lambda k: (k in spread, measure.coverage(backend, k)[0], k)) for same in found.values()]
+    return [max(same, key=lambda k: (k in spread, min(8, len(measure.executed_by(backend, k))), measure.coverage(backend, k)[0], k)) for same in found.values()]
 
 
 def kernel_row(backend: ModuleType, kernel: str) -> Row:
