@@ -33,7 +33,7 @@ def sweep(dtype: torch.dtype) -> list[tuple[tuple[int, ...], str, bool]]:
     """Planes of one compiled form, whose rows are a tile and a tail that ends at every place of a thread."""
     tile = 64 * 16 // dtype.itemsize
     tails = (*range(9, 16), *range(17, 25), *range(tile // 2 + 1, tile // 2 + 5))
-    return [((1, 3, 1, tile + tail), "nchw", False) for tail in tails]
+    return [((1, (3, 5, 7, 11)[i % 4], 1, tile + tail), "nchw", False) for i, tail in enumerate(tails)]
 
 
 def triton(case: Case) -> Results:
