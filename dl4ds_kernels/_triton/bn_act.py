@@ -87,7 +87,17 @@ def _statistics(
     config = reduce_launch_config(matrix)
     chunks = config["chunks"]
     partial = x.new_empty((4, chunks, matrix.channels), dtype=mean.dtype)
-    _common.launch(bn_stats_partial_kernel, chunks * config["groups"], x=x, partial=partial, **config, **matrix.arguments())
+    _common.launch(
+        bn_stats_partial_kernel,
+        chunks * config["groups"],
+        x=x,
+        partial=partial,
+        # A product that goes into a sum over lanes would become part of an fma with the other lane's rounded product: the two
+        # lanes then hold different sums, and which of them shared memory keeps is the hardware's choice.
+        enable_fp_fusion=False,
+        **config,
+        **matrix.arguments(),
+    )
     _common.launch(
         bn_stats_merge_kernel,
         triton.cdiv(matrix.channels, MERGE_CONFIG["BLOCK_C"]),

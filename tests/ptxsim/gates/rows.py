@@ -7,6 +7,7 @@ is made from them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import build, mutate
 from . import checks, limits, measure, survivors, workload
@@ -40,7 +42,22 @@ def in_time() -> None:
         raise NotRun
 
 
-_digest = functools.cache(workload.digest)
+@functools.cache
+def _digest(backend: ModuleType, op: str, dtype: torch.dtype, even: bool) -> str:
+    """A hash of all that the cases of a backend (with or without the even ones) hand to kernels."""
+    h = hashlib.sha256()
+    for case in workload.cases(op, dtype):
+        if case.even and not even or not backend.chosen(case):
+            continue
+        h.update(repr((case.way, case.name, case.few_blocks, case.even)).encode())
+        for name, value in case.arguments.items():
+            h.update(name.encode())
+            if isinstance(value, Tensor):
+                h.update(repr((value.dtype, value.shape, value.stride())).encode())
+                h.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                h.update(repr(value).encode())
+    return h.hexdigest()
 
 
 def _kept(name: str, key: str, make: Callable[[], Row]) -> Row:
@@ -62,8 +79,11 @@ def _code(ptx: str) -> str:
 
 
 def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
-    """Whose mutants are run. CUDA: every instantiation. Triton: of every function one form, of those that a call (not an even
-    one: mutants are not run on these) gives to several programs, where there are such, the one that executes the most code.
+    """Whose mutants are run. CUDA: every instantiation. Triton: of every function one form.
+
+    That is, of the forms that a call (not an even one: mutants are not run on these) gives to several programs, where there are
+    such, one that twelve calls launch or, without such, the most: another form is the same function with other constants, and
+    what few calls launch few calls examine. Of these the one that executes the most code.
     """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
@@ -74,7 +94,12 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     for kernel in backend.seen():
         if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
             found[backend.stem(kernel)].append(kernel)
-    return [max(same, key=lambda k: (k in spread, measure.coverage(backend, k)[0], k)) for same in found.values()]
+
+    def rank(kernel: str) -> tuple[bool, int, int, str]:
+        calls = len(measure.executed_by(backend, kernel))
+        return kernel in spread, min(12, calls), measure.coverage(backend, kernel)[0], kernel
+
+    return [max(same, key=rank) for same in found.values()]
 
 
 def kernel_row(backend: ModuleType, kernel: str) -> Row:
@@ -91,7 +116,7 @@ def kernel_row(backend: ModuleType, kernel: str) -> Row:
         }  # fmt: skip
 
     ptx = _code(mutate.kernel_text(backend.ptx_of_kernel(kernel), backend.entry(kernel)))
-    cases = [_digest(backend.op_of(kernel), dtype, False) for dtype in backend.dtypes_of(kernel)]
+    cases = [_digest(backend, backend.op_of(kernel), dtype, False) for dtype in backend.dtypes_of(kernel)]
     key = build.digest(ptx, *SIMULATOR, *cases, str(checks.mutants_per_operator(backend.op_of(kernel))))
     return with_todays_arguments(_kept(f"{backend.NAME}-{backend.stem(kernel)}", key, make), kernel)
 
@@ -118,7 +143,7 @@ def suite_row(backend: ModuleType, op: str, dtype: torch.dtype) -> Row:
 
         sources = [*sorted(limits.REPOSITORY.glob("dl4ds_kernels/_triton/*.py")), HERE / "triton.py", triton.__version__]
     gates = [HERE / f"{name}.py" for name in ("checks", "traffic", f"workload_{op}")]
-    key = build.digest(*sources, *SIMULATOR, *gates, _digest(op, dtype, True))
+    key = build.digest(*sources, *SIMULATOR, *gates, _digest(backend, op, dtype, True))
     return _kept(f"{backend.NAME}-suite-{op}-{str(dtype).removeprefix('torch.')}", key, make)
 
 

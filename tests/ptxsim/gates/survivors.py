@@ -274,7 +274,7 @@ ARGUMENTS = (
         "missing_mask|loose_comparison", r"^nms\.py: .*\bi < N",
         "the boxes of a chunk lie before those that are compared with them", kernel="nms_push",
     ),
-    Argument("wrong_grid", "", "every load and store of a program behind the end is masked off", kernel="^[a-z_]+kernel#"),
+    Argument("wrong_grid", "", "every load and store of a program behind the end is masked off", kernel="^[a-z0-9_]+kernel#"),
     Argument("wrong_grid", "", "blocks beyond the last channel leave at once", kernel="finalize_kernel"),
 )  # fmt: skip
 

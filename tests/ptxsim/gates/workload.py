@@ -6,7 +6,6 @@ A case is one call with its tensors; `cuda.py` and `triton.py` know how a backen
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import math
 from collections.abc import Callable
@@ -195,20 +194,3 @@ def same_as(results: Results, expected: Results) -> str:
 def cases(op: str, dtype: torch.dtype) -> list[Case]:
     """The calls of one op and dtype: `cases(dtype)` of the module workload_<op>.py."""
     return importlib.import_module(f"{__package__}.workload_{op}").cases(dtype)
-
-
-def digest(op: str, dtype: torch.dtype, even: bool = True) -> str:
-    """A hash of all that the cases (with or without the even ones) hand to kernels."""
-    h = hashlib.sha256()
-    for case in cases(op, dtype):
-        if case.even and not even:
-            continue
-        h.update(repr((case.way, case.name, case.few_blocks, case.even)).encode())
-        for name, value in case.arguments.items():
-            h.update(name.encode())
-            if isinstance(value, Tensor):
-                h.update(repr((value.dtype, value.shape, value.stride())).encode())
-                h.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                h.update(repr(value).encode())
-    return h.hexdigest()

@@ -56,6 +56,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
             found.append(call(f"n{n}-act{code}{'-single' * single}{'-mask' * masks}", operands, code, masks))
     for code in (4, 5):  # where exp overflows and underflows
         found.append(call(f"far-act{code}", [random(130, dtype=dtype, seed=s) * 400 for s in (1, 2, 3)], code, False))
+    # One compiled form, two programs: the first element behind the end at every place of a thread.
+    for n in (half + tail for half in (1024 + 104, 1024 + 712) for tail in range(8)):
+        found.append(call(f"sweep{n}", [random(n, dtype=dtype, seed=s, nan=s == 1) for s in (1, 2, 3)], 1, True))
     x, y, z = (random(2, 5, 3, 7, dtype=dtype, seed=s, nan=s == 1) for s in (1, 2, 3))
     last = [t.contiguous(memory_format=torch.channels_last) for t in (x, y, z)]
     found.append(call("nhwc-act1-mask", last, 1, True))

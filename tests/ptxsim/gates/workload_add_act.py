@@ -73,6 +73,11 @@ def triton_runs(case: Case) -> bool:
     return not case.name.endswith("-other")
 
 
+def cuda_runs(case: Case) -> bool:
+    """Not the sweep over the tails of a Triton program."""
+    return "-sweep" not in case.name
+
+
 def operands(n: int, dtype: torch.dtype) -> list[Tensor]:
     """x, residual, dout; among them, if there is room, sums that round to a kink."""
     x, residual, dout = (random(n, dtype=dtype, seed=s, nan=s == 1) for s in (1, 2, 3))
@@ -162,6 +167,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
             if single:
                 x, residual, dout = map(misaligned, (x, residual, dout))
             found += calls(f"far{'-single' * single}-act{code}", x, residual, dout, code)
+    # One form that Triton compiles, two programs: the first element behind the end at every place of a thread.
+    for n in (half + tail for half in (1024 + 104, 1024 + 712) for tail in range(8)):
+        found += calls(f"sweep{n}", *operands(n, dtype), 1)
     x, residual, dout = (random(1 << 17, dtype=dtype, seed=s) for s in (1, 2, 3))
     found += calls("even", x, residual, dout, 1, few_blocks=True, even=True)
     return found

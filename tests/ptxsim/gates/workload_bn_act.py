@@ -93,7 +93,12 @@ def triton_runs(case: Case) -> bool:
     """Compiling takes longer than running: every layout, tiling and activation, on some of the shapes."""
     if case.name.endswith("-other") or "-single" in case.name and "wide" not in case.name:
         return False
-    return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "chunks", "even"))
+    return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "chunks", "even", "sweep"))
+
+
+def cuda_runs(case: Case) -> bool:
+    """Not the sweeps over what Triton compiles to one form."""
+    return "-sweep" not in case.name
 
 
 def laid_out(values: Tensor, layout: str, single: bool) -> Tensor:
@@ -231,6 +236,17 @@ def cases(dtype: torch.dtype) -> list[Case]:
             x, residual, dout = (laid_out(random(2, 16, 3, 8, dtype=dtype, seed=s), layout, single) for s in (1, 2, 3))
             far = (4, False, True, False, "acc", "wb")
             found += calls(f"far-{layout}{'-single' * single}", x.mul_(400), residual, dout, far, acc)
+    # Of one compiled form each: planes and a tensor that end at every place of a thread; one and two steps of the merges over
+    # chunks, by two programs; folds by three programs.
+    sweep = [((35, 3, 3, width), "nchw", relu) for width in range(22, 32)]
+    sweep += [((1, 17, lines, 61), "nhwc", relu) for lines in (9, 13, 17, 35, 52, 71, 105, 277)]
+    sweep += [((2, 300, 1, 2), "nhwc", variant) for variant in VARIANTS if not variant[1]]
+    for shape, layout, variant in sweep:
+        x, residual, dout = (random(*shape, dtype=dtype, seed=s, nan=s == 1 and shape[3] % 2) for s in (1, 2, 3))
+        x, residual, dout = (laid_out(t, layout, False) for t in (x, residual, dout))
+        label = f"sweep{'x'.join(map(str, shape))}-{layout}-act{variant[0]}-{variant[4]}{variant[5]}"
+        made = calls(label, x, residual if variant[2] else None, dout, variant, acc)
+        found += made[: 3 if shape[1] == 17 else 4]  # (the merges are no others after a mask)
     for layout, shape in (("nhwc", (8, 64, 16, 32)), ("nchw", (16, 8, 56, 56))):
         x, residual, dout = (laid_out(random(*shape, dtype=dtype, seed=s), layout, False) for s in (1, 2, 3))
         found += calls(f"even-{layout}", x, residual, dout, relu, acc, few_blocks=True, even=True)

@@ -79,4 +79,8 @@ def call(shape: tuple[int, ...], layout: str, beside: tuple[int, int], code: int
 def cases(dtype: torch.dtype) -> list[Case]:
     """All calls of one dtype."""
     found = [call(s, lay, (b, a), i % 6, dtype, False) for i, (s, lay, b, a) in enumerate(CALLS)]
+    # One compiled form, two programs: a last pixel at every place of a thread; then folds by three programs.
+    found += [call((1, 24, 1, 64 + rows), "nhwc", (3, 2), 1, dtype, False) for rows in range(1, 64, 4)]
+    found += [call((1, 24, 1, 64 + rows), "nhwc", (3, 2), 1, dtype, False) for rows in range(3, 64, 8)]
+    found += [call((2, 300, 1, 3), "nhwc", (5, 2), code, dtype, False) for code in range(6)]
     return found + [call(s, lay, (b, a), 1, dtype, True) for s, lay, b, a in EVEN]

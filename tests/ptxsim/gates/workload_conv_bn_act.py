@@ -174,6 +174,8 @@ def fused_cases(dtype: torch.dtype) -> list[Case]:
             arguments |= {name: random(k, dtype=torch.float32, seed=3 + n) for n, name in enumerate(names)}
             out = convolution(arguments)
             added = random(*out.shape, dtype=dtype, seed=8).contiguous(memory_format=torch.channels_last)
+            if (shape, k, size, stride, padding, dilation, residual, ways) in FUSED:
+                added.permute(0, 2, 3, 1).reshape(-1)[::7] = float("nan")  # at every place of a thread's values
             arguments["residual"] = added if residual else None
             arguments |= {"tile": way, "slices": 1} if isinstance(way, str) else {"tile": "k64x64", "slices": way}
             label = f"fused-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-{way}-act{(i + j) % 4}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from .limits import Limits
 from .workload import Case, Results, Truth, random
 from .workload_bn_act import laid_out
+from .workload_upsample_add import sweep
 
 LIMITS = [
     Limits("max_pool_kernel", "triton", ("x", "out", "where")),
@@ -76,7 +77,7 @@ def with_ties(values: Tensor) -> Tensor:
 def cases(dtype: torch.dtype) -> list[Case]:
     """All calls of one dtype."""
     found: list[Case] = []
-    for turn, (shape, layout, single) in enumerate((*SHAPES, *EVEN)):
+    for turn, (shape, layout, single) in enumerate((*SHAPES, *sweep(dtype), *EVEN)):
         even = (shape, layout, single) in EVEN
         n, c, h, w = shape
         y = laid_out(random(*shape, dtype=dtype, seed=1, nan=not even), layout, single)

@@ -29,6 +29,13 @@ SHAPES = [
 EVEN = [((4, 64, 16, 32), layout, False) for layout in ("nchw", "nhwc")]
 
 
+def sweep(dtype: torch.dtype) -> list[tuple[tuple[int, ...], str, bool]]:
+    """Planes of one compiled form, whose rows are a tile and a tail that ends at every place of a thread."""
+    tile = 64 * 16 // dtype.itemsize
+    tails = (*range(9, 16), *range(17, 25), *range(tile // 2 + 1, tile // 2 + 5))
+    return [((1, (3, 5, 7, 11)[i % 4], 1, tile + tail), "nchw", False) for i, tail in enumerate(tails)]
+
+
 def triton(case: Case) -> Results:
     """The call through the host functions of the Triton backend."""
     from dl4ds_kernels._triton import upsample_add
@@ -54,7 +61,7 @@ def backward_truth(t: dict[str, Any]) -> Truth:
 def cases(dtype: torch.dtype) -> list[Case]:
     """All calls of one dtype."""
     found: list[Case] = []
-    for shape, layout, single in (*SHAPES, *EVEN):
+    for shape, layout, single in (*SHAPES, *sweep(dtype), *EVEN):
         even = (shape, layout, single) in EVEN
         n, c, h, w = shape
         low = laid_out(random(*shape, dtype=dtype, seed=1, nan=not even), layout, single)
