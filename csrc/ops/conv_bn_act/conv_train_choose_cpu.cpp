@@ -13,7 +13,8 @@ namespace {
 constexpr double kPositions = 16.0;
 // Below, a direct sum is so short that the transforms' own rounding, twice stock's, is most of the error.
 constexpr double kMinTiles = 32.0;
-// Cycles of one core on an AVX-512 machine, for a vector multiply-add a cycle (estimated from single layers, not fitted).
+// Cycles of one core on an AVX-512 machine, for a vector multiply-add a cycle (estimated from single layers,
+// not fitted).
 constexpr double kLibraryUse = 0.85;   // of the peak that oneDNN reaches
 constexpr double kGemmCost = 1.08;     // a vector multiply-add of a product
 constexpr double kTileInCost = 100.0;  // a vector of channels of an input tile
