@@ -3,8 +3,8 @@
     python tools/dist.py [--out dist] [--twice] [--sdist-only]
 
 The sdist is packed with sorted members and fixed times and owners; the wheel is built from the unpacked sdist, without
-network and without build isolation, in a fresh folder. ``--twice`` builds both again in another folder and fails unless every
-byte is equal. The wheel's compiled files must keep to torch's C interface, need no library but torch's, CUDA's and the C++ run
+network and without build isolation, in a new folder of a fixed name (TMPDIR counts: the CUDA part depends on the path).
+``--twice`` builds both again from nothing and fails unless every byte is equal. The wheel's compiled files must keep to torch's C interface, need no library but torch's, CUDA's and the C++ run
 time, and hold no RPATH and no path of the build machine. Needs setuptools, wheel, pybind11, ninja and torch
 (requirements-build.txt) and, for the SBOM, cyclonedx-python-lib.
 """
@@ -25,6 +25,8 @@ import tarfile
 import tempfile
 import uuid
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -80,10 +82,24 @@ def normalise(path: Path, when: int) -> None:
         packed.write(buffer.getvalue())
 
 
+@contextmanager
+def build_folder() -> Iterator[str]:
+    """A new folder of a fixed name: nvcc hashes a source's absolute path into names that stay in the CUDA part."""
+    folder = Path(tempfile.gettempdir()) / "dl4ds-dist-build"
+    try:
+        folder.mkdir(mode=0o700)  # never into a folder (or link) that somebody else made
+    except FileExistsError:
+        sys.exit(f"dist: {folder} is there already: another build runs, or one was killed (then remove it)")
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def make(out: Path, when: int, wheel: bool) -> list[Path]:
     """sdist and wheel, in ``out``, from a fresh copy of the tracked files."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dl4ds-dist-") as scratch:
+    with build_folder() as scratch:
         tree = Path(scratch) / "tree"
         for name in sources():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +208,7 @@ def sbom(files: list[Path], out: Path, when: int) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    parser.add_argument("--twice", action="store_true", help="build again elsewhere and compare every byte")
+    parser.add_argument("--twice", action="store_true", help="build again from nothing and compare every byte")
     parser.add_argument("--sdist-only", action="store_true", help="no wheel")
     arguments = parser.parse_args()
     when = epoch()

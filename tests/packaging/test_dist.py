@@ -75,6 +75,12 @@ def test_an_old_release_is_not_signed_again(tmp_path: Path) -> None:
     assert done.returncode != 0 and "is not empty" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_build_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "dl4ds-dist-build").symlink_to(tmp_path)
+    done = run("--sdist-only", "--out", tmp_path / "out", SOURCE_DATE_EPOCH=EPOCH, TMPDIR=str(tmp_path))
+    assert done.returncode != 0 and "is there already" in done.stderr and "Traceback" not in done.stderr
+
+
 def _wheel(path: Path, files: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in files.items():
