@@ -28,7 +28,7 @@ def test_cuda(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", rotating(TRITON, 1))
 def test_triton(kernel: tuple[str, str]) -> None:
-    """Of each function the compiled form that executes most, in fp16."""
+    """Of each function one compiled form, in fp16: see rows.kernels."""
     pytest.importorskip("triton", reason="the Triton backend needs triton")
     if toolchain.cxx() is None:
         pytest.skip("the PTX simulator needs a C++ compiler")
