@@ -148,6 +148,7 @@ def explain(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     activation: str = "relu",
+    training: bool = False,
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
@@ -173,6 +174,6 @@ def explain(
     report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
     if op == "conv_bn_act" and weight is not None and path == CPP and x.device.type == "cuda":
         pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
-        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation])
+        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation], training)
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
     return report

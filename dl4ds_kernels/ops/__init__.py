@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     bn_act,
     bn_act_max_pool,
     conv_bn_act,
+    conv_bn_act_train,
     conv_transpose_bn_act,
     local_response_norm,
     max_pool_indices,
