@@ -13,7 +13,7 @@ from .. import reference
 from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_activation
 from .._backend import REFERENCE, STOCK, select
 from .._define import CPP, op
-from ..ops import conv_bn_act_train
+from ..ops import _conv_bn_act_train
 from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
 from .bn_act import bn_act
 
@@ -86,7 +86,7 @@ def conv_bn_act(
                 (_pair(stride), _pair(padding), _pair(dilation), groups), momentum, eps,
                 eps_mode != "var" and eps_mode_flag("conv_bn_act", eps_mode), ACTIVATION_CODES[activation], negative_slope,
             )  # fmt: skip
-        if training and conv_bn_act_train.has_train(CPP, x) and select("conv_bn_act", x, backend) == CPP:
+        if training and _conv_bn_act_train.has_train(CPP, x) and select("conv_bn_act", x, backend) == CPP:
             out = _train(
                 x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual,
                 (_pair(stride), padding, _pair(dilation), groups), momentum, eps,

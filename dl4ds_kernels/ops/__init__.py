@@ -1,12 +1,12 @@
 """Op contracts: schema, fake kernel, autograd formula. No maths, no device code. Importing this package defines the ops."""
 
 from . import (  # noqa: F401
+    _conv_bn_act_train,
     _conv_transpose_packed,
     add_act,
     bn_act,
     bn_act_max_pool,
     conv_bn_act,
-    conv_bn_act_train,
     conv_transpose_bn_act,
     local_response_norm,
     max_pool_indices,

@@ -1,6 +1,6 @@
 """Contract of ``conv_bn_act``: ``act(batch_norm(conv2d(x)) [+ residual])`` with running statistics.
 
-The inference op; training is conv_bn_act_train.py. Backward recomputes the convolution's output: frozen-BN fine-tuning through
+The inference op; training is _conv_bn_act_train.py. Backward recomputes the convolution's output: frozen-BN fine-tuning through
 this op trades one convolution for memory.
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
-from . import conv_bn_act_train
+from . import _conv_bn_act_train
 from ._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, decode
 from .bn_act import eval_statistics, normalise_again
 
@@ -100,7 +100,7 @@ def _forward(
             return y, *normalise(y, norm, activation, residual)
         stride, padding, dilation, *_ = conv.geometry
         bias = convs[conv.bias] if conv.bias >= 0 else None
-        out, y, mean, rstd, mask, *new = conv_bn_act_train.train(
+        out, y, mean, rstd, mask, *new = _conv_bn_act_train.train(
             namespace, z, convs[conv.weight], bias, *s.running(norm), *s.vectors(norm), residual,
             (stride, padding, dilation, conv.groups), norm.momentum, norm.eps, norm.eps_std, activation,
             block.negative_slope, save and residual is not None and activation in MASK_CODES,

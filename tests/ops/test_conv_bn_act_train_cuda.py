@@ -21,7 +21,7 @@ from torch.nn import functional as stock
 from dl4ds_kernels import _cuda_conv
 from dl4ds_kernels._activation import ACTIVATION_CODES
 from dl4ds_kernels._define import op
-from dl4ds_kernels.ops import conv_bn_act_train
+from dl4ds_kernels.ops import _conv_bn_act_train
 from dl4ds_kernels.ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from dl4ds_kernels.ops.residual_block import _forward
 
@@ -101,7 +101,8 @@ def test_traffic(dtype: torch.dtype) -> None:
     y, partial, counts, (report,) = conv_stats(*given, tile="k128x128")
     assert report.tensors["out"] == report.tensors["out"] | {"read": 0, "written": y.numel() * y.element_size()}
     assert report.tensors["x"]["read"] == given[0].numel() * y.element_size()
-    assert report.tensors["moments"]["written"] == 4 * (partial.numel() + counts.numel())
+    sectors = -(-4 * (partial.numel() + counts.numel()) // 32)  # what the simulator counts in
+    assert report.tensors["moments"]["written"] == 32 * sectors
     assert partial.shape[0] == 2 and report.counters["store_sectors"] <= 1.02 * report.counters["store_ideal_sectors"]
 
 
@@ -205,9 +206,9 @@ def test_backward(residual: bool, activation: str, monkeypatch: pytest.MonkeyPat
     args = arguments(torch.float32, residual, activation)
     outputs = host()("conv_bn_act_train", *args)
     ctx = Context(needs_input_grad=[t is not None and i not in (3, 4) for i, t in enumerate(args[:8])])
-    conv_bn_act_train._setup_context(ctx, args, outputs)
+    _conv_bn_act_train._setup_context(ctx, args, outputs)
     dout = torch.randn_like(outputs[0])
-    grads = conv_bn_act_train._backward("dl4ds_kernels", ctx, dout, *[None] * 6)
+    grads = _conv_bn_act_train._backward("dl4ds_kernels", ctx, dout, *[None] * 6)
     wide = [t if t is None else t.double().requires_grad_(i not in (3, 4)) for i, t in enumerate(args[:8])]
     y = torch.conv2d(wide[0], wide[1], wide[2], 1, 1)
     z = stock.batch_norm(y, None, None, wide[5], wide[6], True, 0.0, 1e-3)
@@ -215,7 +216,8 @@ def test_backward(residual: bool, activation: str, monkeypatch: pytest.MonkeyPat
     truth = {"none": lambda v: v, "relu": torch.relu, "silu": stock.silu}[activation](z)
     places = [i for i in (0, 1, 2, 5, 6, 7) if wide[i] is not None]
     for place, want in zip(places, torch.autograd.grad(truth, [wide[i] for i in places], dout.double()), strict=True):
-        far = (grads[place].double() - want).abs() / (want.abs().max() + 1e-2)
+        # A bias in front of a BatchNorm has no gradient: what is left is the rounding of sums over 180 terms.
+        far = (grads[place].double() - want).abs() / (want.abs().max() + (1.0 if place == 2 else 1e-2))
         assert float((far > 1e-3).double().mean()) < 2e-3, place  # a relu within a rounding of its kink takes the other side
 
 
@@ -237,12 +239,14 @@ def test_block(shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (x, convs, norms, running, *encode(block), True, True, False)
     want = op("residual_block")(*given)
     monkeypatch.setenv("DL4DS_CUDA_CONV", "fused")
+    monkeypatch.setattr(_conv_bn_act_train, "has_train", lambda namespace, t: True)
+    monkeypatch.setattr(_conv_bn_act_train, "op", lambda name, namespace: lambda *args: host()(name, *args))
     before = torch.backends.cudnn.conv.fp32_precision
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
-    monkeypatch.setattr(conv_bn_act_train, "has_train", lambda namespace, t: True)
-    monkeypatch.setattr(conv_bn_act_train, "op", lambda name, namespace: lambda *args: host()(name, *args))
-    got = _forward("dl4ds_kernels", *given)
-    assert before in ("tf32", "ieee", "none")
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        got = _forward("dl4ds_kernels", *given)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
     flat = lambda results: [t for group in results for t in ([group] if isinstance(group, Tensor) else group)]  # noqa: E731
     for a, b in zip(flat(got), flat(want), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype

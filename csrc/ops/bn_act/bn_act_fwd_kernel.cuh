@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const Bn
 }
 
 struct BnActFinalizeArgs {
-    int64_t channels, parts;  // parts 0: x has no elements
+    int64_t channels, parts;                // parts 0: x has no elements
     const void *origin, *partial, *counts;  // origin null: zero
     bool eps_std;
     double eps, momentum;

@@ -152,7 +152,8 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
 }
 
 /// Training: the convolution, the batch statistics of its output and act(bn(.) [+ residual]). Where the route
-/// is the fused one, the statistics come with the convolution; else a kernel of bn_act reads its output again.
+/// is the fused one, the statistics come with the convolution; else a kernel of bn_act reads its output
+/// again.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_train_cuda(
     Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
@@ -186,16 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_t
         y = convolve(x, weight, bias, geometry);
     }
     auto [out, mean, rstd, mask, new_mean, new_var] =
-        bn_act_forward(y, bn_weight, bn_bias, running_mean, running_var, residual, true, momentum, eps, eps_std,
-                       activation, negative_slope, save_mask, known);
+        bn_act_forward(y, bn_weight, bn_bias, running_mean, running_var, residual, true, momentum, eps,
+                       eps_std, activation, negative_slope, save_mask, known);
     return {out, y, mean, rstd, mask, new_mean, new_var};
 }
 
 /// For dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the library's way.
 std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residual,
                                             std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                            std::vector<int64_t> dilation, int64_t groups,
-                                            int64_t activation, bool training) {
+                                            std::vector<int64_t> dilation, int64_t groups, int64_t activation,
+                                            bool training) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     check_cuda(kOp, xi);

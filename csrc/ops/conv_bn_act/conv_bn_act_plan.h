@@ -102,8 +102,8 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
         // Two floats for each channel of a tile of pixels, written and read once.
         const double moments = 16.0 * columns * (rows / (choice.tile == ConvTile::k64x64 ? 64.0 : 128.0));
         choice.library_us = std::max(flops / peak, moved / memory) + out / memory + 2 * kLaunchUs;
-        choice.fused_us = std::max(flops / (peak * machine.mainloop_share), moved / memory) + moments / memory +
-                          kLaunchUs;
+        choice.fused_us =
+            std::max(flops / (peak * machine.mainloop_share), moved / memory) + moments / memory + kLaunchUs;
         choice.fused = choice.fused_us < kConvMargin * choice.library_us;
         return choice;
     }

@@ -16,8 +16,8 @@ struct ConvStatsArgs {
 };
 
 /// A thread meets the same kVec (or twice kVec) channels in every round: it sums what lies above its first
-/// value, which loses nothing where the mean is large beside the spread, and the threads of a channel merge by
-/// Chan's formula.
+/// value, which loses nothing where the mean is large beside the spread, and the threads of a channel merge
+/// by Chan's formula.
 template <typename T, typename Types>
 __device__ __forceinline__ void conv_stats_epilogue(typename Types::Shared& shared, const ConvStatsArgs& args,
                                                     const typename Types::Accumulators& accumulators,

@@ -71,8 +71,9 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
     if (p.dtype == DType::kFloat32 && !conv_tf32_allowed()) {
         return library(ConvReason::kNoTf32);
     }
-    route.choice = choose_conv(architecture, p.dtype, p.batch * p.height_out * p.width_out, p.channels_out,
-                               p.channels, p.kernel_h * p.kernel_w, p.batch * p.height * p.width, residual, stats);
+    route.choice =
+        choose_conv(architecture, p.dtype, p.batch * p.height_out * p.width_out, p.channels_out, p.channels,
+                    p.kernel_h * p.kernel_w, p.batch * p.height * p.width, residual, stats);
     p.tile = route.choice.tile;
     p.slices = route.choice.slices;
     if (!route.choice.fused && wish != ConvWish::kFused) {
