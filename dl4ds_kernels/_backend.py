@@ -148,6 +148,7 @@ def explain(
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     activation: str = "relu",
+    training: bool = False,
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
@@ -178,6 +179,6 @@ def explain(
     if x.device.type == "cpu":
         report |= _cpu_conv.explain(x, weight, pairs, groups)
     else:
-        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation])
+        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation], training)
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
     return report

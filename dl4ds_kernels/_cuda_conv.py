@@ -37,18 +37,26 @@ REASONS = {
 
 def explain(
     x: Tensor, weight: Tensor, residual: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    activation: int, question: Callable[..., list[int]] | None = None,
+    activation: int, training: bool = False, question: Callable[..., list[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """kernels, reason, tile, slices, and the modelled microseconds of both ways, of one call of ``conv_bn_act`` on CUDA."""
+    """kernels, reason, tile, slices, and the modelled microseconds of both ways, of one call of ``conv_bn_act`` on CUDA.
+
+    In training both ways end in one pass that normalises; the times are those of all that comes before.
+    """
     ask = question or op("conv_bn_act_route")
-    reason, tile, slices, fused_ns, library_ns = ask(x, weight, residual, stride, padding, dilation, groups, activation)
+    reason, tile, slices, fused_ns, library_ns = ask(
+        x, weight, residual, stride, padding, dilation, groups, activation, training
+    )
     facts: dict[str, Any] = {}
     if fused_ns > 0:
         facts = {"tile": TILES[tile], "slices": slices, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3}
     if reason == 0:
         return {
-            "kernels": "one fused kernel (CUTLASS main loop)",
+            "kernels": "a convolution that leaves its batch statistics (CUTLASS main loop), then BatchNorm and activation"
+            if training
+            else "one fused kernel (CUTLASS main loop)",
             "reason": "modelled (not measured) to be faster fused",
             **facts,
         }
-    return {"kernels": "cuDNN, then BatchNorm and activation in place", "reason": REASONS[reason], **facts}
+    behind = "batch statistics, BatchNorm and activation" if training else "BatchNorm and activation in place"
+    return {"kernels": f"cuDNN, then {behind}", "reason": REASONS[reason], **facts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import _cuda_launch as cuda
 import torch
@@ -21,6 +22,46 @@ def channels_last(t: Tensor) -> Tensor:
     """Channels last, in memory of its own (which torch aligns)."""
     n, c, h, w = t.shape
     return torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=t.dtype).copy_(t)
+
+
+def empty_output(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    height, width = (out_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    return channels_last(torch.empty(x.shape[0], weight.shape[0], height, width, dtype=x.dtype))
+
+
+def sizes_of(
+    launch: cuda.Launch, x: Tensor, weight: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> dict[str, Any]:
+    """The members of ConvBnActFwdParams that every call has."""
+    sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    pairs = {"pad": padding, "stride": stride, "dilation": dilation, "kernel": weight.shape[2:]}
+    pairs = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
+    return sizes | pairs | {
+        "dtype": cuda.DTYPES[x.dtype], "channels_out": out.shape[1], "height_out": out.shape[2], "width_out": out.shape[3],
+        "x": launch.read(x, "x"), "x_stride_n": x.stride(0), "x_stride_h": x.stride(2), "x_stride_w": x.stride(3),
+        "weight": launch.read(weight, "weight"), "out": launch.pointer(out, "out", output=True),
+    }  # fmt: skip
+
+
+def conv_stats(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], *,
+    tile: str = "k64x64", options: dict[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Report]]:  # fmt: skip
+    """The convolution with statistics: (y, partial (parts, 2, C), counts (parts,), reports)."""
+    out = empty_output(x, weight, stride, padding, dilation)
+    with cuda.library().session(**(options or {})) as session:
+        launch = cuda.Launch("conv_bn_act", session, "fwd")
+        params = launch.make(
+            **sizes_of(launch, x, weight, out, stride, padding, dilation), tile=tile, slices=1,
+            conv_bias=launch.channels(bias, "bias"),
+        )  # fmt: skip
+        parts = session.call("conv_bn_act_parts", params, restype=ctypes.c_int64)
+        moments = torch.empty(session.call("conv_bn_act_moments", params, restype=ctypes.c_int64))
+        params.moments = launch.pointer(moments, "moments", output=True)
+        assert session.call("conv_bn_act_fwd_refusal", params) == 0
+        reports = launch.run(params)
+    assert moments.numel() == parts * (2 * out.shape[1] + 1)
+    return out, moments[: -parts or None].view(parts, 2, out.shape[1]), moments[moments.numel() - parts :], reports
 
 
 def conv_bn_act_fwd(
@@ -49,23 +90,16 @@ def conv_bn_act_fwd(
 
     With ``refusal``: the launcher must give this reason (ConvRefusal) and launch nothing; out is None.
     """
-    height, width = (out_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1))
-    out = channels_last(torch.empty(x.shape[0], weight.shape[0], height, width, dtype=x.dtype))
+    out = empty_output(x, weight, stride, padding, dilation)
     with cuda.library().session(**(options or {})) as session:
         launch = cuda.Launch("conv_bn_act", session, "fwd")
         vectors = {"conv_bias": bias, "running_mean": running_mean, "running_var": running_var}
         vectors |= {"bn_weight": bn_weight, "bn_bias": bn_bias}
-        sizes = dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
-        pairs = {"pad": padding, "stride": stride, "dilation": dilation, "kernel": weight.shape[2:]}
-        pairs = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
         params = launch.make(
-            dtype=cuda.DTYPES[x.dtype], tile=tile, slices=slices, **sizes, **pairs, channels_out=weight.shape[0],
-            height_out=height, width_out=width, x=launch.read(x, "x"), weight=launch.read(weight, "weight"),
-            x_stride_n=x.stride(0), x_stride_h=x.stride(2), x_stride_w=x.stride(3),
+            **sizes_of(launch, x, weight, out, stride, padding, dilation), tile=tile, slices=slices,
             residual=launch.read(residual, "residual"),
             **{name: launch.channels(vector, name) for name, vector in vectors.items()},
             eps_std=eps_std, eps=eps, activation=activation, negative_slope=negative_slope,
-            out=launch.pointer(out, "out", output=True),
         )  # fmt: skip
         assert session.call("conv_bn_act_fwd_refusal", params) == refusal
         if refusal:

@@ -26,6 +26,7 @@ FUNCTIONS = (
     "add_act_bwd",
     "conv_bn_act",
     "conv_bn_act_route",
+    "conv_bn_act_train",
     "nms",
     "batched_nms",
     "nms_padded",

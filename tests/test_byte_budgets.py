@@ -25,6 +25,7 @@ from dl4ds_kernels.benchmark._bytes import Recorder, model_bytes
 from dl4ds_kernels.models import resnet as resnet_models
 from dl4ds_kernels.modules import residual
 from dl4ds_kernels.modules._run import run_conv_bn_act
+from dl4ds_kernels.ops import _conv_bn_act_train
 from dl4ds_kernels.ops._traffic import FUSED, PASSES, moved
 
 IMAGES = (2, 3, 224, 224)
@@ -72,6 +73,24 @@ def test_the_table_describes_eager_too(depth: int) -> None:
     """The same count over torchvision's models and torch's ops is the design's figure for them."""
     recorder = model_bytes(getattr(torchvision.models, f"resnet{depth}"), IMAGES, training=True)
     assert megabytes(recorder) == pytest.approx(GOLDEN[depth][0], rel=0.01)
+
+
+@pytest.mark.parametrize("depth", [50, pytest.param(18, marks=deep)])
+def test_training_with_statistics_epilogue(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass less over every convolution's output but the stem's, which the kernel cannot serve. Forward alone: the design's
+    plan B (280.7 MB for ResNet-50) also takes the gradients' sums in dgrad's epilogue, which is the library's here.
+    """
+    make = getattr(models, f"resnet{depth}")
+    layer_by_layer(monkeypatch)
+    plan_a = model_bytes(make, IMAGES, training=True)
+    monkeypatch.setattr(_conv_bn_act_train, "has_train", lambda namespace, x: True)
+    library = model_bytes(make, IMAGES, training=True)
+    fused = model_bytes(make, IMAGES, training=True, table=PASSES | FUSED)
+    assert megabytes(library) == pytest.approx(megabytes(plan_a), rel=1e-9)
+    outputs = {18: 2.48, 50: 11.11}[depth]  # million elements of all convolutions, an image
+    stem = 64 * 112 * 112 / 1e6
+    assert megabytes(plan_a) - megabytes(fused) == pytest.approx(2 * (outputs - stem), rel=0.005)
+    assert fused.launches["dl4ds_kernels::conv_bn_act_train"] == {18: 20, 50: 53}[depth]
 
 
 def test_inference() -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._activation import ACTIVATION_CODES, activation_code, apply_activation
+from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_activation
 from .._backend import REFERENCE, STOCK, select
-from .._define import op
+from .._define import CPP, op
+from ..ops import _conv_bn_act_train
 from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
 from ._conv2d import conv2d
 from .bn_act import bn_act
@@ -45,7 +46,8 @@ def conv_bn_act(
 
     Without gradients and with running statistics this is one op: the library convolution (oneDNN, cuDNN; Triton's own for 1x1
     and 3x3) followed in place by one pass that applies scale, shift, residual and activation. In training, or where a gradient
-    is needed, the library convolution is followed by :func:`bn_act`, forward and backward.
+    is needed, the library convolution is followed by :func:`bn_act`, forward and backward; on CUDA, training takes the batch
+    statistics from the convolution's own epilogue where that is expected to be faster (docs/gpu-conv.md).
 
     Args:
         x: (N, C, H, W) or unbatched (C, H, W); NCHW or channels_last.
@@ -85,6 +87,14 @@ def conv_bn_act(
                 (_pair(stride), _pair(padding), _pair(dilation), groups), momentum, eps,
                 eps_mode != "var" and eps_mode_flag("conv_bn_act", eps_mode), ACTIVATION_CODES[activation], negative_slope,
             )  # fmt: skip
+        if training and _conv_bn_act_train.has_train(CPP, x) and select("conv_bn_act", x, backend) == CPP:
+            out = _train(
+                x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual,
+                (_pair(stride), padding, _pair(dilation), groups), momentum, eps,
+                eps_mode != "var" and eps_mode_flag("conv_bn_act", eps_mode), ACTIVATION_CODES[activation], negative_slope,
+            )  # fmt: skip
+            if out is not None:
+                return out
         y = conv2d(x, weight, bias, stride, padding, dilation, groups, backend)
         unbatched = y.dim() == 3
         if unbatched:
@@ -135,6 +145,33 @@ def _fused(
     )  # fmt: skip
     # A residual of another shape or dtype is left to torch's own broadcasting and promotion.
     return out if fits else apply_activation(out + residual, code, negative_slope)
+
+
+def _train(
+    x: Tensor, weight: Tensor, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None, geometry: tuple[Any, ...], momentum: float,
+    eps: float, eps_std: bool, code: int, negative_slope: float,
+) -> Tensor | None:  # fmt: skip
+    """The training op; None for what it leaves to the layers one by one (whose errors are the clearer ones)."""
+    stride, padding, dilation, groups = geometry
+    if x.dim() != 4 or weight.dim() != 4 or isinstance(padding, str):
+        return None
+    geometry = (stride, _pair(padding), dilation, groups)
+    shape = out_shape(x.shape, weight, *geometry[:3])
+    if min(shape) < 1 or shape[0] * shape[2] * shape[3] == 1:
+        return None
+    if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != shape):
+        return None
+    grad = needs_grad(x, weight, bias, bn_weight, bn_bias, residual)
+    out, _, _, _, _, new_mean, new_var = call(
+        op("conv_bn_act_train"), grad, x, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual, *geometry,
+        momentum, eps, eps_std, code, negative_slope, grad and residual is not None and code in MASK_CODES,
+    )  # fmt: skip
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
+    return out
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     _conv2d,
+    _conv_bn_act_train,
     _conv_transpose_packed,
     add_act,
     bn_act,

@@ -50,6 +50,17 @@ def _conv_bn_act(a: Any) -> Passes:
     return {"x": (1, 0), "residual": (1, 0), "result": (1, 2)}
 
 
+def _conv_bn_act_train(a: Any) -> Passes:
+    """The convolution's output is written, read for the batch statistics, and read to be normalised."""
+    return {"x": (1, 0), "residual": (1, 0), "y": (2, 1), "out": (0, 1), "mask": (0, 1)}
+
+
+def _conv_bn_act_train_fused(a: Any) -> Passes:
+    """Statistics from the convolution's epilogue, where that kernel can serve the layer (not the stem, not groups)."""
+    fused = a.groups == 1 and a.x.dim() == 4 and a.x.shape[1] * a.x.element_size() % 16 == 0
+    return {**_conv_bn_act_train(a), "y": (1 if fused else 2, 1)}
+
+
 def _convolution(a: Any) -> Passes:
     return {"input": (1, 0), "result": (0, 1)}
 
@@ -66,6 +77,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::add_act": _add_act,
     "dl4ds_kernels::add_act_bwd": _add_act_bwd,
     "dl4ds_kernels::conv_bn_act": _conv_bn_act,
+    "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train,
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     # Stock torch, for the comparison: three passes of a training BatchNorm, five of its gradient.
@@ -83,13 +95,15 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
 }
 # With the epilogue in the convolution (our CPU kernels, Triton for 1x1 and 3x3): scale, shift and activation cost nothing.
 FUSED: dict[str, Callable[[Any], Passes]] = {
-    "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)}
+    "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)},
+    "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train_fused,
 }
 # Names of what an op returns, where its row speaks of more than one of them.
 _RESULTS = {
     "bn_act": ("out", "mean", "rstd", "mask"),
     "bn_act_bwd": ("dx", "dweight", "dbias", "dresidual"),
     "add_act": ("out", "mask"),
+    "conv_bn_act_train": ("out", "y", "mean", "rstd", "mask"),
 }
 
 

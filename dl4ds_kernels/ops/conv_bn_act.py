@@ -1,7 +1,7 @@
 """Contract of ``conv_bn_act``: ``act(batch_norm(conv2d(x)) [+ residual])`` with running statistics.
 
-The inference op. Training composes the library convolution with ``bn_act`` (functional/conv_bn_act.py), which saves the same
-tensors. Backward recomputes the convolution's output: frozen-BN fine-tuning through this op trades one convolution for memory.
+The inference op; training is _conv_bn_act_train.py. Backward recomputes the convolution's output: frozen-BN fine-tuning through
+this op trades one convolution for memory.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _fake_route(*args: Any) -> list[int]:
 define_op(
     "conv_bn_act_route",
     "(Tensor x, Tensor weight, bool residual, int[] stride, int[] padding, int[] dilation, int groups, "
-    "int activation) -> int[]",
+    "int activation, bool training) -> int[]",
     fake=_fake_route,
     stem="conv_bn_act",
     triton=False,

@@ -1,11 +1,11 @@
 """Contract and schedule of ``residual_block``: a whole residual block, forward and backward, over the fused ops.
 
-No kernel of its own: convolutions (as ``conv2d_step`` chooses them), ``bn_act``, ``add_act`` and their gradient ops, in the
-namespace the op belongs to. What one op for the whole block buys is memory. Kept for backward are the block's input, the output
-of every convolution in front of a BatchNorm, per-channel statistics and one bit an element for the activation behind the sum;
-activations inside the block are computed again in backward from the convolution's output and the very statistics of the forward
-pass (the same bits; running statistics are not touched). ``memory_efficient`` also computes the last convolution of a
-post-activation block again.
+No kernel of its own: convolutions (as ``conv2d_step`` chooses them; in training on CUDA ``conv_bn_act_train``), ``bn_act``,
+``add_act`` and their gradient ops, in the namespace the op belongs to. What one op for the whole block buys is memory. Kept for
+backward are the block's input, the output of every convolution in front of a BatchNorm, per-channel statistics and one bit an
+element for the activation behind the sum; activations inside the block are computed again in backward from the convolution's
+output and the very statistics of the forward pass (the same bits; running statistics are not touched). ``memory_efficient`` also
+computes the last convolution of a post-activation block again.
 
 Post-activation: ``act(bn_n(conv_n(… act(bn_1(conv_1(x))))) + shortcut(x))``.
 Pre-activation: ``alpha * (conv_n(act(bn_n(… conv_1(act(bn_1(x)))))) + shortcut)``, whose projection reads ``act(bn_1(x))``.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
+from . import _conv_bn_act_train
 from ._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, decode
 from ._conv2d import convolve, convolve_back
 from .bn_act import eval_statistics, normalise_again
@@ -82,53 +83,66 @@ def _forward(
             y, *s.vectors(norm), *s.running(norm), residual, training, norm.momentum, norm.eps, norm.eps_std, activation,
             block.negative_slope, save and residual is not None and activation in MASK_CODES,
         )  # fmt: skip
-        if training:
-            if save:
-                s.statistics[norm.index] = (mean, rstd)
-            if norm.running >= 0:
-                new_running[norm.index] = (new_mean, new_var)
+        note(norm, mean, rstd, new_mean, new_var)
         return out, mask
+
+    def note(norm: Norm, mean: Tensor, rstd: Tensor, new_mean: Tensor, new_var: Tensor) -> None:
+        if training and save:
+            s.statistics[norm.index] = (mean, rstd)
+        if training and norm.running >= 0:
+            new_running[norm.index] = (new_mean, new_var)
+
+    def layer(
+        z: Tensor, conv: Conv, norm: Norm, activation: int, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(y, act(bn(y) [+ residual]), mask)`` of ``y = conv(z)``."""
+        if not training:
+            y = s.convolve(z, conv)
+            return y, *normalise(y, norm, activation, residual)
+        stride, padding, dilation, *_ = conv.geometry
+        bias = convs[conv.bias] if conv.bias >= 0 else None
+        out, y, mean, rstd, mask, *new = _conv_bn_act_train.train(
+            namespace, z, convs[conv.weight], bias, *s.running(norm), *s.vectors(norm), residual,
+            (stride, padding, dilation, conv.groups), norm.momentum, norm.eps, norm.eps_std, activation,
+            block.negative_slope, save and residual is not None and activation in MASK_CODES,
+        )  # fmt: skip
+        note(norm, mean, rstd, *new)
+        return y, out, mask
 
     def keep(y: Tensor, wanted: bool = True) -> None:
         if save and wanted:
             kept.append(y)
 
     act, last = block.activation, len(block.convs) - 1
-    z = source = x
     mask = x.new_empty(0, dtype=torch.uint8)
-    y = x
-    for i, conv in enumerate(block.convs):
-        if block.preact:
-            if conv.norm is not None:
-                if i > 0:
-                    keep(y)
-                z, _ = normalise(y, conv.norm, act)
-            source = z if i == 0 else source
-            y = s.convolve(z, conv)
-        else:
-            y = s.convolve(z, conv)
-            if i < last:
-                keep(y)
-                z, _ = normalise(y, conv.norm, act)
-    del z
-    if not block.preact:
-        keep(y, not memory_efficient)
+    z = source = x
+    if block.preact and block.convs[0].norm is not None:
+        z, _ = normalise(x, block.convs[0].norm, act)
+        source = z
+    for i, conv in enumerate(block.convs[:-1]):
+        y, z, _ = layer(z, conv, block.convs[i + 1].norm if block.preact else conv.norm, act)
+        keep(y)
+    # The shortcut comes first: the last layer adds it.
+    projected = None
     residual = x if block.shortcut == IDENTITY else None
     if block.shortcut == PROJECTION:
-        projected = s.convolve(source, block.projection)
-        del source
-        residual = projected
-        if block.projection.norm is not None:
-            keep(projected, block.keep_projection)
-            residual, _ = normalise(projected, block.projection.norm, 0)
+        if block.projection.norm is None:
+            residual = s.convolve(source, block.projection)
+        else:
+            projected, residual, _ = layer(source, block.projection, block.projection.norm, 0)
+    del source
     if block.preact:
+        y = s.convolve(z, block.convs[last])
         if residual is not None:
             y, _ = op("add_act", namespace)(y, residual, block.alpha, 0, 0.0, False)
         elif block.alpha != 1.0:
             y = y * block.alpha
         out = y
     else:
-        out, mask = normalise(y, block.convs[last].norm, act, residual)
+        y, out, mask = layer(z, block.convs[last], block.convs[last].norm, act, residual)
+        keep(y, not memory_efficient)
+    if projected is not None:
+        keep(projected, block.keep_projection)
     return out, mask, kept, _in_order(s.statistics), _in_order(new_running)
 
 

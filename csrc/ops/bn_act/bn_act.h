@@ -29,6 +29,10 @@ struct BnActFwdParams {
     void* rstd = nullptr;
     void* new_running_mean = nullptr;
     void* new_running_var = nullptr;
+    // Not null, in training (not fp64): x's moments are known, from the convolution that made x. Per part its
+    // channels' means and sums of squared deviations, [parts][2][C], then its values per channel, [parts].
+    const float* moments = nullptr;
+    int64_t moments_parts = 0;
     void* workspace = nullptr;  // bn_act_fwd_workspace() bytes, 16-byte aligned
 };
 

@@ -61,11 +61,11 @@ void read_or_copy(BnActFwdParams& p, Operand& x, Operand& residual, Format forma
     }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     Tensor x_tensor, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
     std::optional<Tensor> residual_tensor, bool training, double momentum, double eps, bool eps_std,
-    int64_t activation, double negative_slope, bool save_mask) {
+    int64_t activation, double negative_slope, bool save_mask, BnMoments moments) {
     Operand x(x_tensor), residual(residual_tensor);
     check_batched(kOp, x.info);
     check_cuda(kOp, x.info);
@@ -105,12 +105,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
     p.mask = with_mask ? tensor_info(mask).as<uint8_t>() : nullptr;
     p.mean = tensor_info(mean).data;
     p.rstd = tensor_info(rstd).data;
+    p.moments = moments.data;
+    p.moments_parts = moments.parts;
     p.new_running_mean = running > 0 ? tensor_info(new_mean).data : nullptr;
     p.new_running_var = running > 0 ? tensor_info(new_var).data : nullptr;
     const Tensor workspace = empty_vector_cuda(x.info, bn_act_fwd_workspace(p), DType::kUInt8);
     p.workspace = tensor_info(workspace).data;
     check_launch(launch_bn_act_fwd(p, scope.stream()), kOp);
     return {out, mean, rstd, mask, new_mean, new_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
+    Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum,
+    double eps, bool eps_std, int64_t activation, double negative_slope, bool save_mask) {
+    return bn_act_forward(std::move(x), std::move(weight), std::move(bias), std::move(running_mean),
+                          std::move(running_var), std::move(residual), training, momentum, eps, eps_std,
+                          activation, negative_slope, save_mask, {});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cuda(

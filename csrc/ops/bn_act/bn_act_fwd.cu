@@ -53,7 +53,7 @@ int launch_statistics(const BnActFwdParams& p, const Walk& walk, bool vectors, v
     int error = dispatch_vec(p.dtype, vectors, [&](auto type, auto vec) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(vec)::value;
-        const int64_t blocks = empty ? 0 : stats.plan.tiles * stats.plan.parts;
+        const int64_t blocks = empty || p.moments != nullptr ? 0 : stats.plan.tiles * stats.plan.parts;
         return walk.use_rows ? launch(bn_act_stats_kernel_nhwc<T, kVec>, blocks, kThreads, stream, stats)
                              : launch(bn_act_stats_kernel_nchw<T, kVec>, blocks, kThreads, stream, stats);
     });
@@ -66,6 +66,12 @@ int launch_statistics(const BnActFwdParams& p, const Walk& walk, bool vectors, v
     final.origin = stats.origin;
     final.partial = stats.partial;
     final.counts = stats.counts;
+    if (p.moments != nullptr) {
+        final.parts = p.moments_parts;
+        final.origin = nullptr;
+        final.partial = p.moments;
+        final.counts = p.moments + p.moments_parts * 2 * p.size.c;
+    }
     final.eps_std = p.eps_std;
     final.eps = p.eps;
     final.momentum = p.momentum;

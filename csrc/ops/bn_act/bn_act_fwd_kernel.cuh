@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const Bn
 }
 
 struct BnActFinalizeArgs {
-    int64_t channels, parts;  // parts 0: x has no elements
-    const void *origin, *partial, *counts;
+    int64_t channels, parts;                // parts 0: x has no elements
+    const void *origin, *partial, *counts;  // origin null: zero
     bool eps_std;
     double eps, momentum;
     void *mean, *rstd;
@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
     const double n = value[0] > 0 ? value[0] : 1, offset = value[1] / n;
     double m2 = value[2] - value[1] * offset;
     m2 = m2 < 0 ? 0 : m2;  // NaN stays NaN
-    const double origin = a.parts > 0 ? static_cast<const acc_t*>(a.origin)[c] : acc_t(0);
+    const double origin =
+        a.parts > 0 && a.origin != nullptr ? static_cast<const acc_t*>(a.origin)[c] : acc_t(0);
     const double mean = origin + (shift + offset), var = m2 / n;
     const double rstd = a.eps_std ? 1 / (::sqrt(var) + a.eps) : 1 / ::sqrt(var + a.eps);
     static_cast<acc_t*>(a.mean)[c] = static_cast<acc_t>(mean);

@@ -30,6 +30,10 @@ struct ConvBnActFwdParams {
     double negative_slope = 0;
     void* out = nullptr;        // dense NHWC
     void* workspace = nullptr;  // conv_bn_act_fwd_workspace() bytes, 16-byte aligned
+    // Not null: training. out is the convolution itself (with conv_bias, nothing else is read), and this gets
+    // conv_bn_act_moments() floats: for each tile of pixels the means and the sums of squared deviations of
+    // all channels, [parts][2][channels_out], then the values that they count, [parts].
+    float* moments = nullptr;
 };
 
 /// Why the fused kernel does not serve a call. The codes are those of dl4ds_kernels/_cuda_conv.py.
@@ -43,7 +47,8 @@ enum class ConvRefusal : int {
     kAddresses = 6,   // x or its strides, weight or the workspace off 16-byte boundaries
     kFilter = 7,      // more than 32 rows or columns: the iterators keep a bit for each
     kActivation = 8,  // not none, relu, leaky_relu or relu6
-    kTile = 9,  // slices, or output channels that do not fill 16-byte vectors, with another tile than 64x64
+    kTile = 9,  // slices, or output channels that do not fill 16-byte vectors, with another tile than 64x64;
+                // slices with moments
 };
 
 /// Whether the fused kernel was compiled in.
@@ -57,6 +62,10 @@ ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& params);
 
 /// Bytes of workspace (0: none); pointers are not looked at.
 int64_t conv_bn_act_fwd_workspace(const ConvBnActFwdParams& params);
+
+/// Floats of `moments`, and the tiles of pixels (parts) that they describe.
+int64_t conv_bn_act_moments(const ConvBnActFwdParams& params);
+int64_t conv_bn_act_parts(const ConvBnActFwdParams& params);
 
 /// Enqueues the kernels on a cudaStream_t and returns a cudaError_t as int (0: success).
 int launch_conv_bn_act_fwd(const ConvBnActFwdParams& params, void* stream);

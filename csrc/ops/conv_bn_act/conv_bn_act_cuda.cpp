@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
+
 #include "ops/bn_act/bn_act_cuda.h"
 
 namespace dl4ds {
@@ -42,6 +44,11 @@ void check_residual(const Operand& residual, const TensorInfo& out) {
     }
 }
 
+bool is_dense(const Operand& t) {
+    const auto strides = dense_strides(t.info.sizes, t.info.dim, Format::kChannelsLast);
+    return same_strides(t.info.strides, strides.data(), t.info.sizes, t.info.dim);
+}
+
 Tensor by_library(const CudaScope& scope, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                   const ConvGeometry& geometry, const Vectors& v) {
@@ -73,22 +80,25 @@ Tensor by_library(const CudaScope& scope, const Tensor& x, const Tensor& weight,
     return out;
 }
 
+/// The filter as the kernel reads it: as cuDNN would copy it; a channels_last model has no copy to make.
+Operand dense_filter(const Tensor& weight) {
+    Operand filter(weight);
+    if (!is_dense(filter) || reinterpret_cast<uintptr_t>(filter.info.data) % 16 != 0) {
+        filter.copy_to(Format::kChannelsLast);
+    }
+    return filter;
+}
+
 Tensor by_fused_kernel(const CudaScope& scope, ConvBnActFwdParams& p, const TensorInfo& x,
                        const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& residual, const Vectors& v) {
     const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
     Tensor out = empty_cuda(x, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, x.dtype);
     const TensorInfo oi = tensor_info(out);
-    Operand added(residual), filter(weight);
+    Operand added(residual);
     check_residual(added, oi);
-    const auto dense = [](Operand& t) {
-        const auto strides = dense_strides(t.info.sizes, t.info.dim, Format::kChannelsLast);
-        return same_strides(t.info.strides, strides.data(), t.info.sizes, t.info.dim);
-    };
-    if (!dense(filter) || reinterpret_cast<uintptr_t>(filter.info.data) % 16 != 0) {
-        filter.copy_to(Format::kChannelsLast);  // as cuDNN would; a channels_last model has none to make
-    }
-    if (added.info.present && (!dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
+    const Operand filter = dense_filter(weight);
+    if (added.info.present && (!is_dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
         added.copy_to(Format::kChannelsLast);
     }
     const Operand cb = channel_operand(kOp, "bias", bias, oi);
@@ -141,18 +151,59 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
                : by_library(scope, x, weight, bias, residual, geometry, v);
 }
 
+/// Training: the convolution, the batch statistics of its output and act(bn(.) [+ residual]). Where the route
+/// is the fused one, the statistics come with the convolution; else a kernel of bn_act reads its output
+/// again.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_train_cuda(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+    std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, int64_t groups, double momentum, double eps, bool eps_std,
+    int64_t activation, double negative_slope, bool save_mask) {
+    constexpr const char* kTrainOp = "conv_bn_act_train";
+    const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
+    check_batched(kTrainOp, xi);
+    check_cuda(kTrainOp, xi);
+    check_same_device(kTrainOp, "weight", wi, xi);
+    const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+    const CudaScope scope(xi);
+    ConvRoute route = conv_route(xi, wi, false, geometry, Activation::kNone, true);
+    Tensor y, moments;  // the latter keeps what the next kernel reads
+    BnMoments known;
+    if (route.reason == static_cast<int>(ConvReason::kFused)) {
+        ConvBnActFwdParams& p = route.params;
+        const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
+        y = empty_cuda(xi, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, xi.dtype);
+        const TensorInfo yi = tensor_info(y);
+        const Operand filter = dense_filter(weight), cb = channel_operand(kTrainOp, "bias", bias, yi);
+        p.weight = filter.info.data;
+        p.conv_bias = channel_vector(cb);
+        p.out = yi.data;
+        moments = empty_vector_cuda(xi, conv_bn_act_moments(p), DType::kFloat32);
+        p.moments = tensor_info(moments).as<float>();
+        check_launch(launch_conv_bn_act_fwd(p, scope.stream()), kTrainOp);
+        known = {p.moments, conv_bn_act_parts(p)};
+    } else {
+        y = convolve(x, weight, bias, geometry);
+    }
+    auto [out, mean, rstd, mask, new_mean, new_var] =
+        bn_act_forward(y, bn_weight, bn_bias, running_mean, running_var, residual, true, momentum, eps,
+                       eps_std, activation, negative_slope, save_mask, known);
+    return {out, y, mean, rstd, mask, new_mean, new_var};
+}
+
 /// For dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the library's way.
 std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residual,
                                             std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                            std::vector<int64_t> dilation, int64_t groups,
-                                            int64_t activation) {
+                                            std::vector<int64_t> dilation, int64_t groups, int64_t activation,
+                                            bool training) {
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     check_cuda(kOp, xi);
     const CudaScope scope(xi);
     const ConvRoute route = conv_route(xi, tensor_info(weight), residual,
                                        {std::move(stride), std::move(padding), std::move(dilation), groups},
-                                       checked_activation(kOp, activation));
+                                       checked_activation(kOp, activation), training);
     return {route.reason, static_cast<int64_t>(route.choice.tile), route.choice.slices,
             static_cast<int64_t>(1e3 * route.choice.fused_us),
             static_cast<int64_t>(1e3 * route.choice.library_us)};
@@ -160,6 +211,7 @@ std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residu
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CUDA, m) {
     m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cuda));
+    m.impl("conv_bn_act_train", TORCH_BOX(&conv_bn_act_train_cuda));
     m.impl("conv_bn_act_route", TORCH_BOX(&conv_bn_act_route_cuda));
 }
 

@@ -61,7 +61,8 @@ inline bool conv_tf32_allowed() {
 }
 
 /// The route of a call. Sizes that do not fit each other go to the library, which says what is wrong.
+/// stats: of the convolution with batch statistics (training), whatever the activation behind it.
 ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual,
-                     const ConvGeometry& geometry, Activation activation);
+                     const ConvGeometry& geometry, Activation activation, bool stats = false);
 
 }  // namespace dl4ds

@@ -65,7 +65,15 @@ ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& p) {
     if (p.tile != ConvTile::k64x64 && (!vectors || p.slices > 1)) {
         return ConvRefusal::kTile;
     }
-    return ConvRefusal::kNone;
+    return p.moments != nullptr && p.slices > 1 ? ConvRefusal::kTile : ConvRefusal::kNone;
+}
+
+int64_t conv_bn_act_parts(const ConvBnActFwdParams& p) {
+    return ceil_div(p.batch * p.height_out * p.width_out, p.tile == ConvTile::k64x64 ? 64 : 128);
+}
+
+int64_t conv_bn_act_moments(const ConvBnActFwdParams& p) {
+    return conv_bn_act_parts(p) * (2 * p.channels_out + 1);
 }
 
 int64_t conv_bn_act_fwd_workspace(const ConvBnActFwdParams& p) {
@@ -84,13 +92,14 @@ int launch_conv_bn_act_fwd(const ConvBnActFwdParams& p, void* stream) {
     if (refusal != ConvRefusal::kNone || p.slices < 1 || (p.slices > 1 && p.workspace == nullptr)) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
+    const bool stats = p.moments != nullptr;
     switch (p.dtype) {
         case DType::kFloat16:
-            return launch_conv_float16(p, stream);
+            return stats ? launch_conv_stats_float16(p, stream) : launch_conv_float16(p, stream);
         case DType::kBFloat16:
-            return launch_conv_bfloat16(p, stream);
+            return stats ? launch_conv_stats_bfloat16(p, stream) : launch_conv_bfloat16(p, stream);
         default:
-            return launch_conv_float32(p, stream);
+            return stats ? launch_conv_stats_float32(p, stream) : launch_conv_float32(p, stream);
     }
 }
 

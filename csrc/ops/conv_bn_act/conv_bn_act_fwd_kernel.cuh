@@ -234,11 +234,29 @@ __device__ __forceinline__ void conv_epilogue(typename Types::Shared& shared, co
     }
 }
 
+/// One slice's sums of a tile.
+template <typename Types>
+__device__ __forceinline__ void conv_main_loop(typename Types::Shared& shared, const ConvFwdArgs& args,
+                                               int row_tile, int column_tile, int slice,
+                                               typename Types::Accumulators& accumulators) {
+    using Mma = typename Types::Mma;
+    using Element = typename Types::Element;
+    const int thread = threadIdx.x;
+    typename Mma::IteratorA x(args.x_walk, args.size, static_cast<Element*>(args.x), thread,
+                              cutlass::MatrixCoord(row_tile * Types::kM, slice * Types::kK));
+    typename Mma::IteratorB weight(args.weight_walk, args.size, static_cast<Element*>(args.weight), thread,
+                                   cutlass::MatrixCoord(slice * Types::kK, column_tile * Types::kN));
+    accumulators.clear();
+    // The warp's number from one lane: what depends on it is then the same in all lanes for the compiler too.
+    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
+    Mma mma(shared.main, thread, warp, thread % 32);
+    mma(args.steps, accumulators, x, weight, accumulators);
+}
+
 /// Grid: slices * tiles blocks, the tiles of one row of pixels side by side so that they share x in L2.
 template <typename T, int kRows, int kColumns, int kStages>
 __global__ void __launch_bounds__(128) conv_bn_act_fwd_kernel(ConvFwdArgs args) {
     using Types = ConvTypes<T, kRows, kColumns, kStages>;
-    using Mma = typename Types::Mma;
     extern __shared__ __align__(16) char memory[];
     auto& shared = *reinterpret_cast<typename Types::Shared*>(memory);
     const int thread = threadIdx.x, slice = blockIdx.x / args.tiles, tile = blockIdx.x % args.tiles;
@@ -247,17 +265,8 @@ __global__ void __launch_bounds__(128) conv_bn_act_fwd_kernel(ConvFwdArgs args) 
         conv_affine(args.affine, column_tile * Types::kN + thread, args.output.columns, shared.scale[thread],
                     shared.shift[thread]);
     }
-    using Element = typename Types::Element;
-    typename Mma::IteratorA x(args.x_walk, args.size, static_cast<Element*>(args.x), thread,
-                              cutlass::MatrixCoord(row_tile * Types::kM, slice * Types::kK));
-    typename Mma::IteratorB weight(args.weight_walk, args.size, static_cast<Element*>(args.weight), thread,
-                                   cutlass::MatrixCoord(slice * Types::kK, column_tile * Types::kN));
     typename Types::Accumulators accumulators;
-    accumulators.clear();
-    // The warp's number from one lane: what depends on it is then the same in all lanes for the compiler too.
-    const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-    Mma mma(shared.main, thread, warp, thread % 32);
-    mma(args.steps, accumulators, x, weight, accumulators);
+    conv_main_loop<Types>(shared, args, row_tile, column_tile, slice, accumulators);
     if (kRows == 64 && args.partial != nullptr) {  // (larger tiles are not cut into slices)
         float4* to = reinterpret_cast<float4*>(args.partial) +
                      static_cast<int64_t>(blockIdx.x) * (kRows * kColumns / 4) + thread;

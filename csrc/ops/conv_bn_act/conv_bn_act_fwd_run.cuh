@@ -45,9 +45,9 @@ int launch_with_shared(void (*kernel)(Args), int64_t blocks, size_t bytes, void*
     return static_cast<int>(cudaGetLastError());
 }
 
-template <typename T, int kRows, int kColumns, int kStages>
-int run(const ConvBnActFwdParams& p, void* stream) {
-    using Types = ConvTypes<T, kRows, kColumns, kStages>;
+/// What the kernels of this element type and tile are given.
+template <typename T, typename Types>
+ConvFwdArgs fwd_args(const ConvBnActFwdParams& p) {
     using Mma = typename Types::Mma;
     const auto narrow = [](int64_t v) { return static_cast<int>(v); };  // checked: conv_bn_act_fwd_refusal
     ConvFwdArgs args;
@@ -67,9 +67,16 @@ int run(const ConvBnActFwdParams& p, void* stream) {
     args.steps = narrow(p.kernel_h * p.kernel_w * ceil_div(ceil_div(p.channels, p.slices), Types::kK));
     args.affine = affine_of(p);
     args.output = output_of<T>(p);
-    args.column_tiles = narrow(ceil_div(p.channels_out, kColumns));
-    args.tiles = narrow(ceil_div(args.output.rows, kRows) * args.column_tiles);
+    args.column_tiles = narrow(ceil_div(p.channels_out, Types::kN));
+    args.tiles = narrow(ceil_div(args.output.rows, Types::kM) * args.column_tiles);
     args.partial = p.slices > 1 ? static_cast<float*>(p.workspace) : nullptr;
+    return args;
+}
+
+template <typename T, int kRows, int kColumns, int kStages>
+int run(const ConvBnActFwdParams& p, void* stream) {
+    using Types = ConvTypes<T, kRows, kColumns, kStages>;
+    const ConvFwdArgs args = fwd_args<T, Types>(p);
     const auto kernel = conv_bn_act_fwd_kernel<T, kRows, kColumns, kStages>;
     const int64_t blocks = static_cast<int64_t>(args.tiles) * p.slices;
     const int error = launch_with_shared(kernel, blocks, sizeof(typename Types::Shared), stream, args);

@@ -20,4 +20,8 @@ int launch_conv_float16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_bfloat16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_float32(const ConvBnActFwdParams& params, void* stream);
 
+int launch_conv_stats_float16(const ConvBnActFwdParams& params, void* stream);
+int launch_conv_stats_bfloat16(const ConvBnActFwdParams& params, void* stream);
+int launch_conv_stats_float32(const ConvBnActFwdParams& params, void* stream);
+
 }  // namespace dl4ds

@@ -80,9 +80,10 @@ inline void choose_conv_tile(int64_t rows, int64_t columns, int64_t channel_step
     }
 }
 
-/// The whole choice; architecture is a compute capability such as 80.
+/// The whole choice; architecture is a compute capability such as 80. stats: for training, where both ways
+/// give the convolution itself and its batch statistics, the library's by reading its output again.
 inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64_t columns, int64_t channels,
-                              int64_t taps, int64_t input_pixels, bool residual) {
+                              int64_t taps, int64_t input_pixels, bool residual, bool stats = false) {
     ConvChoice choice;
     const int64_t size = dtype_size(dtype), k_step = 64 / size;
     choose_conv_tile(rows, columns, (channels + k_step - 1) / k_step, taps, columns * size % 16 == 0, choice);
@@ -96,6 +97,16 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
     const double flops = 2.0 * rows * columns * channels * taps, out = 1.0 * rows * columns * size;
     const double moved = (1.0 * input_pixels * channels + 1.0 * columns * channels * taps) * size + out;
     const double added = residual ? out : 0.0;
+    if (stats) {
+        choice.slices = 1;
+        // Two floats for each channel of a tile of pixels, written and read once.
+        const double moments = 16.0 * columns * (rows / (choice.tile == ConvTile::k64x64 ? 64.0 : 128.0));
+        choice.library_us = std::max(flops / peak, moved / memory) + out / memory + 2 * kLaunchUs;
+        choice.fused_us =
+            std::max(flops / (peak * machine.mainloop_share), moved / memory) + moments / memory + kLaunchUs;
+        choice.fused = choice.fused_us < kConvMargin * choice.library_us;
+        return choice;
+    }
     choice.library_us = std::max(flops / peak, moved / memory) + (2 * out + added) / memory + 2 * kLaunchUs;
     const double partial =
         choice.slices > 1 ? 8.0 * choice.slices * rows * columns : 0.0;  // written and read

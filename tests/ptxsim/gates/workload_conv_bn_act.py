@@ -44,6 +44,10 @@ LIMITS += [
         note=_NOTE + "; waves: 64 a block in the epilogue, none in the main loop (ops/test_conv_bn_act_cuda.py)",
     ),
     Limits(
+        "conv_bn_act_stats_kernel", "cuda", ("x", "out"), small=7.0, load=1.0, store=0.98, waves=1.3, again=12.0,
+        instructions=500, registers=255, wide_stores=False, mma=True, note=_NOTE + "; waves: the moments of a tile's rows",
+    ),
+    Limits(
         "conv_bn_act_finish_kernel", "cuda", ("residual", "out"), small=20.0, load=1.0, store=1.0, waves=1.4, again=1.1,
         instructions=150, registers=128, wide_stores=False,
     ),
@@ -59,6 +63,13 @@ FUSED = [
 FUSED_EVEN = [
     ((1, 64, 16, 16), 128, 1, 1, 0, 1, True, ("k128x128", 1)), ((1, 32, 16, 16), 64, 3, 1, 1, 1, False, ("k128x64", 1)),
     ((1, 128, 8, 8), 64, 1, 1, 0, 1, True, (2,)),
+]  # fmt: skip
+# With moments (training): x, output channels, kernel size, stride, padding, dilation; the tiles; even sizes.
+STATS = [
+    ((1, 24, 9, 7), 136, 3, 1, 1, 1, ("k128x128", "k128x64", "k64x64"), False),
+    ((2, 40, 17, 12), 72, 1, 2, 0, 1, ("k128x128", "k128x64", "k64x64"), False),
+    ((1, 72, 11, 7), 67, 3, 1, 1, 1, ("k64x64",), False),
+    ((1, 64, 16, 16), 128, 1, 1, 0, 1, ("k128x128", "k128x64"), True), ((1, 64, 16, 8), 64, 1, 1, 0, 1, ("k64x64",), True),
 ]  # fmt: skip
 WRITTEN = {"conv_bn_act_kernel": {"out"}}
 CAPABILITIES = (80, 90)  # for sm_90 Triton emits wgmma
@@ -84,8 +95,13 @@ def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
     import _cuda_conv as launcher
 
     t = case.arguments
-    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
     geometry = (t["stride"], t["padding"], t["dilation"])
+    if case.way == "stats":
+        y, partial, counts, reports = launcher.conv_stats(
+            t["x"], t["weight"], t["bias"], *geometry, tile=t["tile"], options=options
+        )
+        return {"out": y, "counts": counts, "mean": partial[:, 0], "m2": partial[:, 1]}, reports
+    names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
     more = {name: t[name] for name in ("activation", "eps", "negative_slope", "tile", "slices")}
     out, reports = launcher.conv_bn_act_fwd(*(t[n] for n in names), *geometry, options=options, **more)
     return {"out": out}, reports
@@ -149,7 +165,39 @@ def cases(dtype: torch.dtype) -> list[Case]:
         label = f"fwd-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-p{padding}-d{dilation}-{layout}-act{i % 6}"
         call = functools.partial(truth, arguments)
         found.append(Case("conv_bn_act", "fwd", label, arguments, call, even=geometry in LARGE))
-    return [*found, *fused_cases(dtype)]
+    return [*found, *fused_cases(dtype), *stats_cases(dtype)]
+
+
+def stats_truth(t: dict[str, Any]) -> Truth:
+    """out, and for each tile of pixels the count, the means and the sums of squared deviations."""
+    y = convolution(t) + per_channel(t["bias"].double(), t["weight"][:, 0, 0, 0].view(1, -1, 1, 1))
+    rows = y.permute(0, 2, 3, 1).flatten(0, 2).split(64 if t["tile"] == "k64x64" else 128)
+    size = size_of(convolution(t, True)) + size_of(t["bias"])
+    return {
+        "out": (y, size), "counts": (torch.tensor([float(len(r)) for r in rows], dtype=torch.float64), 0.0),
+        "mean": (torch.stack([r.mean(0) for r in rows]), size),
+        "m2": (torch.stack([(r - r.mean(0)).square().sum(0) for r in rows]), size * size),
+    }  # fmt: skip
+
+
+def stats_cases(dtype: torch.dtype) -> list[Case]:
+    """Calls with moments. Small whole numbers: every sum is exact in every type, so the truth has the moments as stored."""
+    found: list[Case] = []
+    for i, (shape, k, size, stride, padding, dilation, tiles, even) in enumerate(STATS):
+        generator = torch.Generator().manual_seed(40 + i)
+        x = torch.randint(-2, 3, shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randint(-1, 2, (k, shape[1], size, size), generator=generator)
+        weight *= torch.rand(weight.shape, generator=generator) < 32 / (shape[1] * size * size)
+        bias = torch.randint(-20, 21, (k,), generator=generator).float()
+        for tile in tiles:
+            arguments = {
+                "x": x, "weight": torch.empty(k, size, size, shape[1], dtype=dtype).permute(0, 3, 1, 2).copy_(weight),
+                "bias": bias, "stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2, "tile": tile,
+            }  # fmt: skip
+            label = f"stats-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-{tile}"
+            call = functools.partial(stats_truth, arguments)
+            found.append(Case("conv_bn_act", "stats", label, arguments, call, even=even))
+    return found
 
 
 def fused_cases(dtype: torch.dtype) -> list[Case]:

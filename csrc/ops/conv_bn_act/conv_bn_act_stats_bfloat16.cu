@@ -1,0 +1,10 @@
+// The convolution with statistics: instances of bfloat16.
+#include "ops/conv_bn_act/conv_bn_act_stats_run.cuh"
+
+namespace dl4ds {
+
+int launch_conv_stats_bfloat16(const ConvBnActFwdParams& params, void* stream) {
+    return launch_conv_stats_tile<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace dl4ds
