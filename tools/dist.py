@@ -4,9 +4,9 @@
 
 The sdist is packed with sorted members and fixed times and owners; the wheel is built from the unpacked sdist, without
 network and without build isolation, in a new folder of a fixed name (TMPDIR counts: the CUDA part depends on the path).
-``--twice`` builds both again from nothing and fails unless every byte is equal. The wheel's compiled files must keep to torch's C interface, need no library but torch's, CUDA's and the C++ run
-time, and hold no RPATH and no path of the build machine. Needs setuptools, wheel, pybind11, ninja and torch
-(requirements-build.txt) and, for the SBOM, cyclonedx-python-lib.
+``--twice`` builds both again from nothing and fails unless every byte is equal. The wheel's compiled files must keep to
+torch's C interface, need no library but torch's, CUDA's and the C++ run time, and hold no RPATH and no path of the build
+machine. Needs setuptools, wheel, pybind11, ninja and torch (requirements-build.txt) and, for the SBOM, cyclonedx-python-lib.
 """
 
 from __future__ import annotations
