@@ -1,8 +1,8 @@
 """Contract of ``conv_bn_act_train``: ``act(batch_norm(conv2d(x)) [+ residual])`` with batch statistics.
 
 On CUDA one call may take the batch statistics from the convolution's own epilogue (csrc/ops/conv_bn_act/conv_bn_act_stats*),
-which saves a pass over its output. There is no CPU or Triton kernel: there :func:`train` is the convolution of ``conv2d_step`` and
-``bn_act``, which is what the CUDA op does too where the fused convolution is not expected to pay.
+which saves a pass over its output. There is no CPU or Triton kernel: there :func:`train` is the convolution of ``conv2d_step``
+and ``bn_act``, which is what the CUDA op does too where the fused convolution is not expected to pay.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ No kernel of its own: convolutions (as ``conv2d_step`` chooses them; in training
 ``add_act`` and their gradient ops, in the namespace the op belongs to. What one op for the whole block buys is memory. Kept for
 backward are the block's input, the output of every convolution in front of a BatchNorm, per-channel statistics and one bit an
 element for the activation behind the sum; activations inside the block are computed again in backward from the convolution's
-output and the very statistics of the forward pass (the same bits; running statistics are not touched). ``memory_efficient`` also
-computes the last convolution of a post-activation block again.
+output and the very statistics of the forward pass (the same bits; running statistics are not touched).
+``memory_efficient`` also computes the last convolution of a post-activation block again.
 
 Post-activation: ``act(bn_n(conv_n(… act(bn_1(conv_1(x))))) + shortcut(x))``.
 Pre-activation: ``alpha * (conv_n(act(bn_n(… conv_1(act(bn_1(x)))))) + shortcut)``, whose projection reads ``act(bn_1(x))``.
