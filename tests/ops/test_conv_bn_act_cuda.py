@@ -205,7 +205,7 @@ def ask(*args: Any) -> list[int]:
 
 
 def explained(x: Tensor, weight: Tensor, groups: int = 1, activation: int = 1, padding: int = 1) -> dict[str, Any]:
-    return _cuda_conv.explain(x, weight, False, [1, 1], [padding] * 2, [1, 1], groups, activation, ask)
+    return _cuda_conv.explain(x, weight, False, [1, 1], [padding] * 2, [1, 1], groups, activation, question=ask)
 
 
 def test_route_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
