@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from _assert import no_worse_than_torch
 from _cases import LAYOUTS, lay_out
-from _stock import same
+from _stock import ACTS, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -138,6 +139,33 @@ def test_conv_bn_act(examples: int, kernels: None) -> None:
 
 
 @fuzz
+def test_linear_act(examples: int, kernels: None) -> None:
+    @given(st.data(), BACKENDS, ACTIVATIONS)
+    def body(data: Any, backend: str | None, activation: str) -> None:
+        rows, inputs, outputs = data.draw(SIZES), data.draw(st.sampled_from([1, 2, 15, 16, 17, 65, 300])), data.draw(SIZES)
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]))
+        g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        wide = inputs + data.draw(st.sampled_from([0, 0, 0, 1]))
+        x, weight, bias = (torch.randn(shape, generator=g).to(dtype) for shape in ((rows, wide), (outputs, inputs), (outputs,)))
+        if x.numel() and data.draw(st.integers(0, 3)) == 0:
+            x.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = data.draw(st.sampled_from(SPECIAL))
+        if data.draw(st.booleans()):
+            x, weight = x.t().contiguous().t(), weight.t().contiguous().t()
+        bias = bias if data.draw(st.booleans()) else None
+        if wide != inputs:
+            with pytest.raises(RuntimeError):
+                F.linear_act(x, weight, bias, activation=activation, backend=backend)
+            return
+        want = ACTS[activation](torch.nn.functional.linear(x, weight, bias), 0.1)
+        truth = ACTS[activation](torch.nn.functional.linear(*(t if t is None else t.double() for t in (x, weight, bias))), 0.1)
+        no_worse_than_torch(
+            F.linear_act(x, weight, bias, activation=activation, backend=backend), want, truth, factor=wide_tolerance(want)
+        )
+
+    drive(examples, body)
+
+
+@fuzz
 def test_pooling_and_upsampling(examples: int, kernels: None) -> None:
     @given(st.data(), BACKENDS)
     def body(data: Any, backend: str | None) -> None:
@@ -217,7 +245,8 @@ FUNCTIONS: dict[str, int] = {
     "add_act": 2, "bn_act": 5, "conv_bn_act": 3, "add_bn_act": 6, "bn_act_conv": 6, "max_pool_indices": 1, "max_unpool": 2,
     "upsample_add": 2, "nms": 3, "batched_nms": 4, "nms_padded": 3, "soft_nms": 3, "diou_nms": 3, "matrix_nms": 3,
     "darknet_nms": 3, "avg_pool2d": 2, "conv_transpose_bn_act": 3, "global_avg_pool2d": 1, "local_response_norm": 2,
-    "max_pool2d": 2, "basic_block": 3, "bottleneck": 3, "preact_basic_block": 3, "preact_bottleneck": 3, "bn_act_max_pool": 5,
+    "max_pool2d": 2, "basic_block": 3, "bottleneck": 3, "preact_basic_block": 3, "preact_bottleneck": 3,
+    "bn_act_max_pool": 5, "linear_act": 2,
 }  # fmt: skip
 NEEDED: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("running_mean", "running_var"), "nms_padded": ("iou_threshold", "max_output"),
