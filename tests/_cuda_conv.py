@@ -7,11 +7,21 @@ import math
 from typing import Any
 
 import _cuda_launch as cuda
+import pytest
 import torch
 from ptxsim import Report
+from ptxsim.fixture import require_nvcc, require_simulator
 from torch import Tensor
 
 TILES = {"k128x128": (128, 128), "k128x64": (128, 64), "k64x64": (64, 64)}
+
+
+def require_fused_conv() -> None:
+    """Skips the test on machines that cannot build or run the fused convolution."""
+    require_simulator()
+    require_nvcc()
+    if cuda.cutlass() is None:
+        pytest.skip("no CUTLASS headers (pip install --no-deps nvidia-cutlass, or CUTLASS_PATH): no fused convolution")
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..modules._run import ActSpec, _no_global_hooks, act_spec, has_hooks
+from ..modules._run import ActSpec, act_spec
 from .audit import Untraceable
-from .passing import FusedMarker, passes
+from .passing import module_source, passes, runs_its_class
 from .trace import TENSOR, stock_signature, trace_forward
 
 FUNCTION_ACTS = {
@@ -38,7 +38,6 @@ _NEW_FUNCTIONS = frozenset(
     )
 )  # fmt: skip
 _DEEPEST = 4  # modules inside modules that are followed
-_NO_FORWARD = FusedMarker()
 
 
 class Facts(NamedTuple):
@@ -109,7 +108,7 @@ class Effects:
 
 def _facts(module: nn.Module, depth: int) -> Facts:
     """Follow the module's own forward, called with one tensor and every other argument at its default."""
-    if depth > _DEEPEST or not _runs_its_class(module):
+    if depth > _DEEPEST or not runs_its_class(module):
         return _UNKNOWN
     try:
         first, *others = stock_signature(module).parameters.values()
@@ -128,17 +127,11 @@ def _facts(module: nn.Module, depth: int) -> Facts:
     relied = dict(inner.relied)
 
     def hold(module: nn.Module) -> bool:
-        if not (_runs_its_class(module) and condition(module, *probe)):
+        if not (runs_its_class(module) and condition(module, *probe)):
             return False
         return all(test(module.get_submodule(path)) for path, test in relied.items())
 
     return Facts(new, reads_only, hold)
-
-
-def _runs_its_class(module: nn.Module) -> bool:
-    """No hooks, and no forward of its own but one that ``optimize`` installed, which computes the same."""
-    forward = module.__dict__.get("forward", _NO_FORWARD)
-    return isinstance(forward, FusedMarker) and not has_hooks(module) and _no_global_hooks()
 
 
 def _writes_an_argument(node: fx.Node, effects: Effects) -> bool:
@@ -157,8 +150,7 @@ def guards(effects: Effects, constants: dict[str, Any]) -> Iterator[str]:
     for path, hold in effects.relied.items():
         name = f"_dl4ds_constant_{len(constants)}"
         constants[name] = hold
-        source = "self" + "".join(f"._modules[{part!r}]" for part in path.split("."))
-        yield f"{name}({source})"
+        yield f"{name}({module_source(path)})"
 
 
 def first_argument(node: fx.Node) -> fx.Node | None:

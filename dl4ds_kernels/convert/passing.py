@@ -31,6 +31,17 @@ def passes(module: nn.Module) -> bool:
     return kind is nn.Identity or (kind in _DROPOUTS and (module.p == 0 or not module.training))
 
 
+def runs_its_class(module: nn.Module) -> bool:
+    """No hooks, and no forward of its own but one that ``optimize`` installed, which computes the same."""
+    forward = module.__dict__.get("forward", _NO_FORWARD)
+    return isinstance(forward, FusedMarker) and not has_hooks(module) and _no_global_hooks()
+
+
+def module_source(path: str) -> str:
+    """The expression over ``self`` of a submodule."""
+    return "self" + "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+
+
 def is_tail(module: nn.Module) -> bool:
     """Whether this is a Sequential of BatchNorm, activation, dropout and Identity alone, to be seen as its children.
 
@@ -38,7 +49,7 @@ def is_tail(module: nn.Module) -> bool:
     """
     if type(module).forward is not nn.Sequential.forward or not module._modules:
         return False
-    if has_hooks(module) or not isinstance(module.__dict__.get("forward", _NO_FORWARD), FusedMarker) or not _no_global_hooks():
+    if not runs_its_class(module):
         return False
     return all(
         isinstance(child, (_BatchNorm, nn.Identity, *_DROPOUTS, *_OTHER_ACTIVATIONS)) or act_spec(child) is not None
@@ -57,7 +68,7 @@ def skip_passing(traced: Traced, container: nn.Module) -> Traced:
             continue
         name = f"_dl4ds_constant_{len(traced.constants)}"
         traced.constants[name] = passes
-        source = "self" + "".join(f"._modules[{part!r}]" for part in node.target.split("."))
+        source = module_source(node.target)
         if passes(module):
             guards.append(f"{name}({source})")
             node.replace_all_uses_with(node.args[0])

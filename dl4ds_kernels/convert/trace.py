@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .audit import Untraceable, audited
-from .passing import is_tail
+from .passing import is_tail, module_source
 
 TENSOR = object()  # an argument that is a tensor; any other argument value is a constant of the trace
 
@@ -268,7 +268,7 @@ class _Origin:
 
     def __init__(self, module: nn.Module, path: str, tracer: _LeafTracer) -> None:
         self.module, self.path, self.tracer = module, path, tracer
-        self.source = "self" + "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+        self.source = module_source(path)
 
     def read(self, stand_in: Any, name: str) -> Any:
         module, attributes = self.module, self.module.__dict__

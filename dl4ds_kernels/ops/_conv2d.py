@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._cpu_conv import LIBRARY, Geometry, choose
 from .._define import define_op, op
+from .conv_bn_act import _convolve
 
 
 def _fake_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
@@ -50,8 +51,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     """``conv2d(x, weight, bias)`` of a training step; no gradients of its own."""
     if choose(x, weight, geometry)[0] != LIBRARY:
         return op("conv2d_winograd")(x, weight, bias, [*geometry[1]])
-    stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return _convolve(x, weight, bias, geometry)
 
 
 def convolve_back(
@@ -80,8 +80,7 @@ def convolve_back(
 
 
 def _fake_step(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    return _convolve(x, weight, bias, geometry)
 
 
 def _compose(namespace: str, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._define import define_op, has_kernel, op
-from ._conv2d import convolve
+from ._conv2d import convolve, convolve_back
 from .bn_act import _fake as _fake_bn_act
 from .conv_bn_act import _autocast, _convolve
 
@@ -68,7 +68,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     activation = inputs[15]
     saved_residual = None if activation == 0 or mask.numel() else residual
     ctx.save_for_backward(x, weight, bn_weight, bn_bias, y, mean, rstd, saved_residual, mask if mask.numel() else None)
-    ctx.bias_sizes = None if bias is None else list(bias.shape)
+    ctx.has_bias = bias is not None
     ctx.has_residual = residual is not None
     ctx.geometry, ctx.scalars = inputs[8:12], inputs[13:17]
 
@@ -79,7 +79,6 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
         return tuple(grads)
     x, weight, bn_weight, bn_bias, y, mean, rstd, residual, mask = ctx.saved_tensors
     eps, eps_std, activation, negative_slope = ctx.scalars
-    stride, padding, dilation, groups = ctx.geometry
     needs = ctx.needs_input_grad
     need_residual = ctx.has_residual and needs[7]
     dy, dbn_weight, dbn_bias, dresidual = op("bn_act_bwd", namespace)(
@@ -87,9 +86,7 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
         any(needs[:3]), needs[5] or needs[6], need_residual and activation != 0,
     )  # fmt: skip
     if any(needs[:3]):
-        grads[:3] = torch.ops.aten.convolution_backward(
-            dy, x, weight, ctx.bias_sizes, stride, padding, dilation, False, [0] * len(stride), groups, list(needs[:3])
-        )
+        grads[:3] = convolve_back(dy, x, weight, ctx.has_bias, ctx.geometry, needs[:3])
     if needs[5]:
         grads[5] = dbn_weight.to(bn_weight.dtype)
     if needs[6]:

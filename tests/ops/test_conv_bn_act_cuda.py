@@ -13,11 +13,10 @@ from typing import Any
 import _cuda_launch as cuda
 import pytest
 import torch
-from _cuda_conv import channels_last, conv_bn_act_fwd
+from _cuda_conv import channels_last, conv_bn_act_fwd, require_fused_conv
 from _cuda_host import host
 from ptxsim import HostLibrary, compile_cuda
 from ptxsim._gate import ROTATION
-from ptxsim.fixture import require_nvcc, require_simulator
 from ptxsim.gates import machine
 from torch import Tensor
 
@@ -39,10 +38,7 @@ MODES = ({"lazy_copies": 0}, {"schedule": 1}, {"lazy_copies": 0, "schedule": 7})
 
 @pytest.fixture(autouse=True, scope="module")
 def _toolchain() -> None:
-    require_simulator()
-    require_nvcc()
-    if cuda.cutlass() is None:
-        pytest.skip("no CUTLASS headers (pip install --no-deps nvidia-cutlass, or CUTLASS_PATH): no fused convolution")
+    require_fused_conv()
 
 
 def multiplied(t: Tensor) -> Tensor:

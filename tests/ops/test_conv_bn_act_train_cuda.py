@@ -8,13 +8,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import _cuda_launch as cuda
 import pytest
 import torch
-from _cuda_conv import channels_last, conv_stats
+from _cuda_conv import channels_last, conv_stats, require_fused_conv
 from _cuda_host import host
 from ptxsim._gate import ROTATION
-from ptxsim.fixture import require_nvcc, require_simulator
 from torch import Tensor
 from torch.nn import functional as stock
 
@@ -37,10 +35,7 @@ ODD = ((2, 16, 9, 8), 21, 3, 1, 1, 1)  # output channels that fill no vectors: o
 
 @pytest.fixture(autouse=True, scope="module")
 def _toolchain() -> None:
-    require_simulator()
-    require_nvcc()
-    if cuda.cutlass() is None:
-        pytest.skip("no CUTLASS headers (pip install --no-deps nvidia-cutlass, or CUTLASS_PATH): no fused convolution")
+    require_fused_conv()
 
 
 def layer(dtype: torch.dtype, geometry: tuple, offset: float = 0.0, seed: int = 0) -> tuple[Any, ...]:

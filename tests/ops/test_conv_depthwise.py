@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from _isa import run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conv_engine import ACTS, Conv, check, make, ours, stock
@@ -132,14 +130,7 @@ print(json.dumps(sums))
 
 
 def on(isa: str) -> list[float]:
-    result = subprocess.run(
-        [sys.executable, "-c", RUN, os.path.dirname(__file__)], env=os.environ | {"DL4DS_CPU_ISA": isa}, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    if "this machine does not have" in result.stderr:
-        pytest.skip(result.stderr.strip().splitlines()[-1])
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run_with(isa, RUN, __file__).splitlines()[-1])
 
 
 @pytest.mark.slow

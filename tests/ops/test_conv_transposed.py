@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as TF
+from _isa import every_isa, run_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conv_engine import ACTS
@@ -198,10 +195,6 @@ for case in tests.CASES:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@every_isa
 def test_every_instruction_set(isa: str) -> None:
-    command = [sys.executable, "-c", RUN, os.path.dirname(__file__)]
-    result = subprocess.run(command, env=os.environ | {"DL4DS_CPU_ISA": isa}, capture_output=True, text=True)
-    if "this machine does not have" in result.stderr:
-        pytest.skip(result.stderr.strip().splitlines()[-1])
-    assert result.returncode == 0, result.stderr
+    run_with(isa, RUN, __file__)

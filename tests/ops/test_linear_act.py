@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
+from _isa import every_isa, run_with
 from torch import Tensor, nn
 
 import dl4ds_kernels as dk
@@ -228,10 +227,6 @@ tests.test_special_values()
 
 
 @kernels
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@every_isa
 def test_every_instruction_set(isa: str) -> None:
-    command = [sys.executable, "-c", RUN, os.path.dirname(__file__)]
-    result = subprocess.run(command, env=os.environ | {"DL4DS_CPU_ISA": isa}, capture_output=True, text=True)
-    if "this machine does not have" in result.stderr:
-        pytest.skip(result.stderr.strip().splitlines()[-1])
-    assert result.returncode == 0, result.stderr
+    run_with(isa, RUN, __file__)
