@@ -1,0 +1,99 @@
+"""Why mutants of the CUDA kernels of BatchNorm, addition and convolution may survive (survivors.py)."""
+
+from __future__ import annotations
+
+from .survivor import Argument
+
+DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
+ARGUMENTS = (
+    Argument("unsigned_wrap", "", "sizes, indices and activation codes are never negative there", never=True),
+    Argument("wrong_rounding", r"^cuda_(fp16|bf16)\.hpp", "the value is exact in the narrow type, a constant zero", never=True),
+    Argument("nan_losing_max", r"^reduce\.cuh: if \((other\.v\[0\]|count) > 0\)", "counts are never NaN", never=True),
+    Argument(
+        "nan_losing_max", r"^reduce\.cuh: m\.v\[2\] =",
+        "where the sum of squares is NaN, so is the mean, and every merge makes both NaN",
+    ),
+    Argument(
+        "nan_losing_max", r"^activation\.cuh: const float clamped = ",
+        "hardswish multiplies the clamped value by z, which is NaN itself",
+    ),
+    Argument("nan_losing_max", r"^activation\.h: return z > T\(0\) \? z", "leaky_relu gives z or z * slope: NaN either way"),
+    Argument(
+        "missing_mask", r"^reduce\.cuh: if \(other\.v\[0\] > 0\)",
+        "merging an empty state into another changes nothing; two empty ones make NaN means with a count of 0, which the next "
+        "level leaves out",
+    ),
+    Argument("missing_mask", r"^reduce\.cuh: if \(threadIdx\.x == 0\)", "only thread 0's result is used"),
+    Argument("missing_mask|wrong_predicate", r"^reduce\.cuh: while \(groups > 1\)", "a tree over one group does nothing"),
+    Argument(
+        "missing_mask|wrong_predicate|loose_comparison", DIVISION,
+        "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
+    ),
+    Argument(
+        ".*", r"^bn_act_fwd_kernel\.cuh: (const bool whole =|if \(whole\))",
+        "single accesses: every window is whole, and its one value is added alike on both paths", kernel="Li1E",
+    ),
+    Argument(
+        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: const bool whole =",
+        "a window that ends with its plane is added alike value by value",
+    ),
+    Argument(
+        "loose_comparison", r"if \(pos < length\)", "single accesses: there are as many windows as values", never=True,
+        kernel="Li1E",
+    ),
+    Argument(
+        "loose_comparison", r"^reduce\.cuh: ", "the compiler's count of merges left: a block has eight warps", never=True,
+        kernel="nchw",
+    ),
+    Argument(
+        ".*", r"^bn_act_(fwd|bwd)_kernel\.cuh: .*\bhere\b",
+        "single accesses: a value lies in its own plane, and `next` holds the same vectors", kernel="Li1E",
+    ),
+    Argument(
+        "missing_mask|wrong_predicate", r"^bn_act_bwd_kernel\.cuh: .*(a\.reads_x|in\.recomputes)\(\)",
+        "x and the vectors are there in any case; what is read without need is not used",
+    ),
+    Argument(
+        "loose_comparison", r"^vec\.cuh: return left >= kVec", "single accesses: a value is left", never=True, kernel="Li1E",
+    ),
+    Argument("nan_losing_max", r"unbiased", "counts are never NaN", never=True),
+    Argument(
+        "swapped_operands|loose_comparison|wrong_predicate|missing_mask", r"bits = left < kVec \?",
+        "single accesses: a valid lane has a value left, so its bit stays", kernel="Li1E",
+    ),
+    Argument(
+        "wrong_predicate|missing_mask", r"if \(a\.mask != nullptr\)",
+        "the bits of an activation without a mask are zero either way, and without room for a mask they are not stored",
+    ),
+    Argument(
+        "wrong_grid", "", "a grid-stride loop: any number of blocks does all the work", kernel="^_Z.*add_act_(fwd|bwd)_kernel",
+    ),
+    Argument(
+        "missing_mask", r"^add_act_kernel\.cuh: if \(f < vecs\)",
+        "behind the end nothing is left, so load_upto reads nothing, and `valid` guards what follows",
+    ),
+    Argument(
+        "missing_mask", r"in\.activation != Activation::kNone\)", "the gradient of no activation is 1: dz stays as it is",
+    ),
+    Argument("nan_losing_max", r"sigma > 0 \?", "where sigma is NaN, rstd and with it scale and factor are NaN either way"),
+    Argument("loose_comparison", r"pos \+ k >= 0", "single accesses: a window begins in its plane", never=True, kernel="Li1E"),
+    Argument(
+        "wrong_sign|nan_losing_max", r"^activation\.h: .*::exp\(x\)",
+        "exp's branch for overflow: inf minus a negative number or NaN; on either side of its comparisons NaN stays NaN",
+        before=r"^(sub\.f64( %fd\d+,){2} %fd\d+|setp\.\w+\.f32)",
+    ),
+    Argument(
+        "forgotten_addend", r"^activation\.cuh: .*expf\(-z\)",
+        "expf splits its exponent elsewhere: ex2 of a larger share times a smaller power of two, less exact by less than the "
+        "rounding of a 16-bit type", kernel="half|bfloat16",
+    ),
+    Argument(
+        "missing_mask", r"^vec\.cuh: if \(reinterpret_cast<uintptr_t>\(p\) % 16 == 0\)",
+        "the way of single loads reads the same values as the way of 16-byte loads",
+    ),
+    Argument(
+        "missing_mask", r"^reduce\.cuh: if \(count > 0\)",
+        "an empty state's NaN mean has a count of 0, which the merge leaves out",
+    ),
+    Argument("nan_losing_max", r"value\[0\] > 0 \?", "counts are never NaN", never=True),
+)  # fmt: skip
