@@ -4,7 +4,7 @@
 namespace dl4ds {
 
 int launch_conv_float32(const ConvBnActFwdParams& params, void* stream) {
-    return launch_conv_tile<float>(params, stream);
+    return launch_conv_tile<ConvForward, float>(params, stream);
 }
 
 }  // namespace dl4ds

@@ -4,7 +4,7 @@
 namespace dl4ds {
 
 int launch_conv_stats_bfloat16(const ConvBnActFwdParams& params, void* stream) {
-    return launch_conv_stats_tile<__nv_bfloat16>(params, stream);
+    return launch_conv_tile<ConvStats, __nv_bfloat16>(params, stream);
 }
 
 }  // namespace dl4ds

@@ -4,7 +4,7 @@
 namespace dl4ds {
 
 int launch_conv_stats_float16(const ConvBnActFwdParams& params, void* stream) {
-    return launch_conv_stats_tile<__half>(params, stream);
+    return launch_conv_tile<ConvStats, __half>(params, stream);
 }
 
 }  // namespace dl4ds

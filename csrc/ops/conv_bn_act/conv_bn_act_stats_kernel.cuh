@@ -1,11 +1,11 @@
-// The convolution in front of a BatchNorm in training: CUTLASS' main loop as in conv_bn_act_fwd_kernel.cuh,
+// The convolution in front of a BatchNorm in training: CUTLASS' main loop (conv_bn_act_tile.cuh),
 // then an epilogue that stores the sums as they are, rounded once, and what batch statistics are made of: for
 // every tile of pixels and every channel the mean and the sum of squared deviations, of the values as stored.
 // bn_act's finalize kernel merges the tiles in their order. No atomics: the same bits on every run.
 #pragma once
 
 #include "common/cuda/reduce.cuh"
-#include "ops/conv_bn_act/conv_bn_act_fwd_kernel.cuh"
+#include "ops/conv_bn_act/conv_bn_act_tile.cuh"
 
 namespace dl4ds {
 
@@ -23,10 +23,8 @@ __device__ __forceinline__ void conv_stats_epilogue(typename Types::Shared& shar
                                                     const typename Types::Accumulators& accumulators,
                                                     int row_tile, int column_tile) {
     using Map = typename Types::Map;
-    using Staging = typename Types::Staging;
-    using WarpCount = typename Staging::WarpCount;
     constexpr int kVec = Types::kVec, kColumns = Map::Iterations::kColumn;
-    constexpr int kAccesses = Map::Iterations::kCount, kBuffer = Staging::kSmemPointerOffset;
+    constexpr int kAccesses = Map::Iterations::kCount;
     // Threads side by side in a row; all others with the same remainder hold the same channels.
     constexpr int kWidth = Map::Detail::kAccessWidth, kHeight = Types::kThreads / kWidth;
     static_assert(kWidth * kVec * kColumns == Types::kN, "a row of threads covers a row of the tile");
@@ -34,12 +32,8 @@ __device__ __forceinline__ void conv_stats_epilogue(typename Types::Shared& shar
                       sizeof(typename Types::Mma::SharedStorage),
                   "the merge takes the main loop's memory");
     const ConvOutput& output = args.fwd.output;
-    const int thread = threadIdx.x, warp = thread / 32;
-
-    typename Staging::WarpTileIterator to_shared(shared.staging.reference(), thread % 32);
-    to_shared.add_tile_offset({warp % WarpCount::kM, warp / WarpCount::kM});
-    typename Staging::SharedLoadIterator from_shared(shared.staging.reference(), thread);
-    typename Staging::AccumulatorFragmentIterator registers(accumulators);
+    const int thread = threadIdx.x;
+    ConvRounds<Types> rounds(shared, accumulators);
     const cutlass::MatrixCoord place = Map::initial_offset(thread);
     const int first_row = row_tile * Types::kM + place.row();
     const int first_column = column_tile * Types::kN + place.column();
@@ -55,17 +49,9 @@ __device__ __forceinline__ void conv_stats_epilogue(typename Types::Shared& shar
     int count = 0;  // rows of this thread
 
 #pragma unroll
-    for (int round = 0; round < Staging::OutputTileIterator::kIterations; ++round) {
-        typename Staging::AccumulatorFragmentIterator::Fragment fragment;
-        registers.load(fragment);
-        ++registers;
-        to_shared.store(fragment);
-        __syncthreads();
-        typename Staging::SharedLoadIterator::Fragment sums;
-        from_shared.load(sums);
-        const int other = round % 2 == 0 ? kBuffer : -kBuffer;
-        to_shared.add_pointer_offset(other);
-        from_shared.add_pointer_offset(other);
+    for (int round = 0; round < ConvRounds<Types>::kCount; ++round) {
+        typename ConvRounds<Types>::Sums sums;
+        rounds.next(round, sums);
 #pragma unroll
         for (int i = 0; i < kAccesses; ++i) {
             const cutlass::MatrixCoord step = Map::iteration_offset(i);
