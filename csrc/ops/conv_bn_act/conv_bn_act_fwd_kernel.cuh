@@ -18,8 +18,9 @@ __device__ __forceinline__ void conv_epilogue(typename Types::Shared& shared, co
     constexpr int kVec = Types::kVec, kColumns = Map::Iterations::kColumn;
     constexpr int kAccesses = Map::Iterations::kCount;
     static_assert(Map::kElementsPerAccess == kVec, "16-byte stores");
-    ConvRounds<Types> rounds(shared, accumulators);
-    const cutlass::MatrixCoord place = Map::initial_offset(threadIdx.x);
+    const int thread = threadIdx.x;
+    ConvRounds<Types> rounds(shared, accumulators, thread);
+    const cutlass::MatrixCoord place = Map::initial_offset(thread);
     const int first_row = row_tile * Types::kM + place.row();
     const int first_column = column_tile * Types::kN + place.column();
     float scale[kColumns][kVec], shift[kColumns][kVec];

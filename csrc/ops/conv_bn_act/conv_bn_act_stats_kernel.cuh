@@ -33,7 +33,7 @@ __device__ __forceinline__ void conv_stats_epilogue(typename Types::Shared& shar
                   "the merge takes the main loop's memory");
     const ConvOutput& output = args.fwd.output;
     const int thread = threadIdx.x;
-    ConvRounds<Types> rounds(shared, accumulators);
+    ConvRounds<Types> rounds(shared, accumulators, thread);
     const cutlass::MatrixCoord place = Map::initial_offset(thread);
     const int first_row = row_tile * Types::kM + place.row();
     const int first_column = column_tile * Types::kN + place.column();

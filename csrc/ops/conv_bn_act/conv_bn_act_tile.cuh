@@ -181,12 +181,17 @@ struct ConvRounds {
     typename Staging::AccumulatorFragmentIterator registers;
 
     __device__ __forceinline__ ConvRounds(typename Types::Shared& shared,
-                                          const typename Types::Accumulators& accumulators)
-        : to_shared(shared.staging.reference(), threadIdx.x % 32),
-          from_shared(shared.staging.reference(), threadIdx.x),
-          registers(accumulators) {
-        const int warp = threadIdx.x / 32;
-        to_shared.add_tile_offset({warp % WarpCount::kM, warp / WarpCount::kM});
+                                          const typename Types::Accumulators& accumulators, int thread)
+        : to_shared(start(shared, thread)),
+          from_shared(shared.staging.reference(), thread),
+          registers(accumulators) {}
+
+    static __device__ __forceinline__ typename Staging::WarpTileIterator start(typename Types::Shared& shared,
+                                                                               int thread) {
+        const int warp = thread / 32;
+        typename Staging::WarpTileIterator place(shared.staging.reference(), thread % 32);
+        place.add_tile_offset({warp % WarpCount::kM, warp / WarpCount::kM});
+        return place;
     }
 
     /// This thread's sums of a round; the rounds in their order.
