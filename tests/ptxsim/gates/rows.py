@@ -82,8 +82,9 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     """Whose mutants are run. CUDA: every instantiation. Triton: of every function one form.
 
     That is, of the forms that a call (not an even one: mutants are not run on these) gives to several programs, where there are
-    such, one that twelve calls launch or, without such, the most: another form is the same function with other constants, and
-    what few calls launch few calls examine. Of these the one that executes the most code.
+    such, one that calls of at least eight sizes launch or, without such, of the most: another form is the same function with
+    other constants, and what is launched for one size only never takes the loops and tails of others. Of these the one that
+    executes the most code.
     """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
@@ -96,8 +97,9 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
             found[backend.stem(kernel)].append(kernel)
 
     def rank(kernel: str) -> tuple[bool, int, int, str]:
-        calls = len(measure.executed_by(backend, kernel))
-        return kernel in spread, min(12, calls), measure.coverage(backend, kernel)[0], kernel
+        calls = [base.case.arguments for base, _ in measure.executed_by(backend, kernel)]
+        sizes = {tuple(t.shape for t in given.values() if isinstance(t, Tensor)) for given in calls}
+        return kernel in spread, min(8, len(sizes)), measure.coverage(backend, kernel)[0], kernel
 
     return [max(same, key=rank) for same in found.values()]
 

@@ -19,6 +19,11 @@ CALLS = [
     ((2, 17, 7, 9), 38, "nchw", True), ((1, 24, 3, 5), 40, "nhwc+slice", False), ((2, 8, 4, 3), 70, "nchw+slice", True),
     ((3, 70, 5, 9), 88, "nhwc", True), ((1, 40, 11, 13), 136, "nchw", False),
 ]  # fmt: skip
+# Of one compiled form: SiLU in channels_last with tails of pixels, of both kinds of channels, and with none.
+SWEEP = [
+    ((1, c, h, w), k, "nhwc", True)
+    for c, k, h, w in ((33, 33, 5, 13), (17, 65, 7, 9), (47, 31, 8, 8), (63, 63, 9, 7), (65, 17, 3, 43), (34, 66, 11, 6))
+]
 EVEN = [((1, 64, 16, 16), 64, layout, True) for layout in ("nchw", "nhwc")]
 # Large enough for the tiles of 128 pixels, by 16 and by 128 output channels. (In fp32 tiles do not grow.)
 LARGE = {
@@ -68,21 +73,21 @@ def cases(dtype: torch.dtype) -> list[Case]:
     found: list[Case] = []
     if dtype == torch.float64:
         return found
-    for i, geometry in enumerate((*CALLS, *EVEN, *LARGE.get(dtype, []))):
+    for i, geometry in enumerate((*CALLS, *EVEN, *LARGE.get(dtype, []), *SWEEP)):
         shape, k, layout, norm = geometry
-        even = i >= len(CALLS)
+        even, code = geometry in EVEN or geometry in LARGE.get(dtype, []), 4 if geometry in SWEEP else i % 6
         x = random(*shape, dtype=dtype, seed=1)
         if not even:
             x[-1, -1, -1, -1] = float("nan")
         weight = random(shape[1], k, 2, 2, dtype=torch.float32, seed=2) / shape[1] ** 0.5
         arguments: dict[str, Any] = {
-            "x": laid_out(x, layout, False), "weight": weight.to(dtype), "eps": EPS, "activation": i % 6,
+            "x": laid_out(x, layout, False), "weight": weight.to(dtype), "eps": EPS, "activation": code,
             "bias": random(k, dtype=dtype, seed=3),
         }  # fmt: skip
         names = ("running_mean", "bn_weight", "bn_bias")
         arguments |= {n: random(k, dtype=torch.float32, seed=4 + j) if norm else None for j, n in enumerate(names)}
         arguments["running_var"] = random(k, dtype=torch.float32, seed=7).abs() + 0.5 if norm else None
-        label = f"fwd-{'x'.join(map(str, shape))}-{k}-{layout}-{'norm' if norm else 'plain'}-act{i % 6}"
+        label = f"fwd-{'x'.join(map(str, shape))}-{k}-{layout}-{'norm' if norm else 'plain'}-act{code}"
         call = functools.partial(truth, arguments)
         found.append(Case("conv_transpose_bn_act", "fwd", label, arguments, call, even=even))
     return found
