@@ -34,4 +34,41 @@ ARGUMENTS = (
     ),
     Argument("wrong_grid", "", "every load and store of a program behind the end is masked off", kernel="^[a-z0-9_]+kernel#"),
     Argument("wrong_grid", "", "blocks beyond the last channel leave at once", kernel="finalize_kernel"),
+    Argument(
+        "swapped_operands", r"^_bn_merge\.py: delta = chunk_mean - merged_mean", "only the square of the difference is used",
+    ),
+    Argument(
+        "wrong_lane", r"^standard\.py: return core\.reduce", "with the exchanges by 4, 2 and 1 that follow, one with lane ^ 11 "
+        "instead of lane ^ 8 still adds every lane's value once", before=r"^shfl\.sync\.bfly\.b32 .*, 8, 31, -1;",
+    ),
+    Argument(
+        "missing_barrier", r"^_windows\.py: tl\.store\(large", "no warp stores where another one has read before (the race "
+        "check would tell): the rows of a tile belong to one warp",
+    ),
+    Argument(
+        "loose_comparison", r"^conv_bn_act\.py: for step in range", "a 1x1 convolution without padding reads inside the image "
+        "alone", never=True,
+    ),
+    Argument(
+        "wrong_rounding", r"^max_pool_indices\.py: tl\.store\(dy", "a gradient is handed on: it is exact in the narrow type",
+        never=True,
+    ),
+    Argument(
+        "wrong_rounding", r"^nms\.py: return value\.to\(tl\.float16\)", "every pair that this copy of the code compares in a "
+        "simulated call is far from the threshold", kernel="nms_push", equal=False,
+    ),
+    Argument(
+        "loose_comparison",
+        r"^(_bn_reduce\.py: valid =|_bn_merge\.py: valid =|_bn_apply\.py: valid =|_device\.py: return index, row|"
+        r"add_act\.py: return index|conv_bn_act\.py: in_(k|pixels) =|conv_transpose_bn_act\.py: (weight_tile|in_pixels)|"
+        r"_windows\.py: return row, col|local_response_norm\.py: (inside =|for shift)|nms\.py: live =)",
+        "the mask of one of several copies of an access, loose by one element: no lane of a simulated call has just that "
+        "element in this copy, or it is masked off by its other coordinate", equal=False,
+    ),
+    Argument(
+        "missing_mask", r"^(_windows\.py: (upper|lower) = tl\.load|max_pool_indices\.py: value = tl\.load\(y|"
+        r"_bn_apply\.py: return tl\.load\(x)",
+        "a load without its mask: in every simulated call it stays inside the tensor (it would have been reported), and what "
+        "it reads without need is not stored", equal=False,
+    ),
 )  # fmt: skip

@@ -238,7 +238,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
             found += calls(f"far-{layout}{'-single' * single}", x.mul_(400), residual, dout, far, acc)
     # Of one compiled form each: planes and a tensor that end at every place of a thread; one and two steps of the merges over
     # chunks, by two programs; folds by three programs.
-    sweep = [((35, 3, 3, width), "nchw", relu) for width in range(22, 32)]
+    sweep = [(((35, 52, 60, 70)[width % 4], 3, 3, width), "nchw", relu) for width in range(22, 32)]
     sweep += [((1, 17, lines, 61), "nhwc", relu) for lines in (9, 13, 17, 35, 52, 71, 105, 277)]
     sweep += [((2, 300, 1, 2), "nhwc", variant) for variant in VARIANTS if not variant[1]]
     if dtype.itemsize == 2:  # merges that read and write vectors of the own dtype

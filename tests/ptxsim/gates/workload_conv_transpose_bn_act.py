@@ -21,8 +21,15 @@ CALLS = [
 ]  # fmt: skip
 # Of one compiled form: SiLU in channels_last with tails of pixels, of both kinds of channels, and with none.
 SWEEP = [
-    ((1, c, h, w), k, "nhwc", True)
-    for c, k, h, w in ((33, 33, 5, 13), (17, 65, 7, 9), (47, 31, 8, 8), (63, 63, 9, 7), (65, 17, 3, 43), (34, 66, 11, 6))
+    ((n, c, h, w), k, "nhwc", True)
+    for n, c, k, h, w in (
+        (2, 33, 33, 5, 13),
+        (2, 17, 135, 7, 9),
+        (2, 47, 31, 8, 8),
+        (3, 63, 63, 9, 7),
+        (2, 65, 17, 3, 43),
+        (1, 34, 66, 11, 6),
+    )
 ]
 EVEN = [((1, 64, 16, 16), 64, layout, True) for layout in ("nchw", "nhwc")]
 # Large enough for the tiles of 128 pixels, by 16 and by 128 output channels. (In fp32 tiles do not grow.)
