@@ -66,6 +66,13 @@ ret;
     assert "some.cu:13" in str(finding)
 
 
+@pytest.mark.parametrize("below", [4, 16])
+def test_out_of_bounds_below_a_null_pointer(below):
+    """The last bytes of the address space: where the access ends is zero again."""
+    assert kinds(f"mov.u64 %q5, {-below};\nld.global.f32 %f0, [%q5];\nst.global.f32 [%q4], %f0;") == {"OUT-OF-BOUNDS"}
+    assert kinds(f"mov.u64 %q5, {-below};\nst.global.f32 [%q5], 0f3F800000;\n" + COPY) == {"OUT-OF-BOUNDS"}
+
+
 @pytest.mark.parametrize("offset", [4, -4, 1 << 20])
 def test_out_of_bounds(offset):
     assert kinds(f"ld.global.f32 %f0, [%q3+{offset}];\nst.global.f32 [%q4], %f0;") == {"OUT-OF-BOUNDS"}

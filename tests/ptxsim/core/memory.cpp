@@ -111,7 +111,10 @@ void Memory::start_launch() {
 }
 
 Region* Memory::find(u64 tag, u64 address, u64 bytes) {
-    auto holds = [&](const Region& r) { return address >= r.low && address + bytes <= r.high; };
+    // The sum of an address and a size may wrap: a null pointer less one vector ends at zero.
+    auto holds = [&](const Region& r) {
+        return address >= r.low && address <= r.high && r.high - address >= bytes;
+    };
     if (tag) {
         const int i = by_tag_[tag];
         return i >= 0 && holds(regions_[static_cast<size_t>(i)]) ? &regions_[static_cast<size_t>(i)]
@@ -127,9 +130,8 @@ std::string Memory::describe_miss(u64 tag, u64 address, u64 bytes) {
     const Region *meant = nullptr, *hit = nullptr;
     u64 nearest = ~0ull;
     for (const Region& r : regions_) {
-        u64 distance = address + bytes > r.high ? address + bytes - r.high
-                       : address < r.low        ? r.low - address
-                                                : 0;
+        const u64 end = address + bytes < address ? ~0ull : address + bytes;
+        u64 distance = end > r.high ? end - r.high : address < r.low ? r.low - address : 0;
         if (distance == 0) hit = &r;
         if (tag ? r.tag == tag : distance < nearest) meant = &r, nearest = distance;
     }
