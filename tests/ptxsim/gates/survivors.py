@@ -7,12 +7,14 @@ an argument says "never", the unchanged kernel is run once more with a trap wher
 from __future__ import annotations
 
 from .. import mutate
-from . import survivors_cuda, survivors_nms, survivors_triton
+from . import survivors_conv, survivors_cuda, survivors_nms, survivors_triton
 from .survivor import Argument, place, place_of
 
 __all__ = ["ARGUMENTS", "arguments_for", "place", "place_of"]
 
-ARGUMENTS: tuple[Argument, ...] = (*survivors_cuda.ARGUMENTS, *survivors_nms.ARGUMENTS, *survivors_triton.ARGUMENTS)
+ARGUMENTS: tuple[Argument, ...] = (
+    *survivors_cuda.ARGUMENTS, *survivors_conv.ARGUMENTS, *survivors_nms.ARGUMENTS, *survivors_triton.ARGUMENTS
+)  # fmt: skip
 
 
 def arguments_for(kernel: str, mutant: mutate.Mutant) -> list[Argument]:

@@ -1,4 +1,4 @@
-"""Why mutants of the CUDA kernels of BatchNorm, addition and convolution may survive (survivors.py)."""
+"""Why mutants of the CUDA kernels of BatchNorm and addition may survive (survivors.py)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ ARGUMENTS = (
         "level leaves out",
     ),
     Argument("missing_mask", r"^reduce\.cuh: if \(threadIdx\.x == 0\)", "only thread 0's result is used"),
-    Argument("missing_mask|wrong_predicate", r"^reduce\.cuh: while \(groups > 1\)", "a tree over one group does nothing"),
+    Argument(
+        "missing_mask|wrong_predicate|loose_comparison", r"^reduce\.cuh: while \(groups > 1\)",
+        "a tree over one group does nothing",
+    ),
     Argument(
         "missing_mask|wrong_predicate|loose_comparison", DIVISION,
         "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
     ),
     Argument(
-        ".*", r"^bn_act_fwd_kernel\.cuh: (const bool whole =|if \(whole\))",
+        ".*", r"^bn_act_fwd_kernel\.cuh: (const bool whole =|if \(whole\)|shift = to_acc\(whole)",
         "single accesses: every window is whole, and its one value is added alike on both paths", kernel="Li1E",
     ),
     Argument(
@@ -96,4 +99,21 @@ ARGUMENTS = (
         "an empty state's NaN mean has a count of 0, which the merge leaves out",
     ),
     Argument("nan_losing_max", r"value\[0\] > 0 \?", "counts are never NaN", never=True),
+    Argument(
+        "wrong_rounding", r"^cuda_bf16\.hpp", "every value that this copy rounds in a simulated call is rounded alike",
+        equal=False, kernel="bn_act_fwd_kernel",
+    ),
+    Argument(
+        "unsigned_wrap", r"^bn_act_fwd_kernel\.cuh: if \(pos \+ k >= 0", "the compiler's shortcut for windows that begin in "
+        "the plane before: no thread of a simulated call has just this distance", equal=False,
+    ),
+    Argument(
+        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: for \(; row \+ \(kUnroll", "no thread of a simulated call is just one "
+        "row behind the last here: its load would have been reported", equal=False,
+    ),
+    Argument(
+        "wrong_sign|stale_shared_memory", r"^bn_act_(bwd_)?kernel\.cuh: (sum\[0\] \+=|shared\[k\]\[group\]\[lane\])",
+        "a group of partial results that is empty in every simulated call of this type", kernel="finalize_kernelId",
+        equal=False,
+    ),
 )  # fmt: skip

@@ -10,7 +10,7 @@ ARGUMENTS = (
         "where one of them is NaN no way ends in a suppression: the quotient is NaN, and so is the remainder",
     ),
     Argument(
-        "missing_mask", r"^nms_iou\.cuh: if \(\(r < 0",
+        "missing_mask|wrong_predicate", r"^nms_iou\.cuh: if \(\(r < 0",
         "the quotient decides as the remainder does; the remainder is only cheaper",
     ),
     Argument(
@@ -99,5 +99,33 @@ ARGUMENTS = (
     Argument(
         "loose_comparison", r"^bn_act_fwd_kernel\.cuh: if \(step >= u && r < a\.rows\.count\)",
         "no thread of a simulated call is just one row behind the last here: its load would have been reported", equal=False,
+    ),
+    Argument(
+        "missing_barrier|missing_mask", r"^nms_large_kernel\.cuh: if \(!__syncthreads_or", "a way out for blocks that have "
+        "nothing to compare: without it they compare nothing",
+    ),
+    Argument(
+        "missing_mask", r"^nms_kernel\.cuh: w\.bin_at\[i\] = takes_part", "the compiler's two ways to take a 64-bit "
+        "remainder: the long one is right for small operands too",
+    ),
+    Argument(
+        "swapped_operands", r"^nms_iou\.cuh: const float both", "every pair that this copy of the code compares in a "
+        "simulated call is far from the threshold", equal=False,
+    ),
+    Argument(
+        "wrong_predicate", r"^nms_block\.cuh: for \(int64_t i = count", "the compiler's first of several rounds: what is "
+        "filled up is filled up already in every simulated call", equal=False,
+    ),
+    Argument(
+        "wrong_thread", r"^nms_large_kernel\.cuh: const int lane", "the shifted thread decides about the same word in every "
+        "simulated call", equal=False,
+    ),
+    Argument(
+        "wrong_sign", r"^nms_sort\.cuh: const uint64_t bits", "minus zero becomes zero: no simulated call of this type has "
+        "both among its scores", equal=False,
+    ),
+    Argument(
+        "loose_comparison", r"^nms_sort\.cuh: return first \+ r \* 32", "no warp of a simulated call ends just there: its "
+        "load would have been reported", equal=False,
     ),
 )  # fmt: skip

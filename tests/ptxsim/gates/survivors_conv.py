@@ -1,0 +1,50 @@
+"""Why mutants of the fused convolution's CUDA kernels may survive (survivors.py).
+
+Their epilogues are unrolled: a statement of the source is hundreds of instructions, each for one of a thread's values. A tile
+of 128 x 128 sums takes seconds to simulate, so that not every copy gets a value of every kind.
+"""
+
+from __future__ import annotations
+
+from .survivor import Argument
+
+_KERNEL = "conv_bn_act_(fwd|stats|finish)_kernel"
+ARGUMENTS = (
+    Argument(
+        "nan_losing_max", r"^conv_bn_act_tile\.cuh: (z = z < 0\.0f|return z > output\.limit)",
+        "no NaN comes to this copy in a simulated call", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "nan_losing_max|swapped_operands", r"^(cmath: \{ return __builtin_isfinite|tfloat32\.h: if \(::isfinite)",
+        "the calls with moments hold whole numbers, which both ways of rounding to TF32 leave as they are; "
+        "conv_bn_act_fwd_kernel runs the same lines on NaN and infinity", kernel="conv_bn_act_stats_kernel", equal=False,
+    ),
+    Argument(
+        "loose_comparison|unsigned_wrap|missing_mask|off_by_one", r"^vec\.cuh: (pack\.v\[k\] = k < count|if \(k < count\))",
+        "a copy for a number of channels left over that no simulated call has in this place", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "loose_comparison|unsigned_wrap",
+        r"^conv_bn_act_fwd_kernel\.cuh: (const int left =|added\[i\] = left)|^conv2d_fprop_(activation|filter)_tile",
+        "no tile of a simulated call ends at just this copy's row or column", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "forgotten_addend|wrong_sign",
+        r"^conv_bn_act_fwd_kernel\.cuh: (z\[k\] = |sums\[4 \* i)|^conv_bn_act_stats_kernel\.cuh: (squares|sum)\[c\]\[k\]",
+        "the copy's rows or columns lie outside the output in every simulated call, or it is a thread's first row, where the "
+        "addend is zero", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "wrong_thread", r"^conv_bn_act_stats_kernel\.cuh: const int thread", "of the last columns of the tile, which lie "
+        "outside the output in every simulated call", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "stale_shared_memory", r"^conv_bn_act_tile\.cuh: scale = ", "one of two stores of the scale: columns beyond the "
+        "output, which nothing stores", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "unsigned_wrap|missing_mask", r"^reduce\.cuh: if \((other\.v\[0\] > 0|group >= half)",
+        "a bound of the compiler's for merges that are left, and groups beyond the tree whose results nobody reads",
+        kernel="conv_bn_act_stats_kernel", equal=False,
+    ),
+)  # fmt: skip
