@@ -21,6 +21,7 @@ OP = torch.ops.dl4ds_kernels.linear_act
 kernels = pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="the kernel is in the C++ part")
 # (rows, in, out): tails of every vector length, of the pieces of 64 vectors, and of the shares of outputs; and nothing at all.
 SIZES = [(m, k, n) for m in (1, 2, 3, 8, 11) for k, n in ((1, 1), (15, 7), (33, 19), (2048, 5), (2049, 33), (5000, 18))]
+X, WEIGHT, BIAS = torch.randn(2, 8), torch.randn(6, 8), torch.randn(6)
 SIZES += [(m, 100, 21) for m in (4, 5, 6, 7)] + [(0, 5, 4), (2, 0, 3), (2, 5, 0)]
 
 
@@ -117,22 +118,57 @@ def test_the_rest_is_stock(backend: str | None) -> None:
         torch.testing.assert_close(dkf.linear_act(t, w.t().contiguous().t(), b, backend=backend), TF.linear(t, w, b))
 
 
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "list-x": (([1.0], WEIGHT, BIAS), "x: expected a Tensor, got list"),
+    "none-weight": ((X, None, BIAS), "weight: expected a Tensor, got NoneType"),
+    "float-bias": ((X, WEIGHT, 3.0), "bias: expected a Tensor, got float"),
+    "scalar-x": ((X[0, 0], WEIGHT, BIAS), "x: expected (…, in_features), got a scalar"),
+    "features": ((X[:, :5], WEIGHT, BIAS), "x: expected 8 features for weight (6, 8), got 5 (shape (2, 5))"),
+    "features-4d": ((X[None, None, :, :7], WEIGHT, None), "x: expected 8 features for weight (6, 8), got 7"),
+    "features-vector": ((X[0, :7], WEIGHT, BIAS), "x: expected 8 features for weight (6, 8), got 7 (shape (7,))"),
+    "rank-3-weight": ((X, WEIGHT[None], BIAS), "weight: expected shape (out_features, in_features), got (1, 6, 8)"),
+    "vector-weight": ((X, WEIGHT[0], BIAS), "weight: expected shape (out_features, in_features), got (8,)"),
+    "scalar-weight": ((X, WEIGHT[0, 0], None), "weight: expected shape (out_features, in_features), got ()"),
+    "short-bias": ((X, WEIGHT, BIAS[:3]), "bias: expected shape (out_features,) = (6,), got (3,)"),
+    "fp64-x": ((X.double(), WEIGHT, BIAS), "weight: expected dtype torch.float64 like x, got torch.float32"),
+    "fp16-x": ((X.half(), WEIGHT, None), "weight: expected dtype torch.float16 like x, got torch.float32"),
+    "fp64-bias": ((X, WEIGHT, BIAS.double()), "bias: expected dtype torch.float32 like x, got torch.float64"),
+    "meta-bias": ((X, WEIGHT, BIAS.to("meta")), "bias: expected a tensor on cpu like x, got meta"),
+    "meta-x": ((X.to("meta"), WEIGHT, BIAS), "weight: expected a tensor on meta like x, got cpu"),
+    "int": ((X.int(), WEIGHT.int(), None), "x: expected a floating-point tensor for activation 'silu', got torch.int32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("backend", [None, "cpu"])
-def test_errors_are_torchs(backend: str | None) -> None:
-    x, w, b = tensors(2, 8, 6)
-    calls: list[tuple[Any, ...]] = [
-        (x[:, :5], w, b), (x, w, b[:3]), (x, w[None], b), (x, w, b.double()), (x.double(), w, b), (x, None, b), (1, w, b),
-        (x, w, 3),
-    ]  # fmt: skip
-    for arguments in calls:
-        outcomes = []
-        for function in (lambda *a: dkf.linear_act(*a, backend=backend), TF.linear):
-            with pytest.raises(Exception) as error, torch.no_grad():
-                function(*arguments)
-            outcomes.append((error.type, str(error.value)))
-        assert outcomes[0] == outcomes[1]
+@pytest.mark.parametrize("row", BAD.values(), ids=BAD.keys())
+def test_bad_input(row: tuple[tuple[Any, ...], str], backend: str | None, grad: bool) -> None:
+    """torch's exception type, and a message with op, argument, what was expected and what came."""
+    arguments, message = row
+    with torch.set_grad_enabled(grad), pytest.raises(Exception) as expected:
+        TF.silu(TF.linear(*arguments))
+    with torch.set_grad_enabled(grad), pytest.raises(expected.type) as got:
+        dkf.linear_act(*arguments, activation="silu", backend=backend)
+    assert str(got.value).startswith(f"linear_act: {message}")
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_what_torch_takes_is_no_error(backend: str | None) -> None:
+    """A vector as weight, biases that broadcast, integers: computed as torch computes them."""
+    rows = ((X, WEIGHT[0], None), (X, WEIGHT, BIAS[:1]), (X, WEIGHT, BIAS[0]), (X, WEIGHT, torch.randn(2, 6)),
+            (X.int(), WEIGHT.int(), BIAS.int()))  # fmt: skip
+    for arguments in rows:
+        with torch.no_grad():
+            assert torch.equal(dkf.linear_act(*arguments, backend=backend), TF.linear(*arguments))
+
+
+def test_errors_of_the_options() -> None:
     with pytest.raises(ValueError, match="linear_act: activation: expected one of none, relu"):
-        dkf.linear_act(x, w, b, activation="gelu")
+        dkf.linear_act(X, WEIGHT, BIAS, activation="gelu")
+    with pytest.raises(RuntimeError, match="linear_act: weight: expected a tensor on cpu like x, got meta"):
+        dkf.linear_act(X, WEIGHT.to("meta"), None)  # stock torch returns numbers from nowhere
+    with pytest.raises(RuntimeError, match="linear_act: x: expected 8 features"):
+        dkf.linear_act(X[:, :5], WEIGHT, BIAS, backend="reference")
 
 
 @kernels

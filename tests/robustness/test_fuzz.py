@@ -153,7 +153,7 @@ def test_linear_act(examples: int, kernels: None) -> None:
             x, weight = x.t().contiguous().t(), weight.t().contiguous().t()
         bias = bias if data.draw(st.booleans()) else None
         if wide != inputs:
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError, match=f"linear_act: x: expected {inputs} features"):
                 F.linear_act(x, weight, bias, activation=activation, backend=backend)
             return
         want = ACTS[activation](torch.nn.functional.linear(x, weight, bias), 0.1)

@@ -180,7 +180,10 @@ def render(parts: dict[str, dict[str, Any]]) -> str:
         out += ["\n## Survivors that change something, by reason\n", *_reasons([m for _, m in missed])]
     if open_:
         out += ["\n## Survivors that no case tells apart, and no argument explains\n"]
-        out += [f"- `{k}`: {m['operator']} at {m['place']}: `{m['before']}` -> `{m['after'] or '(removed)'}`" for k, m in open_]
+        # Source lines as code: `v[k]` in plain text is a link of the docs, and one without a target.
+        out += [
+            f"- `{k}`: {m['operator']} at `{m['place']}`: `{m['before']}` -> `{m['after'] or '(removed)'}`" for k, m in open_
+        ]
     return "\n".join(out) + "\n"
 
 
