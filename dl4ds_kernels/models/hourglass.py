@@ -15,7 +15,7 @@ from ..functional import add_act, max_pool2d, upsample_add
 from ..modules import FusedSequential
 from ..modules._chain import Step, run_chain
 from ..modules._pool import run_pool
-from ..modules._run import NO_ACT, ActSpec, run_conv_bn_act
+from ..modules._run import NO_ACT, ActSpec, run_conv_act, run_conv_bn_act
 from ._init import he_fan_in
 from ._registry import register
 
@@ -37,7 +37,7 @@ class HourglassResidual(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, half, 3, padding=1)
         self.bn3, self.conv3 = nn.BatchNorm2d(half), nn.Conv2d(half, out, 1)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None if channels == out else nn.Sequential(nn.Conv2d(channels, out, 1))
+        self.downsample = None if channels == out else FusedSequential(nn.Conv2d(channels, out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         act = ActSpec("relu", 0.0, self.relu)
@@ -127,9 +127,10 @@ class StackedHourglass(nn.Module):
         heatmaps = []
         for i, hourglass in enumerate(self.hg):
             y = self.fc[i](self.res[i](hourglass(x)))
-            heatmaps.append(self.score[i](y))
+            heatmaps.append(run_conv_act(y, self.score[i]))
             if i < len(self.fc_):
-                x = add_act(x, self.fc_[i](y), self.score_[i](heatmaps[-1]), activation="none")
+                back = run_conv_act(y, self.fc_[i]), run_conv_act(heatmaps[-1], self.score_[i])
+                x = add_act(x, *back, activation="none")
         return heatmaps
 
 
