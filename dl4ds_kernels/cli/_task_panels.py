@@ -49,12 +49,7 @@ def segmentation(picture: Tensor, probability: Tensor, labels: Tensor, truth: Te
         found = labels.numpy() > 0
         want = truth.numpy()
         errors = np.zeros((*want.shape, 3))
-        for mask, colour in (
-            (found & want, (0.85, 0.85, 0.85)),
-            (found & ~want, (0.9, 0.3, 0.1)),
-            (want & ~found, (0.1, 0.5, 1)),
-        ):
-            errors[mask] = colour
+        errors[found & want], errors[found & ~want], errors[want & ~found] = (0.85,) * 3, (0.9, 0.3, 0.1), (0.1, 0.5, 1)
         axes[3].imshow(errors, interpolation="nearest")
         _plain(axes[3], "red: too much, blue: missed")
     figure.suptitle(heading, fontsize=12)

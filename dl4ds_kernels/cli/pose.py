@@ -25,13 +25,11 @@ def pose(
     found = _demo_nets.poses(count, seed)
     heading = f"small hourglass on {count} stick figures: PCK {found['pck']:.3f} (a tenth of the picture)"
     write_bytes(panels, _task_panels.poses(found, heading))
-    document = {
-        "schema": 1, "pck": found["pck"], "panels": str(panels),
-        "figures": [
-            [{"joint": name, "x": x, "y": y, "score": score} for name, (x, y), score in zip(JOINTS, points, scores, strict=True)]
-            for points, scores in zip(found["found"].tolist(), found["scores"].tolist(), strict=True)
-        ],
-    }  # fmt: skip
+    figures = [
+        [{"joint": name, "x": x, "y": y, "score": s} for name, (x, y), s in zip(JOINTS, points, scores, strict=True)]
+        for points, scores in zip(found["found"].tolist(), found["scores"].tolist(), strict=True)
+    ]
+    document = {"schema": 1, "pck": found["pck"], "panels": str(panels), "figures": figures}
     if json_output:
         print(to_json(document), end="")
         return
