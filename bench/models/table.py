@@ -219,8 +219,8 @@ def page(document: dict[str, Any], text: str) -> str:
     text = (
         f"Measured {machine['date']} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}: batch 1,\n"
         "fp32, inference, random weights. Error: largest difference to fp64 over the largest output, by default, with\n"
-        "`exact=True`, and of stock torch. The last column is **paper-reported** accuracy: no trained weights come with the\n"
-        "package and none of it was measured here.\n\n" + table(rows)
+        "`exact=True`, and of stock torch. The last column is **paper-reported** accuracy: no trained weights of these\n"
+        "nets come with the package and none of it was measured here.\n\n" + table(rows)
     )  # fmt: skip
     if timed:
         text += (

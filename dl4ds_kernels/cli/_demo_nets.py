@@ -51,17 +51,20 @@ def detector(image: Path | None) -> tuple[Image.Image, nn.Module, list[str]]:
     return picture, _Detector(net_of("yolo")).eval(), list(SHAPES)
 
 
-def cells_mosaic(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """(gray picture (H, W), mask (H, W)) of ``rows`` times ``columns`` synthetic pictures beside one another."""
+def cells_mosaic(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(gray picture, probability, truth), each (H, W): synthetic pictures, each alone through the net, lines between them."""
     from ..recipes import unet
 
     pictures, masks = unet.held_out(SEED, rows * columns)
+    with torch.no_grad():
+        found = net_of("unet")(pictures).softmax(1)[:, 1]
 
-    def joined(tiles: Tensor) -> Tensor:
+    def joined(tiles: Tensor, line: float) -> Tensor:
+        tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=line)
         side = tiles.shape[-1]
         return tiles.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, columns * side)
 
-    return joined(pictures[:, 0]), joined(masks) > 0
+    return joined(pictures[:, 0].clamp(0, 1), 1.0), joined(found, 0.0), joined((masks > 0).float(), 0.0) > 0
 
 
 def gray(picture: Image.Image) -> Tensor:

@@ -25,7 +25,7 @@ def segment(
 
     truth = None
     if image is None:
-        x, truth = _demo_nets.cells_mosaic(2, 3)
+        x, found, truth = _demo_nets.cells_mosaic(2, 3)
     else:
         try:
             picture = _photo.load_photo(image)
@@ -33,7 +33,7 @@ def segment(
             fail(str(error).replace("--image: ", ""), 2)
         height = max(16, round(width * picture.height / picture.width))
         x = _demo_nets.gray(picture.resize((width, height), _photo.Image.Resampling.BILINEAR))
-    found = _demo_nets.probability(_demo_nets.net_of("unet"), x)
+        found = _demo_nets.probability(_demo_nets.net_of("unet"), x)
     labels, count = connected_components(found > 0.5, min_size=smallest)
     iou = None
     if truth is not None:
