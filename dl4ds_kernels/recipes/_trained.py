@@ -25,7 +25,7 @@ class TrainedNet(NamedTuple):
 TRAINED = {
     "yolo": TrainedNet("map50", 0.8, "train yolo --small --epochs 20 --threads 1 --save yolo.safetensors"),
     "unet": TrainedNet("iou", 0.85, "train unet --small --epochs 30 --threads 1 --save unet.safetensors"),
-    "hourglass": TrainedNet("pck", 0.9, "train hourglass --small --epochs 15 --threads 1 --save hourglass.safetensors"),
+    "hourglass": TrainedNet("pck", 0.9, "train hourglass --small --epochs 10 --threads 1 --save hourglass.safetensors"),
 }
 
 

@@ -17,7 +17,7 @@ SIZE = 64
 
 def small() -> StackedHourglass:
     """The net whose trained weights come with the package."""
-    return StackedHourglass(1, len(JOINTS), depth=2, features=64)
+    return StackedHourglass(1, len(JOINTS), depth=2, features=48)
 
 
 def to_heatmap(points: Tensor) -> Tensor:
