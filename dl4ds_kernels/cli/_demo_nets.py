@@ -40,15 +40,22 @@ class _Detector(nn.Module):
 
 
 def detector(image: Path | None) -> tuple[Image.Image, nn.Module, list[str]]:
-    """(the picture, the small YOLO, its classes); without ``image`` the fullest of a few synthetic pictures."""
+    """(the picture, the small YOLO, its classes); without ``image`` the synthetic picture with most classes apart."""
     from ..recipes import yolo
 
     if image is None:
-        pictures, truth = yolo.held_out(SEED, 12)
-        picture = to_image(pictures[max(range(len(truth)), key=lambda i: len(truth[i].labels.unique()))])
+        pictures, truth = yolo.held_out(SEED, 40)
+        best = max(range(len(truth)), key=lambda i: len(truth[i].labels.unique()) if _apart(truth[i].boxes) else 0)
+        picture = to_image(pictures[best])
     else:
         picture = _photo.load_photo(image)
     return picture, _Detector(net_of("yolo")).eval(), list(SHAPES)
+
+
+def _apart(boxes: Tensor) -> bool:
+    """Whether no two of (M, 4) boxes overlap."""
+    low, high = boxes[:, None, :2].maximum(boxes[None, :, :2]), boxes[:, None, 2:].minimum(boxes[None, :, 2:])
+    return int(((high - low) > 0).all(2).sum()) == len(boxes)  # each overlaps itself
 
 
 def cells_mosaic(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
