@@ -260,7 +260,7 @@ def main() -> int:
         if time.monotonic() - start > arguments.seconds:
             print("time is up; continue with --missing", file=sys.stderr)
             break
-        if arguments.part != "latency" and not (arguments.missing and name in found):
+        if arguments.part != "latency" and not (arguments.missing and "exact_error" in found.get(name, {})):
             kept = found.get(name, {}).get("latency")
             found[name] = parity_row(name) | ({"latency": kept} if kept else {})
             errors = ", ".join(f"{key} {found[name][key]:.1e}" for key in ("error", "exact_error", "stock_error"))
