@@ -39,9 +39,9 @@ def segmentation(picture: Tensor, probability: Tensor, labels: Tensor, truth: Te
     height, width = picture.shape
     figure = Figure(figsize=(12, 12 / parts * height / width + 1.0), layout="constrained")
     axes = figure.subplots(1, parts)
-    axes[0].imshow(picture, cmap="gray")
+    axes[0].imshow(picture.numpy(), cmap="gray")
     _plain(axes[0], "picture")
-    axes[1].imshow(probability, cmap="magma", vmin=0, vmax=1)
+    axes[1].imshow(probability.numpy(), cmap="magma", vmin=0, vmax=1)
     _plain(axes[1], "probability")
     axes[2].imshow(coloured(labels), interpolation="nearest")
     _plain(axes[2], f"{int(labels.max())} components")
@@ -64,12 +64,12 @@ def poses(found: dict[str, Any], heading: str) -> bytes:
     colours = matplotlib.colormaps["tab10"](np.arange(10))
     for i in range(count):
         above, below = axes[:, i]
-        above.imshow(found["pictures"][i].permute(1, 2, 0))
+        above.imshow(found["pictures"][i].permute(1, 2, 0).numpy())
         points, truth = found["found"][i].numpy(), found["joints"][i].numpy()
         for k, (a, b) in enumerate(LIMBS):
             above.plot(points[[a, b], 0], points[[a, b], 1], color=colours[k], linewidth=2.5)
         above.scatter(truth[:, 0], truth[:, 1], s=45, facecolors="none", edgecolors="white", linewidths=1.2)
-        below.imshow(found["heat"][i], cmap="magma", vmin=0, vmax=1)
+        below.imshow(found["heat"][i].numpy(), cmap="magma", vmin=0, vmax=1)
         _plain(above, "")
         _plain(below, "")
     axes[0, 0].set_ylabel("found (rings: truth)")
