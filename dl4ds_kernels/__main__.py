@@ -1,4 +1,4 @@
-"""``python -m dl4ds_kernels {info, demo, bench, models, detect}``."""
+"""``python -m dl4ds_kernels {info, demo, bench, models, detect, segment, pose, experiment, train}``."""
 
 import sys
 

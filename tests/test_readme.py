@@ -15,7 +15,8 @@ import typer.main
 from dl4ds_kernels.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/quickstart.md", ROOT / "docs/benchmarks.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/quickstart.md", ROOT / "docs/benchmarks.md",
+         ROOT / "docs/recipes.md"]  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

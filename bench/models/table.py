@@ -219,8 +219,8 @@ def page(document: dict[str, Any], text: str) -> str:
     text = (
         f"Measured {machine['date']} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}: batch 1,\n"
         "fp32, inference, random weights. Error: largest difference to fp64 over the largest output, by default, with\n"
-        "`exact=True`, and of stock torch. The last column is **paper-reported** accuracy: no trained weights come with the\n"
-        "package and none of it was measured here.\n\n" + table(rows)
+        "`exact=True`, and of stock torch. The last column is **paper-reported** accuracy: no trained weights of these\n"
+        "nets come with the package and none of it was measured here.\n\n" + table(rows)
     )  # fmt: skip
     if timed:
         text += (
@@ -260,7 +260,7 @@ def main() -> int:
         if time.monotonic() - start > arguments.seconds:
             print("time is up; continue with --missing", file=sys.stderr)
             break
-        if arguments.part != "latency" and not (arguments.missing and name in found):
+        if arguments.part != "latency" and not (arguments.missing and "exact_error" in found.get(name, {})):
             kept = found.get(name, {}).get("latency")
             found[name] = parity_row(name) | ({"latency": kept} if kept else {})
             errors = ", ".join(f"{key} {found[name][key]:.1e}" for key in ("error", "exact_error", "stock_error"))

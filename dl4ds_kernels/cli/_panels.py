@@ -18,8 +18,8 @@ _MAP_CLASSES = 8
 
 
 def colour(label: int) -> tuple[float, ...]:
-    """The colour of a class."""
-    return matplotlib.colormaps["tab20"](label % 20)
+    """The colour of a class: ten strong ones, then ten pale ones."""
+    return matplotlib.colormaps["tab20"](2 * (label % 10) + label // 10 % 2)
 
 
 def panels(image: Image.Image, output: Tensor, layout: YoloLayout, found: Detections, names: Sequence[str]) -> bytes:

@@ -10,6 +10,8 @@ from .detect import detect
 from .experiment import experiment
 from .info import info
 from .models import models
+from .pose import pose
+from .segment import segment
 from .train import train
 
 app = typer.Typer(
@@ -23,5 +25,7 @@ app.command()(demo)
 app.command()(bench)
 app.command()(models)
 app.command()(detect)
+app.command()(segment)
+app.command()(pose)
 app.command()(experiment)
 app.command()(train)

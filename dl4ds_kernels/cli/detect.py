@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +11,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ._console import fail, out, require, to_json
+from ._console import fail, out, require, to_json, write_bytes
 
+DEMO_NOTE = "The package's small net, trained on synthetic squares, discs and triangles (recipes.TRAINED)."
 RANDOM_NOTE = "Random weights (seed 2015): the pipeline is real, the boxes mean nothing. Give --weights."
 
 
@@ -27,6 +26,7 @@ def detect(
     threshold: Annotated[float, typer.Option(help="scores that are not above it are dropped")] = 0.2,
     iou: Annotated[float, typer.Option(help="overlap above which the weaker box of a class is dropped")] = 0.4,
     bn: Annotated[str, typer.Option(help="whose BatchNorm: cpu, gpu (darknet's two) or opencv")] = "cpu",
+    demo: Annotated[bool, typer.Option("--demo", help="the small trained net of this package, on a synthetic picture")] = False,
     panels: Annotated[Path, typer.Option(help="where the four panels go (PNG)")] = Path("detections.png"),
     json_output: Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")] = False,
 ) -> None:
@@ -37,29 +37,37 @@ def detect(
     from . import _photo
     from ._panels import panels as draw
 
+    if demo and (cfg or weights or names):
+        fail("--demo: expected no --cfg, --weights or --names beside it", 2)
+    header = None
     try:
-        path = image or _photo.default_photo()
-        picture = _photo.load_photo(path)
-        net = _network(cfg, model, bn)
-        header = net.load_weights(weights) if weights is not None else None
+        if demo:
+            from ._demo_nets import detector
+
+            picture, net, labels = detector(image)
+        else:
+            picture = _photo.load_photo(image or _photo.default_photo())
+            net = _network(cfg, model, bn)
+            header = net.load_weights(weights) if weights is not None else None
+            labels = _names(names, net.layout.classes)
     except _photo.PhotoError as error:
         fail(str(error).replace("--image: ", ""), 2)
     except (detection.CfgError, detection.WeightsError) as error:
         fail(str(error), 2)
-    labels = _names(names, net.layout.classes)
     x = _photo.TF.convert_image_dtype(_photo.TF.pil_to_tensor(picture), torch.float32)
     size = (picture.height, picture.width)
     with torch.no_grad():
         output = net.eval()(darknet_input(x, net.input_size[1:]))
         (found,) = detection.detect(output, net.layout, size, score_threshold=threshold, iou_threshold=iou)
-    _write(panels, draw(picture, output, net.layout, found, labels))
+    write_bytes(panels, draw(picture, output, net.layout, found, labels))
+    name = "synthetic shapes" if demo and image is None else (image or _photo.default_photo()).name
     document = {
         "schema": 1,
-        "image": {"file": path.name, "width": picture.width, "height": picture.height},
-        "model": cfg.name if cfg is not None else model,
+        "image": {"file": name, "width": picture.width, "height": picture.height},
+        "model": "small YOLO" if demo else cfg.name if cfg is not None else model,
         "weights": {
             "file": weights.name if weights else None,
-            "note": "" if weights else RANDOM_NOTE,
+            "note": DEMO_NOTE if demo else "" if weights else RANDOM_NOTE,
             "version": None if header is None else f"{header.major}.{header.minor}.{header.revision}",
             "images_seen": None if header is None else header.seen,
         },
@@ -106,23 +114,6 @@ def _names(path: Path | None, count: int) -> list[str]:
     if len(lines) != count:
         fail(f"--names: expected {count} names for this network, got {len(lines)} in {path}", 2)
     return lines
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The whole file or none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror or error}")
 
 
 def _print(document: dict[str, Any]) -> None:

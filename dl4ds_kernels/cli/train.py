@@ -15,16 +15,20 @@ from rich.table import Table
 from .. import recipes
 from ._console import fail, out, progress, to_json
 
+_DATA = "cifar: digits, mnist1d, or a folder of the binary files; unet: skimage; yolo: a VOC folder; default: synthetic"
+
 
 def train(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help=", ".join(recipes.NAMES))],
     folder: Annotated[Path | None, typer.Option("--out", help="checkpoint and logs; default: runs/RECIPE")] = None,
-    data: Annotated[str | None, typer.Option(help="cifar: folder of the binary files; yolo: a VOC folder")] = None,
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="default: the recipe's")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     stock: Annotated[bool, typer.Option("--stock", help="also train with stock layers, in FOLDER/stock, and compare")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="start again instead of from the folder's checkpoint")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="a few pictures: a look, not a training")] = False,
+    small: Annotated[bool, typer.Option("--small", help="the narrow net whose trained weights come with the package")] = False,
+    save: Annotated[Path | None, typer.Option(help="where the weights go in the end (.safetensors, fp16)")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")] = False,
 ) -> None:
@@ -36,9 +40,9 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     folder = folder or Path("runs") / name
-    runs: dict[str, Any] = {"ours": _run(name, folder, False, data, epochs, seed, fresh, quick)}
+    runs: dict[str, Any] = {"ours": _run(name, folder, False, save, data, epochs, seed, fresh, quick, small)}
     if stock:
-        runs["stock"] = _run(name, folder / "stock", True, data, epochs, seed, fresh, quick)
+        runs["stock"] = _run(name, folder / "stock", True, None, data, epochs, seed, fresh, quick, small)
     metric, target = runs["ours"]["metric"], runs["ours"]["target"]
     reached = runs["ours"]["rows"][-1][metric]
     document = {"schema": 1, "recipe": name, "folder": str(folder), "quick": quick, "reached": reached >= target, **runs}
@@ -53,12 +57,14 @@ def train(
         fail(f"{name}: {metric}: expected at least {target}, got {reached:.4f}")
 
 
-def _run(name: str, folder: Path, stock: bool, *options: Any) -> dict[str, Any]:
+def _run(name: str, folder: Path, stock: bool, save: Path | None, *options: Any) -> dict[str, Any]:
     import contextlib
 
-    data, epochs, seed, fresh, quick = options
+    data, epochs, seed, fresh, quick, small = options
     try:
-        recipe = recipes.make(name, seed=seed, epochs=epochs, data=data, quick=quick)
+        if save is not None and save.suffix != ".safetensors":
+            fail(f"--save: expected a name that ends in .safetensors, got {save.name!r}", 2)
+        recipe = recipes.make(name, seed=seed, epochs=epochs, data=data, quick=quick, small=small)
         with recipes.stock_layers() if stock else contextlib.nullcontext(), progress() as bar:
             task = bar.add_task(f"{name}{' (stock layers)' if stock else ''}", total=recipe.epochs * recipe.steps)
 
@@ -66,6 +72,8 @@ def _run(name: str, folder: Path, stock: bool, *options: Any) -> dict[str, Any]:
                 bar.update(task, completed=step + 1, description=f"{name}{' (stock layers)' if stock else ''} loss {loss:.3f}")
 
             rows = recipes.train(recipe, folder, resume=not fresh, advance=advance)
+        if save is not None:
+            recipes.save_half(recipe.model, save)
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
     # Linux counts kilobytes, macOS bytes; of the whole process, so the second run's is at least the first's.

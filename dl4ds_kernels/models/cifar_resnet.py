@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import BasicBlock, FusedSequential, PreActBottleneck
+from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
 from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.residual import conv1x1, conv3x3
@@ -84,7 +85,7 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(run_pool(x, self.avgpool), 1))
+        return run_linear_act(torch.flatten(run_pool(x, self.avgpool), 1), self.fc)
 
 
 def _shortcut(kind: str, channels: int, out: int, stride: int) -> nn.Module | None:
@@ -136,7 +137,7 @@ class CifarPreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(run_conv_act(x, self.conv1))))
         x = run_bn_act(x, self.norm, ActSpec("relu", 0.0, self.relu))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return run_linear_act(torch.flatten(run_pool(x, self.avgpool), 1), self.fc)
 
 
 def _builder(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..detection.cfg import CfgError, Section, parse_cfg, read_cfg
 from ..detection.weights import WeightsHeader, WeightSlot, load_weights, save_weights
 from ..detection.yolo import YoloLayout
-from ..modules import BNAct2d, ConvBNAct2d, LocallyConnected2d
+from ..functional import max_pool2d
+from ..modules import BNAct2d, ConvBNAct2d, FusedSequential, LocallyConnected2d
 from ..modules.darknet_norm import DarknetBatchNorm2d, DarknetConvBNAct2d
 
 # How darknet's two implementations and OpenCV's importer keep the standard deviation from zero.
@@ -38,7 +39,7 @@ class DarknetMaxPool(nn.Module):
         if before or any((s + self.padding - self.size) // self.stride * self.stride + self.size > s for s in x.shape[2:]):
             after = self.padding - before
             x = F.pad(x, (before, after, before, after), value=-math.inf)
-        return F.max_pool2d(x, self.size, self.stride)
+        return max_pool2d(x, self.size, self.stride)
 
     def extra_repr(self) -> str:
         return f"{self.size}, stride={self.stride}, padding={self.padding}"
@@ -142,7 +143,7 @@ class DarknetNet(nn.Module):
             kind = ConvBNAct2d if self.bn_convention == "opencv" else DarknetConvBNAct2d
             layer: nn.Module = kind(*geometry, activation=activation, negative_slope=_SLOPE, **self._bn_options())
         else:
-            layer = nn.Sequential(nn.Conv2d(*geometry), *_act(activation))
+            layer = FusedSequential(nn.Conv2d(*geometry), *_act(activation))
         return layer, (filters, *((d + 2 * padding - size) // stride + 1 for d in shape[1:]))
 
     def _local(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
@@ -158,7 +159,7 @@ class DarknetNet(nn.Module):
         layers: list[nn.Module] = [nn.Flatten(), nn.Linear(math.prod(shape), outputs)]
         if s.integer("batch_normalize", 0):
             raise CfgError(f"cfg: [connected] of line {s.line}: batch_normalize: expected 0 (not supported here), got 1")
-        return nn.Sequential(*layers, *_act(_activation(s, "logistic"))), (outputs,)
+        return FusedSequential(*layers, *_act(_activation(s, "logistic"))), (outputs,)
 
     def _maxpool(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         stride = s.integer("stride", 1)
@@ -168,7 +169,7 @@ class DarknetNet(nn.Module):
         return DarknetMaxPool(size, stride, padding), (shape[0], *((d + padding - size) // stride + 1 for d in shape[1:]))
 
     def _avgpool(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (shape[0],)
+        return FusedSequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (shape[0],)
 
     def _dropout(self, s: Section, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
         return nn.Dropout(s.number("probability", 0.2)), shape

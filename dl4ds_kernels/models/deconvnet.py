@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import max_pool_indices, max_unpool
 from ..modules import FusedSequential
+from ..modules._run import run_conv_act
 from ._init import he_fan_in
 from ._registry import register
 
@@ -66,7 +67,7 @@ class DeconvNet(nn.Module):
         x = self.middle(x)
         for stage in self.decoder:
             x = stage(max_unpool(x, switches.pop()))
-        return self.head(x)
+        return run_conv_act(x, self.head)
 
 
 def _step(conv: nn.Module, channels: int, batch_norm: bool) -> list[nn.Module]:

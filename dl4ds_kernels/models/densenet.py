@@ -20,6 +20,7 @@ from ..functional import global_avg_pool2d
 from ..modules import FusedSequential
 from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
+from ..modules._linear import run_linear_act
 from ..modules._packed import applies
 from ..modules._run import NO_ACT, ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.sequential import run_sequence
@@ -236,7 +237,7 @@ class DenseNet(nn.Module):
         # The last BatchNorm and its ReLU are one pass, unless somebody looks at what comes between them.
         plain = is_plain(self.features)
         x = run_sequence([*self.features.children(), self.relu], x) if plain else self.relu(self.features(x))
-        return self.classifier(torch.flatten(global_avg_pool2d(x), 1))
+        return run_linear_act(torch.flatten(global_avg_pool2d(x), 1), self.classifier)
 
 
 def _builder(depth: int) -> Callable[..., DenseNet]:

@@ -15,7 +15,7 @@ from ..functional import add_act, max_pool2d, upsample_add
 from ..modules import FusedSequential
 from ..modules._chain import Step, run_chain
 from ..modules._pool import run_pool
-from ..modules._run import NO_ACT, ActSpec, run_conv_bn_act
+from ..modules._run import NO_ACT, ActSpec, run_conv_act, run_conv_bn_act
 from ._init import he_fan_in
 from ._registry import register
 
@@ -37,7 +37,7 @@ class HourglassResidual(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, half, 3, padding=1)
         self.bn3, self.conv3 = nn.BatchNorm2d(half), nn.Conv2d(half, out, 1)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = None if channels == out else nn.Sequential(nn.Conv2d(channels, out, 1))
+        self.downsample = None if channels == out else FusedSequential(nn.Conv2d(channels, out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         act = ActSpec("relu", 0.0, self.relu)
@@ -87,35 +87,46 @@ class StackedHourglass(nn.Module):
         wide_stem: the second residual of the stem already widens to 256 channels (pytorch-pose, kornia: 25,594,624 parameters
             with 8 stacks) instead of the third (the paper's code: 25,434,112).
         in_channels: of the image.
+        features: channels of the hourglasses (the paper: 256); the stem has a quarter and half of them.
 
     Shape: x (N, in_channels, H, W), sides divisible by ``4 * 2 ** depth`` (the paper: 256) -> one (N, joints, H / 4, W / 4) for
     each stack, in order; all of them take part in the loss, the last is the answer. Raises: RuntimeError for other sizes.
     """
 
     def __init__(
-        self, stacks: int = 8, joints: int = 16, *, depth: int = 4, wide_stem: bool = False, in_channels: int = 3
+        self,
+        stacks: int = 8,
+        joints: int = 16,
+        *,
+        depth: int = 4,
+        wide_stem: bool = False,
+        in_channels: int = 3,
+        features: int = FEATURES,
     ) -> None:
         super().__init__()
         if stacks < 1 or joints < 1 or depth < 1:
             raise ValueError(f"StackedHourglass: stacks, joints, depth: expected 1 or more, got {stacks}, {joints}, {depth}")
+        if features < 4 or features % 4:
+            raise ValueError(f"StackedHourglass: features: expected a multiple of 4, got {features}")
         self.depth = depth
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3)
-        self.bn1 = nn.BatchNorm2d(64)
+        quarter, half = features // 4, features // 2
+        self.conv1 = nn.Conv2d(in_channels, quarter, 7, stride=2, padding=3)
+        self.bn1 = nn.BatchNorm2d(quarter)
         self.relu = nn.ReLU(inplace=True)
-        between = FEATURES if wide_stem else 128
-        self.layer1 = _residual(64, 128)
-        self.layer2 = _residual(128, between)
-        self.layer3 = _residual(between, FEATURES)
+        between = features if wide_stem else half
+        self.layer1 = _residual(quarter, half)
+        self.layer2 = _residual(half, between)
+        self.layer3 = _residual(between, features)
         self.maxpool = nn.MaxPool2d(2, 2)
-        self.hg = nn.ModuleList(Hourglass(depth) for _ in range(stacks))
-        self.res = nn.ModuleList(_residual(FEATURES, FEATURES) for _ in range(stacks))
+        self.hg = nn.ModuleList(Hourglass(depth, features) for _ in range(stacks))
+        self.res = nn.ModuleList(_residual(features, features) for _ in range(stacks))
         self.fc = nn.ModuleList(
-            FusedSequential(nn.Conv2d(FEATURES, FEATURES, 1), nn.BatchNorm2d(FEATURES), nn.ReLU(inplace=True))
+            FusedSequential(nn.Conv2d(features, features, 1), nn.BatchNorm2d(features), nn.ReLU(inplace=True))
             for _ in range(stacks)
         )
-        self.score = nn.ModuleList(nn.Conv2d(FEATURES, joints, 1) for _ in range(stacks))
-        self.fc_ = nn.ModuleList(nn.Conv2d(FEATURES, FEATURES, 1) for _ in range(stacks - 1))
-        self.score_ = nn.ModuleList(nn.Conv2d(joints, FEATURES, 1) for _ in range(stacks - 1))
+        self.score = nn.ModuleList(nn.Conv2d(features, joints, 1) for _ in range(stacks))
+        self.fc_ = nn.ModuleList(nn.Conv2d(features, features, 1) for _ in range(stacks - 1))
+        self.score_ = nn.ModuleList(nn.Conv2d(joints, features, 1) for _ in range(stacks - 1))
         he_fan_in(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -127,9 +138,10 @@ class StackedHourglass(nn.Module):
         heatmaps = []
         for i, hourglass in enumerate(self.hg):
             y = self.fc[i](self.res[i](hourglass(x)))
-            heatmaps.append(self.score[i](y))
+            heatmaps.append(run_conv_act(y, self.score[i]))
             if i < len(self.fc_):
-                x = add_act(x, self.fc_[i](y), self.score_[i](heatmaps[-1]), activation="none")
+                back = run_conv_act(y, self.fc_[i]), run_conv_act(heatmaps[-1], self.score_[i])
+                x = add_act(x, *back, activation="none")
         return heatmaps
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PreActBasicBlock, PreActBottleneck
+from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
 from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.residual import conv1x1
@@ -83,7 +84,8 @@ class PreActResNet(nn.Module):
         act = ActSpec("relu", 0.0, self.relu)
         x = run_conv_act(x, self.conv1) if self.bn1 is None else run_conv_bn_act(x, self.conv1, self.bn1, act)
         x = self.layer4(self.layer3(self.layer2(self.layer1(run_pool(x, self.maxpool)))))
-        return self.fc(torch.flatten(run_pool(run_bn_act(x, self.norm, act), self.avgpool), 1))
+        x = run_pool(run_bn_act(x, self.norm, act), self.avgpool)
+        return run_linear_act(torch.flatten(x, 1), self.fc)
 
 
 def preact_stage(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..modules import BasicBlock, Bottleneck, FusedSequential
 from ..modules._block import run_conv_bn_act_pool
+from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
 from ..modules._run import ActSpec
 from ..modules.residual import conv1x1
@@ -111,7 +112,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act_pool(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu), self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(run_pool(x, self.avgpool), 1))
+        return run_linear_act(torch.flatten(run_pool(x, self.avgpool), 1), self.fc)
 
 
 def _builder(depth: int) -> Callable[..., ResNet]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..modules import FusedSequential
 from ..modules._pool import run_pool
+from ..modules._run import run_conv_act
 from ..modules._transposed import run_up_concat
 from ._init import he_fan_in
 from ._registry import register
@@ -101,7 +102,7 @@ class UNet(nn.Module):
                 x = decode(run_up_concat(skip, x, up))
             else:
                 x = decode(torch.cat((skip, _pad_to(up(x), skip.shape[2:])), 1))
-        return self.head(x)
+        return run_conv_act(x, self.head)
 
     def _check(self, x: Tensor) -> None:
         sizes = x.shape[2:]

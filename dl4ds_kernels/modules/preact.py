@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..functional import add_act
 from ._block import Pair, run_norm_act_conv, run_residual_block
 from ._chain import Step, run_chain
-from ._run import NO_ACT, ActSpec, run_bn_act
+from ._run import NO_ACT, ActSpec, run_bn_act, run_conv_act
 from .residual import conv1x1, conv3x3
 
 
@@ -75,7 +75,7 @@ class _PreActivation(nn.Module):
             branch = run_chain((x,), self._steps(act, (norm, act)))
             return add_act(branch, x, alpha=self.residual_scale, activation="none")
         z = x if norm is None else run_bn_act(x, norm, act)
-        shortcut = x if self.downsample is None else self.downsample(z)
+        shortcut = x if self.downsample is None else run_conv_act(z, self.downsample)
         return add_act(run_chain((z,), self._steps(act)), shortcut, alpha=self.residual_scale, activation="none")
 
     def _steps(self, act: ActSpec, before: tuple[nn.Module, ActSpec] | None = None) -> tuple[Step, ...]:

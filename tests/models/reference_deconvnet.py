@@ -22,18 +22,18 @@ def unpool(x: Tensor, best: Tensor) -> Tensor:
 
 
 class Step(nn.Module):
-    def __init__(self, layer: nn.Module, channels: int) -> None:
+    def __init__(self, layer: nn.Module, channels: int, norm: bool) -> None:
         super().__init__()
-        self.layer, self.norm = layer, nn.BatchNorm2d(channels)
+        self.layer, self.norm = layer, nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.norm(self.layer(x)))
 
 
 class PaperDeconvNet(nn.Module):
-    """``fc``: channels of the two layers in the middle (4096 in the paper)."""
+    """``fc``: channels of the two layers in the middle (4096 in the paper); ``norm``: BatchNorm behind every layer."""
 
-    def __init__(self, classes: int, fc: int) -> None:
+    def __init__(self, classes: int, fc: int, norm: bool = True) -> None:
         super().__init__()
         down = ["64 64", "128 128", "256 256 256", "512 512 512", "512 512 512"]
         up = ["512 512 512", "512 512 256", "256 256 128", "128 64", "64 64"]
@@ -42,16 +42,16 @@ class PaperDeconvNet(nn.Module):
         for stage in down:
             self.down.append(nn.ModuleList())
             for width in map(int, stage.split()):
-                self.down[-1].append(Step(nn.Conv2d(last, width, 3, padding=1), width))
+                self.down[-1].append(Step(nn.Conv2d(last, width, 3, padding=1), width, norm))
                 last = width
         first = 512
         for stage in up:
             self.up.append(nn.ModuleList())
             for width in map(int, stage.split()):
-                self.up[-1].append(Step(nn.ConvTranspose2d(first, width, 3, padding=1), width))
+                self.up[-1].append(Step(nn.ConvTranspose2d(first, width, 3, padding=1), width, norm))
                 first = width
-        self.fc6, self.fc7 = Step(nn.Conv2d(512, fc, 7), fc), Step(nn.Conv2d(fc, fc, 1), fc)
-        self.back = Step(nn.ConvTranspose2d(fc, 512, 7), 512)
+        self.fc6, self.fc7 = Step(nn.Conv2d(512, fc, 7), fc, norm), Step(nn.Conv2d(fc, fc, 1), fc, norm)
+        self.back = Step(nn.ConvTranspose2d(fc, 512, 7), 512, norm)
         self.scores = nn.Conv2d(64, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -206,3 +206,66 @@ def test_import_is_light() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "has no attribute 'nothing'" in result.stdout
+
+
+HEADS = {
+    "resnet18": (models.resnet18, (3, 64, 64), "fc"),
+    "preact_resnet18": (models.preact_resnet18, (3, 64, 64), "fc"),
+    "cifar_resnet8": (lambda: models.CifarResNet(8, 8000), (3, 32, 32), "fc"),
+    "cifar_preact11": (lambda: models.CifarPreActResNet(11, 2000), (3, 32, 32), "fc"),
+    "densenet": (lambda: models.DenseNet(16, (2, 2), 16, num_classes=15_000), (3, 64, 64), "classifier"),
+    "yolov1_tiny": (lambda: models.DarknetNet.from_text(YOLO), (3, 448, 448), "layers.14.1"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_take_the_fully_connected_kernel(name: str) -> None:
+    """In inference on few rows; a hook, an exchanged head and training are served by the stock layer."""
+    build, shape, head = HEADS[name]
+    net, x = seeded(build()).eval(), image(2, *shape)
+    layer = net.get_submodule(head)
+    assert type(layer) is nn.Linear and f"{head}.weight" in net.state_dict()
+    names: Counter[str] = Counter()
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names[str(function).partition(".default")[0]] += 1
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Record():
+        fused = net(x)
+    assert names["dl4ds_kernels.linear_act"] == 1 and names["aten.addmm"] == 0
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        near(net(x), fused)
+    handle.remove()
+    assert len(seen) == 1
+    near(seen[0], fused)
+    names.clear()
+    with Record():
+        out = net.train()(x)
+    assert names["aten.addmm"] == 1 and names["dl4ds_kernels.linear_act"] == 0 and out.requires_grad
+    parent, _, child = head.rpartition(".")
+    setattr(net.get_submodule(parent), child, nn.Identity())
+    with torch.no_grad():
+        assert net.eval()(x).shape == (2, layer.in_features)
+
+
+def test_yolo_of_the_paper_runs_on_the_engine() -> None:
+    """Convolutions without BatchNorm, with their leaky ReLU; poolings; both connected layers."""
+    import re
+
+    text = re.sub(r"filters=(\d+)", lambda m: f"filters={int(m[1]) // 4}", models.yolov1_cfg("paper"))
+    net, x = seeded(models.DarknetNet.from_text(text)).eval(), image(1, 3, 448, 448)
+    names: Counter[str] = Counter()
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names[str(function).partition(".default")[0]] += 1
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Record():
+        net(x)
+    assert names["dl4ds_kernels.conv_bn_act_packed"] == 24 and names["dl4ds_kernels.linear_act"] == 2
+    assert not [n for n in names if n.startswith(("aten.convolution", "aten.addmm", "aten.leaky_relu"))]

@@ -99,6 +99,21 @@ def test_pytorchcv_densenet_deep(name: str) -> None:
     ours, stock = getattr(models, f"cifar_{name.removesuffix('_cifar10')}")(), ptcv(name)
     copy_in_order(ours, stock)
     check_forward(ours, stock, image(2, 3, 16, 16), (2, 10))
+    check_training(ours, stock, image(4, 3, 8, 8), chaotic=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("depth", [32, 44])
+def test_pytorchcv_other_depths(depth: int) -> None:
+    """Depths for which pytorchcv registers no name, from its constructor."""
+    cifar = pytest.importorskip(
+        "pytorchcv.models.resnet_cifar", reason="pytorchcv is an independent implementation, not installed"
+    )
+    torch.manual_seed(0)
+    stock = seeded(cifar.get_resnet_cifar(num_classes=10, blocks=depth, bottleneck=False))
+    ours, x = models.CifarResNet(depth, shortcut="B"), image(4, 3, 32, 32)
+    check_forward(*loaded(ours, stock, "ptcv_resnet"), x, (4, 10))
+    check_training(ours, stock, x, rename=from_("ptcv_resnet"))
 
 
 @pytest.mark.full

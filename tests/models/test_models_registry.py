@@ -132,6 +132,7 @@ def test_create_and_options() -> None:
         (lambda: models.preact_resnet18(stride_in_1x1=True), "PreActBasicBlock: stride_in_1x1: expected False"),
         (lambda: models.resnet18(stride_in_1x1=True), "ResNet: stride_in_1x1: expected False for BasicBlock"),
         (lambda: models.UNet(padding="full"), "UNet: padding: expected 'valid' or 'same', got 'full'"),
+        (lambda: models.hourglass(features=6), "StackedHourglass: features: expected a multiple of 4, got 6"),
         (lambda: models.hourglass(0), "StackedHourglass: stacks, joints, depth: expected 1 or more, got 0"),
     ],
 )
@@ -179,6 +180,17 @@ def test_valid_sizes_of_the_unet() -> None:
         (572, 568, 64), (284, 280, 128), (140, 136, 256), (68, 64, 512), (32, 28, 1024),
         (56, 52, 512), (104, 100, 256), (200, 196, 128), (392, 388, 64),
     ]  # fmt: skip
+
+
+def test_narrow_hourglasses() -> None:
+    """Every width of the stem and the hourglasses follows ``features``."""
+    with torch.device("meta"):
+        narrow, wide = models.hourglass(2, 3, features=64), models.hourglass(2, 3)
+    assert [tuple(o.shape) for o in narrow.eval()(torch.empty(1, 3, 64, 64, device="meta"))] == [(1, 3, 16, 16)] * 2
+    for (name, a), (other, b) in zip(narrow.named_parameters(), wide.named_parameters(), strict=True):
+        assert name == other
+        fixed = {3}  # channels of the picture, joints and kernels
+        assert all(4 * s == t or s == t and s in {*fixed, 1, 7} for s, t in zip(a.shape, b.shape, strict=True)), name
 
 
 def test_meta_models_hold_no_memory() -> None:

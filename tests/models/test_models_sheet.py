@@ -74,8 +74,7 @@ def _cifar(depth: int, count: int, b: int) -> list[Row]:
 
     deep = "" if early else "_deep"
     other = f"{PEERS}pytorchcv{deep}[resnet{depth}_cifar10]"
-    # 32 and 44 layers with shortcut B: the same code as 20, 56 and 110, by depth.
-    b_tests = (other,) if depth in (20, 56, 110) else (f"{PEERS}pytorchcv[resnet20_cifar10]", *test(f"cifar_resnet{depth}"))
+    b_tests = (other if depth in (20, 56, 110) else f"{PEERS}pytorchcv_other_depths[{depth}]",)
     return [
         Row("7.2", f"ResNet-{depth}", f"cifar_resnet{depth}", count, test(f"cifar_resnet{depth}")),
         Row("7.2", f"plain {depth}", f"cifar_plain{depth}", count, test(f"cifar_plain{depth}")),
@@ -106,12 +105,13 @@ ROWS = [
     *_vgg(11, 132_863_336, 132_868_840), *_vgg(13, 133_047_848, 133_053_736), *_vgg(16, 138_357_544, 138_365_992),
     *_vgg(19, 143_667_240, 143_678_248),
     Row("5.1", "paper net", "yolov1", 271_703_550,
-        (f"{REFERENCE}yolov1[paper]", f"{REFERENCE}yolov1_full_width[paper]", f"{REFERENCE}yolov1_half_width_training[paper]")),
+        (f"{REFERENCE}yolov1[paper]", f"{REFERENCE}yolov1_full_width[paper]", f"{REFERENCE}yolov1_full_width_training[paper]")),
     Row("5.1", "yolov1.cfg", "yolov1_darknet", 197_301_875,
         (f"{REFERENCE}yolov1[darknet]", f"{REFERENCE}yolov1_full_width[darknet]",
-         f"{REFERENCE}yolov1_half_width_training[darknet]", f"{REFERENCE}yolov1_running_statistics[darknet]")),
+         f"{REFERENCE}yolov1_full_width_training[darknet]", f"{REFERENCE}yolov1_running_statistics[darknet]")),
     Row("5.1", "yolov1-tiny.cfg", "yolov1_tiny", 27_095_374,
-        (f"{REFERENCE}yolov1[tiny]", f"{REFERENCE}yolov1_full_width[tiny]", f"{DARKNET}opencv_reads_the_same_network")),
+        (f"{REFERENCE}yolov1[tiny]", f"{REFERENCE}yolov1_full_width[tiny]", f"{REFERENCE}yolov1_full_width_training[tiny]",
+         f"{REFERENCE}yolov1_running_statistics[tiny]", f"{DARKNET}opencv_reads_the_same_network")),
     Row("6.1", "U-Net 2015", "unet", 31_030_658, (f"{REFERENCE}unet[valid]", f"{REFERENCE}unet_full_width")),
     Row("6.1", "U-Net, same, BN", "unet_bn", 31_037_698, (f"{REFERENCE}unet[same]", f"{REFERENCE}unet_bn_full_width[unet_bn-")),
     Row("6.1", "U-Net, bilinear", "unet_bn_bilinear", 17_263_042,
@@ -120,8 +120,9 @@ ROWS = [
     Row("6.2", "3-D U-Net", "unet3d", 19_069_955 + 4_672, (f"{REFERENCE}unet3d", f"{REFERENCE}unet3d_full_width")),
     Row("6.2", "3-D U-Net with biases", lambda: models.unet3d(up_bias=True), 19_075_523, (f"{REFERENCE}unet3d",)),
     Row("6.3", "DeconvNet", "deconvnet", 251_805_653,
-        (f"{REFERENCE}deconvnet", f"{REFERENCE}deconvnet_training")),
-    Row("6.3", "DeconvNet without BN", lambda: models.deconvnet(batch_norm=False), 251_772_245, (f"{REFERENCE}deconvnet",)),
+        (f"{REFERENCE}deconvnet", f"{REFERENCE}deconvnet_full_width", f"{REFERENCE}deconvnet_training")),
+    Row("6.3", "DeconvNet without BN", lambda: models.deconvnet(batch_norm=False), 251_772_245,
+        (f"{REFERENCE}deconvnet_without_batch_norm",)),
     *_resnet(18, 11_689_512, 11_687_720), *_resnet(34, 21_797_672, 21_795_880), *_resnet(50, 25_557_032, 25_549_352),
     *_resnet(101, 44_549_160, 44_541_480), *_resnet(152, 60_192_808, 60_185_128), *_resnet(200, 64_673_832, 64_666_152),
     Row("7.1", "stem of pytorchcv", lambda: models.preact_resnet50(stem="ptcv"), 25_549_480,

@@ -12,7 +12,7 @@ from torch import nn
 
 from dl4ds_kernels import models
 
-# The two heavy dense layers of AlexNet and VGG are stock torch; training tests leave them out.
+# The two heavy dense layers of AlexNet and VGG train as stock torch; most training tests leave them out.
 SHARED = [n for n in models.list_models() if hasattr(torchvision.models, n)]
 
 
@@ -80,6 +80,12 @@ def test_training_every_depth(name: str) -> None:
 @pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg13_bn", "vgg16_bn", "vgg19_bn"])
 def test_training_every_vgg_with_a_small_head(name: str) -> None:
     check_training(*map(small_head, pair(name)), image(3, 3, 64, 64), bn=name.endswith("_bn"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["alexnet", "vgg16", "vgg16_bn"])
+def test_training_with_every_dense_layer(name: str) -> None:
+    check_training(*pair(name), image(3, 3, 64 if "vgg" in name else 95, 64 if "vgg" in name else 95), bn=name == "vgg16_bn")
 
 
 def test_training_memory_efficient_densenet() -> None:
