@@ -82,7 +82,7 @@ def test_everything_else_is_known() -> None:
     """What no other test here checks is a command of pip, git or pytest."""
     rest = [c for c in COMMANDS if not re.match(r"make |python -m dl4ds_kernels|python (bench|docs|tools)/", c)]
     for command in rest:
-        assert re.match(r"pip install |git clone |python -m (pytest|tests\.)", command), command
+        assert re.match(r"pip install |git clone |python -m (pytest|http\.server|tests\.)", command), command
         for path in re.findall(r"\b(?:bench|tests)/\S+\.py", command):
             assert (ROOT / path).exists(), command
 
