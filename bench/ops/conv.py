@@ -90,9 +90,10 @@ def run(layer: Layer, batch: int, options: argparse.Namespace, peak: float) -> d
     calls |= others | {"ours": lambda: ours(x_last), "ours exact": lambda: exact(x_last)} | algorithms
     truth = copy.deepcopy(module).double()(x.double())
     errors = {key: benchmark.relative_error(torch.as_tensor(call()), truth) for key, call in calls.items()}
-    # In NCHW stock torch sums otherwise than in channels_last, where oneDNN adds all products of an output one after the other.
+    # Stock torch's own error depends on its choice: oneDNN in channels_last adds all products of an output one after the other, as
+    # our direct convolution does; in NCHW, and with one thread, it may take a blocked product. The floor is that of the tests.
     stock_error = max(errors["eager"], errors["eager channels_last"])
-    limits = dict.fromkeys(calls, LIMIT) | {"ours exact": max(2 * stock_error, 1e-6)}
+    limits = dict.fromkeys(calls, LIMIT) | {"ours exact": max(2 * stock_error, 2e-6)}
     wrong = {key: error for key, error in errors.items() if error > limits[key]}
     right = {key: call for key, call in calls.items() if key not in wrong}
     timings = benchmark.measure(right, rounds=options.rounds, min_sample_ms=1.0, budget_s=30, settle_s=0.02, shuffle=0)
