@@ -90,8 +90,8 @@ def run(layer: Layer, batch: int, options: argparse.Namespace, peak: float) -> d
     calls |= others | {"ours": lambda: ours(x_last), "ours exact": lambda: exact(x_last)} | algorithms
     truth = copy.deepcopy(module).double()(x.double())
     errors = {key: benchmark.relative_error(torch.as_tensor(call()), truth) for key, call in calls.items()}
-    # Stock torch's own error depends on its choice: oneDNN in channels_last adds all products of an output one after the other, as
-    # our direct convolution does; in NCHW, and with one thread, it may take a blocked product. The floor is that of the tests.
+    # Stock torch's own error depends on its choice: oneDNN in channels_last adds all products of an output one after the other,
+    # as our direct convolution does; in NCHW, and with one thread, it may take a blocked product. The floor is the tests'.
     stock_error = max(errors["eager"], errors["eager channels_last"])
     limits = dict.fromkeys(calls, LIMIT) | {"ours exact": max(2 * stock_error, 2e-6)}
     wrong = {key: error for key, error in errors.items() if error > limits[key]}
@@ -169,6 +169,7 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     )
     labels = [f"{row['layer']} b{row['batch']} t{row['threads']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
+    axes.margins(x=0.01)
     axes.set_ylabel("GFLOP/s of direct work")
     axes.set_title(f"Convolution + BatchNorm + ReLU, fp32, {machine}", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
