@@ -153,9 +153,10 @@ def explain(
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
 
-    ``weight`` and what follows it are those of ``conv_bn_act`` (and of ``bn_act_conv`` in inference): on CUDA the dict then says too which kernels run the layer
-    ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN with BatchNorm and activation in place; on
-    the CPU which algorithm each convolution of a training step takes ("training", "training_reason").
+    ``weight`` and what follows it are those of ``conv_bn_act`` (or ``bn_act_conv`` in inference): on CUDA the dict then says
+    too which kernels run the layer ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN and
+    ``bn_act``'s kernel; on the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
+    ("training", "training_reason").
     """
     if op not in MIN_NUMEL:
         raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
