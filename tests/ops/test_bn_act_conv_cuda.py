@@ -1,4 +1,4 @@
-"""bn_act_conv on CUDA: BatchNorm and relu on the way into a 1x1 convolution, on the PTX simulator and through the host function.
+"""bn_act_conv on CUDA: BatchNorm and relu on the way into a 1x1 convolution, on the PTX simulator and by the host function.
 
 The truth is fp64. The normalised input is rounded to the operands' type (fp32: to TF32) as where bn_act writes it: against that
 way, kernel for kernel, the bits are the same.
@@ -65,8 +65,8 @@ class Problem:
     def run(self, tile: str = "k64x64", **options: int) -> Tensor:
         more = {"eps": 1e-3, "activation": 1} if self.outer else {}
         out, self.reports = bn_act_conv_fwd(
-            self.x, self.inner, self.weight, self.bias, self.stride, [0, 0], outer=self.outer, residual=self.residual, tile=tile,
-            options=options, **more,
+            self.x, self.inner, self.weight, self.bias, self.stride, [0, 0], outer=self.outer, residual=self.residual,
+            tile=tile, options=options, **more,
         )  # fmt: skip
         return out
 
@@ -205,8 +205,8 @@ def arguments(dtype: torch.dtype, behind: bool, activation: int = 1, padding: in
     outer = [p.outer[name] for name in names] if behind else [None] * 4
     tail = (1e-3, False, 1 if behind else 0, 0.0)
     return (
-        p.x, *inner, 1e-3, False, activation, 0.1, p.weight, p.bias.to(dtype), *outer, p.residual, [1, 1], [padding] * 2, [1, 1],
-        1, *tail,
+        p.x, *inner, 1e-3, False, activation, 0.1, p.weight, p.bias.to(dtype), *outer, p.residual, [1, 1], [padding] * 2,
+        [1, 1], 1, *tail,
     )  # fmt: skip
 
 
