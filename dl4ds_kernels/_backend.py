@@ -26,7 +26,7 @@ REFERENCE = "reference"
 
 # Elements from which our kernel beats stock torch on the CPU, host overhead included (bench/overhead.py prints both sides).
 MIN_NUMEL = {
-    "add_act": 32768, "add3_act": 65536, "bn_act": 16384, "conv_bn_act": 8192, "conv_transpose_bn_act": 0,
+    "add_act": 32768, "add3_act": 65536, "bn_act": 16384, "bn_act_conv": 0, "conv_bn_act": 8192, "conv_transpose_bn_act": 0,
     "local_response_norm": 0, "max_pool_indices": 0, "upsample_add": 16384, "max_pool2d": 0, "avg_pool2d": 0,
     "global_avg_pool2d": 98304, "linear_act": 0, "nms": 0, "batched_nms": 0, "nms_padded": 0,
     "residual_block": 16384, "bn_act_max_pool": 16384,
@@ -153,9 +153,10 @@ def explain(
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
 
-    ``weight`` and what follows it are those of ``conv_bn_act``: on CUDA the dict then says too which kernels run the layer
-    ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN with BatchNorm and activation in place; on
-    the CPU which algorithm each convolution of a training step takes ("training", "training_reason").
+    ``weight`` and what follows it are those of ``conv_bn_act`` (or ``bn_act_conv`` in inference): on CUDA the dict then says
+    too which kernels run the layer ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN and
+    ``bn_act``'s kernel; on the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
+    ("training", "training_reason").
     """
     if op not in MIN_NUMEL:
         raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
@@ -173,12 +174,16 @@ def explain(
         reason = f"no kernel for {x.dtype} on {x.device.type}, or a model is being exported"
     names = {CPP: f"C++ ({x.device.type})", TRITON: "Triton", REFERENCE: "reference", STOCK: "stock torch"}
     report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
-    if op != "conv_bn_act" or weight is None or path != CPP:
+    if op not in ("conv_bn_act", "bn_act_conv") or weight is None or path != CPP:
         return report
     pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
     if x.device.type == "cpu":
-        report |= _cpu_conv.explain(x, weight, pairs, groups)
+        report |= _cpu_conv.explain(x, weight, pairs, groups) if op == "conv_bn_act" else {}
     else:
-        found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, ACTIVATION_CODES[activation], training)
+        code = ACTIVATION_CODES[activation]
+        if op == "conv_bn_act":
+            found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, code, training)
+        else:
+            found = _cuda_conv.explain_prologue(x, weight, *pairs, groups, code)
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}
     return report

@@ -25,6 +25,9 @@ REASONS = {
     7: "a filter of more than 32 rows or columns",
     8: "an activation other than none, relu, leaky_relu and relu6",
     9: "output channels or slices that the tile does not serve (the route takes one that does)",
+    10: "the input's BatchNorm fits on the way into 1x1 convolutions without padding only",
+    11: "in front of the convolution an activation other than relu",
+    12: "BatchNorm of more than 4096 input channels",
     16: "asked for: DL4DS_CUDA_CONV=library",
     17: "the GPU's compute capability is below 8.0",
     18: "not a convolution of two spatial dimensions",
@@ -33,6 +36,11 @@ REASONS = {
     21: "fp32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32",
     22: "modelled (not measured) to be no faster fused",
 }
+
+
+def _facts(tile: int, fused_ns: int, library_ns: int, **more: int) -> dict[str, Any]:
+    """What the model said, where it was asked."""
+    return {"tile": TILES[tile], **more, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3} if fused_ns > 0 else {}
 
 
 def explain(
@@ -47,9 +55,7 @@ def explain(
     reason, tile, slices, fused_ns, library_ns = ask(
         x, weight, residual, stride, padding, dilation, groups, activation, training
     )
-    facts: dict[str, Any] = {}
-    if fused_ns > 0:
-        facts = {"tile": TILES[tile], "slices": slices, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3}
+    facts = _facts(tile, fused_ns, library_ns, slices=slices)
     if reason == 0:
         return {
             "kernels": "a convolution that leaves its batch statistics (CUTLASS main loop), then BatchNorm and activation"
@@ -60,3 +66,22 @@ def explain(
         }
     behind = "batch statistics, BatchNorm and activation" if training else "BatchNorm and activation in place"
     return {"kernels": f"cuDNN, then {behind}", "reason": REASONS[reason], **facts}
+
+
+def explain_prologue(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: int,
+    epilogue: bool = False, residual: bool = False, question: Callable[..., list[int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of one call of ``bn_act_conv`` in inference; ``activation``: the one in front of the convolution.
+
+    epilogue: a BatchNorm (and relu) behind the convolution too, as in DenseNet's bottlenecks.
+    """
+    ask = question or op("bn_act_conv_route")
+    answer = ask(x, weight, activation, epilogue, residual, stride, padding, dilation, groups, int(epilogue))
+    reason, tile, _, fused_ns, library_ns = answer
+    facts = _facts(tile, fused_ns, library_ns)
+    if reason == 0:
+        kernels = "one fused kernel: BatchNorm and relu on the way into a CUTLASS main loop"
+        return {"kernels": kernels, "reason": "modelled (not measured) to be faster fused", **facts}
+    behind = "conv_bn_act" if epilogue else "cuDNN"
+    return {"kernels": f"BatchNorm and activation, then {behind}", "reason": REASONS[reason], **facts}

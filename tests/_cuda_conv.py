@@ -121,6 +121,34 @@ def conv_bn_act_fwd(
     return out, reports
 
 
+def bn_act_conv_fwd(
+    x: Tensor, inner: dict[str, Any], weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], *,
+    outer: dict[str, Any] | None = None, residual: Tensor | None = None, tile: str = "k64x64",
+    options: dict[str, int] | None = None, refusal: int = 0, **more: Any,
+) -> tuple[Tensor | None, list[Report]]:  # fmt: skip
+    """The convolution with a prologue: (out, reports).
+
+    ``inner``: mean, var, weight, bias, eps, eps_std of x's BatchNorm; ``outer``: running_mean, running_var, bn_weight, bn_bias
+    of the output's, none without; ``more``: other members of ConvBnActFwdParams. With ``refusal``: as conv_bn_act_fwd.
+    """
+    out = empty_output(x, weight, stride, padding, [1, 1])
+    names = ("mean", "var", "weight", "bias")
+    with cuda.library().session(**(options or {})) as session:
+        launch = cuda.Launch("conv_bn_act", session, "fwd")
+        params = launch.make(**{
+            **sizes_of(launch, x, weight, out, stride, padding, [1, 1]), "tile": tile, "slices": 1, "prologue": True,
+            "in_activation": 1, **{f"in_{name}": launch.channels(inner[name], f"in_{name}") for name in names},
+            "in_eps": inner["eps"], "in_eps_std": inner.get("eps_std", False), "conv_bias": launch.channels(bias, "bias"),
+            **{name: launch.channels(vector, name) for name, vector in (outer or {}).items()},
+            "residual": launch.read(residual, "residual"), **more,
+        })  # fmt: skip
+        assert session.call("conv_bn_act_fwd_refusal", params) == refusal
+        if refusal:
+            assert session.call("launch_conv_bn_act_fwd", params, None) != 0
+            return None, session.reports
+        return out, launch.run(params)
+
+
 def fused() -> bool:
     """Whether the launcher is compiled in (CUTLASS' headers were found)."""
     with cuda.library().session() as session:

@@ -24,6 +24,8 @@ FUNCTIONS = (
     "bn_act_bwd",
     "add_act",
     "add_act_bwd",
+    "bn_act_conv",
+    "bn_act_conv_route",
     "conv_bn_act",
     "conv_bn_act_route",
     "conv_bn_act_train",

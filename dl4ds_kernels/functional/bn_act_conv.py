@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .._activation import activation_code
 from ._common import check_floating, check_vector, eps_mode_flag, fail
 from ._conv2d import conv2d
+from ._prologue import NOTHING, prologue_conv, prologue_fits
 from .bn_act import bn_act
 
 
@@ -38,8 +39,8 @@ def bn_act_conv(
     """``conv2d(activation(batch_norm(x)), weight, bias)``: what a pre-activation or DenseNet layer does with its input.
 
     The BatchNorm cannot be folded into the convolution before it (the skip connection uses the same input), nor, with zero
-    padding behind an activation, into the one after it. Two ops today: :func:`bn_act`, forward and backward, and the library
-    convolution.
+    padding behind an activation, into the one after it. :func:`bn_act`, forward and backward, and the library convolution; in
+    inference on CUDA a 1x1 convolution behind relu can normalise its input on the way in, in one kernel (docs/gpu-conv.md).
 
     Args:
         x: (N, C_in, H, W), NCHW or channels_last. running_mean, running_var, bn_weight, bn_bias: (C_in,), see :func:`bn_act`.
@@ -65,6 +66,10 @@ def bn_act_conv(
             )  # fmt: skip
         if x.dim() != 4:
             fail("bn_act_conv", "x", "(N, C, H, W)", tuple(x.shape))
+        if not training and running_mean is not None and prologue_fits(x, weight, padding, backend, bias, bn_weight, bn_bias):
+            flag, code = eps_mode_flag("bn_act_conv", eps_mode), activation_code("bn_act_conv", activation)
+            before = (running_mean, running_var, bn_weight, bn_bias, eps, flag, code, negative_slope)
+            return prologue_conv(x, before, weight, bias, NOTHING, (stride, padding, dilation, groups))
         z = bn_act(
             x, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
             eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, backend=backend,

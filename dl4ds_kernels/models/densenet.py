@@ -22,7 +22,15 @@ from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
 from ..modules._linear import run_linear_act
 from ..modules._packed import applies
-from ..modules._run import NO_ACT, ActSpec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
+from ..modules._run import (
+    NO_ACT,
+    ActSpec,
+    is_plain,
+    run_bn_act,
+    run_conv_act,
+    run_conv_bn_act,
+    run_norm_act_conv_norm_act,
+)
 from ..modules.sequential import run_sequence
 from ._init import he_fan_in
 from ._registry import register
@@ -74,6 +82,10 @@ class DenseLayer(nn.Module):
         return F.dropout(z, self.drop_rate, self.training) if self.drop_rate else z
 
     def _layers(self, x: Tensor) -> Tensor:
+        if self.bottleneck:
+            z = run_norm_act_conv_norm_act(x, *self.parts()[:5], None)
+            if z is not None:
+                return run_conv_act(z, self.conv2)
         z = run_bn_act(x, self.norm1, ActSpec("relu", 0.0, self.relu1))
         if self.bottleneck:
             return run_conv_act(run_conv_bn_act(z, self.conv1, self.norm2, ActSpec("relu", 0.0, self.relu2)), self.conv2)

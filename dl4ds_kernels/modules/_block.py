@@ -14,6 +14,7 @@ from ..functional.residual_block import BNParams, ConvParams, run_block
 from ..ops._block_code import IDENTITY, NO_SHORTCUT, PROJECTION
 from ._pool import run_pool
 from ._run import (
+    NO_ACT,
     ActSpec,
     _act_fusable,
     _autocast_differs,
@@ -27,6 +28,7 @@ from ._run import (
     run_bn_act,
     run_conv_act,
     run_conv_bn_act,
+    run_norm_act_conv_norm_act,
 )  # fmt: skip
 from .bn_act import batch_statistics_choice
 
@@ -124,6 +126,9 @@ def run_norm_act_conv(
 ) -> Tensor:
     """``conv(act(bn(x)))``; with gradients only ``x`` is kept."""
     out = run_residual_block(x, [(conv, bn)], act, None, preact=True, add=False, backend=backend)
+    if out is not None:
+        return out
+    out = run_norm_act_conv_norm_act(x, bn, act, conv, None, NO_ACT, backend)
     if out is not None:
         return out
     return run_conv_act(run_bn_act(x, bn, act, backend=backend), conv, backend=backend, **keywords)

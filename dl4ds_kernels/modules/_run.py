@@ -17,6 +17,7 @@ from .. import _packing
 from .._activation import ACTIVATION_CODES, apply_activation
 from ..functional import add_act, bn_act, conv_bn_act
 from ._packed import Epilogue, run_bn_act_conv_packed, run_packed
+from ._prologue import run_prologue_conv
 from .bn_act import BNAct2d, batch_statistics_choice
 from .sync_bn import SyncBNAct
 
@@ -244,6 +245,22 @@ def run_conv_act(
     return _apply(act, conv(x))
 
 
+def run_norm_act_conv_norm_act(
+    x: Tensor, bn1: nn.Module, act1: ActSpec, conv: nn.Module, bn2: nn.Module | None, act2: ActSpec, backend: str | None
+) -> Tensor | None:
+    """``act2(bn2(conv(act1(bn1(x)))))`` (bn2 None: without) in one kernel, None where there is none: inference on CUDA."""
+    if (
+        x.is_cuda
+        and _conv_fusable(conv)
+        and all(bn is None or (_bn_fusable(bn) and not bn.training) for bn in (bn1, bn2))
+        and _act_fusable(act1)
+        and _act_fusable(act2)
+        and _no_global_hooks()
+    ):
+        return run_prologue_conv(x, _epilogue(bn1, act1), conv, None if bn2 is None else _epilogue(bn2, act2), backend)
+    return None
+
+
 def run_dense_conv(
     features: list[Tensor],
     bn1: nn.Module,
@@ -274,5 +291,9 @@ def run_dense_conv(
         out = run_bn_act_conv_packed(features, _epilogue(bn1, act1), conv, _epilogue(bn2, act2), backend)
         if out is not None:
             return out
-    x = run_bn_act(torch.cat(features, 1), bn1, act1, backend=backend)
+    x = features[0] if len(features) == 1 else torch.cat(features, 1)
+    out = run_norm_act_conv_norm_act(x, bn1, act1, conv, bn2, act2, backend)
+    if out is not None:
+        return out
+    x = run_bn_act(x, bn1, act1, backend=backend)
     return run_conv_bn_act(x, conv, bn2, act2, memory_format=memory_format, exact=exact, backend=backend)

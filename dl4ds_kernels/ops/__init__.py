@@ -1,6 +1,7 @@
 """Op contracts: schema, fake kernel, autograd formula. No maths, no device code. Importing this package defines the ops."""
 
 from . import (  # noqa: F401
+    _bn_act_conv,
     _conv2d,
     _conv_bn_act_train,
     _conv_transpose_packed,

@@ -61,6 +61,23 @@ def _conv_bn_act_train_fused(a: Any) -> Passes:
     return {**_conv_bn_act_train(a), "y": (1 if fused else 2, 1)}
 
 
+def _bn_act_conv(a: Any) -> Passes:
+    """``bn_act`` over x, then the library's convolution, and with a BatchNorm behind it one more pass in place.
+
+    The map between them is x's size: what it is written and read is counted as x's.
+    """
+    behind = 1 if a.running_mean is not None else 0
+    return {"x": (2, 1), "residual": (1, 0), "result": (behind, 1 + behind)}
+
+
+def _bn_act_conv_fused(a: Any) -> Passes:
+    """All in one kernel, where that can serve the layer."""
+    one = tuple(a.weight.shape[2:]) == (1, 1) and a.groups == 1 and a.in_activation == 1 and not any(a.padding)
+    if one and a.x.shape[1] * a.x.element_size() % 16 == 0:
+        return {"x": (1, 0), "residual": (1, 0), "result": (0, 1)}
+    return _bn_act_conv(a)
+
+
 def _convolution(a: Any) -> Passes:
     return {"input": (1, 0), "result": (0, 1)}
 
@@ -76,6 +93,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::bn_act_bwd": _bn_act_bwd,
     "dl4ds_kernels::add_act": _add_act,
     "dl4ds_kernels::add_act_bwd": _add_act_bwd,
+    "dl4ds_kernels::bn_act_conv": _bn_act_conv,
     "dl4ds_kernels::conv_bn_act": _conv_bn_act,
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train,
     "aten::convolution": _convolution,
@@ -97,6 +115,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
 FUSED: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)},
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train_fused,
+    "dl4ds_kernels::bn_act_conv": _bn_act_conv_fused,
 }
 # Names of what an op returns, where its row speaks of more than one of them.
 _RESULTS = {

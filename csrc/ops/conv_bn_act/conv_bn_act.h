@@ -34,6 +34,14 @@ struct ConvBnActFwdParams {
     // conv_bn_act_moments() floats: for each tile of pixels the means and the sums of squared deviations of
     // all channels, [parts][2][channels_out], then the values that they count, [parts].
     float* moments = nullptr;
+    // x's own BatchNorm and relu, applied on the way into a 1x1 filter without padding (one slice, no
+    // moments). Then running_mean may be null: no BatchNorm of the output, which still gets conv_bias,
+    // residual and activation.
+    bool prologue = false;
+    Activation in_activation = Activation::kRelu;
+    ChannelVector in_mean, in_var, in_weight, in_bias;  // in_weight, in_bias: null for 1 and 0
+    bool in_eps_std = false;
+    double in_eps = 1e-5;
 };
 
 /// Why the fused kernel does not serve a call. The codes are those of dl4ds_kernels/_cuda_conv.py.
@@ -49,7 +57,13 @@ enum class ConvRefusal : int {
     kActivation = 8,  // not none, relu, leaky_relu or relu6
     kTile = 9,  // slices, or output channels that do not fill 16-byte vectors, with another tile than 64x64;
                 // slices with moments
+    kPrologue = 10,         // a prologue with another filter than 1x1, padding, slices or moments
+    kInputActivation = 11,  // of a prologue: not relu
+    kInputChannels = 12,    // of a prologue: more than kConvTable, whose scale and shift fill shared memory
 };
+
+/// Input channels that a prologue serves at most (32 KiB of shared memory).
+constexpr int64_t kConvTable = 4096;
 
 /// Whether the fused kernel was compiled in.
 bool conv_bn_act_fused();

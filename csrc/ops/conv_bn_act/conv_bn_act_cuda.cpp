@@ -15,32 +15,11 @@ namespace {
 
 constexpr const char* kOp = "conv_bn_act";
 
-/// aten::convolution (not transposed).
-Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const ConvGeometry& g) {
-    using torch::stable::detail::from;
-    const std::vector<int64_t> output_padding(g.stride.size(), 0);
-    StableIValue stack[9] = {from(x),        from(weight),         from(bias),
-                             from(g.stride), from(g.padding),      from(g.dilation),
-                             from(false),    from(output_padding), from(g.groups)};
-    shim_check(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION), "aten::convolution");
-    return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-/// The per-channel vectors of one call, as given.
-struct Vectors {
-    std::optional<Tensor> mean, var, weight, bias;
-    double eps;
-    bool eps_std;
-    Activation activation;
-    double negative_slope;
-};
-
-void check_residual(const Operand& residual, const TensorInfo& out) {
+void check_residual(const char* op, const Operand& residual, const TensorInfo& out) {
     if (residual.info.present) {
-        check_same_shape(kOp, "residual", residual.info, out);
-        check_dtype(kOp, "residual", residual.info, out.dtype);
-        check_same_device(kOp, "residual", residual.info, out);
+        check_same_shape(op, "residual", residual.info, out);
+        check_dtype(op, "residual", residual.info, out.dtype);
+        check_same_device(op, "residual", residual.info, out);
     }
 }
 
@@ -51,11 +30,11 @@ bool is_dense(const Operand& t) {
 
 Tensor by_library(const CudaScope& scope, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                  const ConvGeometry& geometry, const Vectors& v) {
+                  const ConvGeometry& geometry, const ConvBehind& v) {
     BnActFwdParams p;
     Tensor out = convolve(x, weight, bias, geometry);
     Operand y(out), added(residual);
-    check_residual(added, y.info);
+    check_residual(kOp, added, y.info);
     const Operand rm = channel_operand(kOp, "running_mean", v.mean, y.info);
     const Operand rv = channel_operand(kOp, "running_var", v.var, y.info);
     const Operand w = channel_operand(kOp, "bn_weight", v.weight, y.info);
@@ -89,23 +68,37 @@ Operand dense_filter(const Tensor& weight) {
     return filter;
 }
 
-Tensor by_fused_kernel(const CudaScope& scope, ConvBnActFwdParams& p, const TensorInfo& x,
+}  // namespace
+
+/// aten::convolution (not transposed).
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const ConvGeometry& g) {
+    using torch::stable::detail::from;
+    const std::vector<int64_t> output_padding(g.stride.size(), 0);
+    StableIValue stack[9] = {from(x),        from(weight),         from(bias),
+                             from(g.stride), from(g.padding),      from(g.dilation),
+                             from(false),    from(output_padding), from(g.groups)};
+    shim_check(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION), "aten::convolution");
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor by_fused_kernel(const char* op, const CudaScope& scope, ConvBnActFwdParams& p, const TensorInfo& x,
                        const Tensor& weight, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& residual, const Vectors& v) {
+                       const std::optional<Tensor>& residual, const ConvBehind& v) {
     const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
     Tensor out = empty_cuda(x, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, x.dtype);
     const TensorInfo oi = tensor_info(out);
     Operand added(residual);
-    check_residual(added, oi);
+    check_residual(op, added, oi);
     const Operand filter = dense_filter(weight);
     if (added.info.present && (!is_dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
         added.copy_to(Format::kChannelsLast);
     }
-    const Operand cb = channel_operand(kOp, "bias", bias, oi);
-    const Operand rm = channel_operand(kOp, "running_mean", v.mean, oi);
-    const Operand rv = channel_operand(kOp, "running_var", v.var, oi);
-    const Operand w = channel_operand(kOp, "bn_weight", v.weight, oi);
-    const Operand b = channel_operand(kOp, "bn_bias", v.bias, oi);
+    const Operand cb = channel_operand(op, "bias", bias, oi);
+    const Operand rm = channel_operand(op, "running_mean", v.mean, oi);
+    const Operand rv = channel_operand(op, "running_var", v.var, oi);
+    const Operand w = channel_operand(op, "bn_weight", v.weight, oi);
+    const Operand b = channel_operand(op, "bn_bias", v.bias, oi);
     p.weight = filter.info.data;
     p.residual = added.info.data;
     p.conv_bias = channel_vector(cb);
@@ -120,11 +113,9 @@ Tensor by_fused_kernel(const CudaScope& scope, ConvBnActFwdParams& p, const Tens
     p.out = oi.data;
     const Tensor workspace = empty_vector_cuda(x, conv_bn_act_fwd_workspace(p), DType::kUInt8);
     p.workspace = tensor_info(workspace).data;
-    check_launch(launch_conv_bn_act_fwd(p, scope.stream()), kOp);
+    check_launch(launch_conv_bn_act_fwd(p, scope.stream()), op);
     return out;
 }
-
-}  // namespace
 
 Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
                         Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
@@ -135,19 +126,19 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
     check_batched(kOp, xi);
     check_cuda(kOp, xi);
     check_same_device(kOp, "weight", wi, xi);
-    const Vectors v{std::move(running_mean),
-                    std::move(running_var),
-                    std::move(bn_weight),
-                    std::move(bn_bias),
-                    eps,
-                    eps_std,
-                    checked_activation(kOp, activation),
-                    negative_slope};
+    const ConvBehind v{std::move(running_mean),
+                       std::move(running_var),
+                       std::move(bn_weight),
+                       std::move(bn_bias),
+                       eps,
+                       eps_std,
+                       checked_activation(kOp, activation),
+                       negative_slope};
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
     const CudaScope scope(xi);
     ConvRoute route = conv_route(xi, wi, residual.has_value(), geometry, v.activation);
     return route.reason == static_cast<int>(ConvReason::kFused)
-               ? by_fused_kernel(scope, route.params, xi, weight, bias, residual, v)
+               ? by_fused_kernel(kOp, scope, route.params, xi, weight, bias, residual, v)
                : by_library(scope, x, weight, bias, residual, geometry, v);
 }
 
@@ -167,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_t
     check_same_device(kTrainOp, "weight", wi, xi);
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
     const CudaScope scope(xi);
-    ConvRoute route = conv_route(xi, wi, false, geometry, Activation::kNone, true);
+    ConvRoute route = conv_route(xi, wi, false, geometry, Activation::kNone, {.stats = true});
     Tensor y, moments;  // the latter keeps what the next kernel reads
     BnMoments known;
     if (route.reason == static_cast<int>(ConvReason::kFused)) {
@@ -192,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_t
     return {out, y, mean, rstd, mask, new_mean, new_var};
 }
 
-/// For dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the library's way.
+/// For dk.explain.
 std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residual,
                                             std::vector<int64_t> stride, std::vector<int64_t> padding,
                                             std::vector<int64_t> dilation, int64_t groups, int64_t activation,
@@ -203,10 +194,8 @@ std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residu
     const CudaScope scope(xi);
     const ConvRoute route = conv_route(xi, tensor_info(weight), residual,
                                        {std::move(stride), std::move(padding), std::move(dilation), groups},
-                                       checked_activation(kOp, activation), training);
-    return {route.reason, static_cast<int64_t>(route.choice.tile), route.choice.slices,
-            static_cast<int64_t>(1e3 * route.choice.fused_us),
-            static_cast<int64_t>(1e3 * route.choice.library_us)};
+                                       checked_activation(kOp, activation), {.stats = training});
+    return route_answer(route);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CUDA, m) {

@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/cuda/host.h"
@@ -60,9 +61,49 @@ inline bool conv_tf32_allowed() {
     return torch::stable::detail::to<bool>(stack[0]);
 }
 
+/// What the fused kernel does beside convolving.
+struct ConvWay {
+    bool stats = false;     // batch statistics of the output (training), whatever the activation behind it
+    bool prologue = false;  // BatchNorm and in_activation of the input
+    Activation in_activation = Activation::kRelu;
+    bool epilogue = true;  // BatchNorm of the output; only a prologue goes without
+};
+
 /// The route of a call. Sizes that do not fit each other go to the library, which says what is wrong.
-/// stats: of the convolution with batch statistics (training), whatever the activation behind it.
 ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual,
-                     const ConvGeometry& geometry, Activation activation, bool stats = false);
+                     const ConvGeometry& geometry, Activation activation, const ConvWay& way = {});
+
+/// The route for dk.explain: reason, tile, slices, modelled nanoseconds of the fused kernel and of the other
+/// way.
+inline std::vector<int64_t> route_answer(const ConvRoute& route) {
+    return {route.reason, static_cast<int64_t>(route.choice.tile), route.choice.slices,
+            static_cast<int64_t>(1e3 * route.choice.fused_us),
+            static_cast<int64_t>(1e3 * route.choice.library_us)};
+}
+
+/// aten::convolution (not transposed).
+Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const ConvGeometry& geometry);
+
+/// The vectors of the BatchNorm behind the convolution (mean: none for no BatchNorm) and the activation.
+struct ConvBehind {
+    std::optional<Tensor> mean, var, weight, bias;
+    double eps;
+    bool eps_std;
+    Activation activation;
+    double negative_slope;
+};
+
+/// Runs the fused kernel as the route says. params: its own, with what a prologue needs filled in.
+Tensor by_fused_kernel(const char* op, const CudaScope& scope, ConvBnActFwdParams& params,
+                       const TensorInfo& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual, const ConvBehind& behind);
+
+/// The op conv_bn_act.
+Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor running_mean,
+                        Tensor running_var, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                        std::optional<Tensor> residual, std::vector<int64_t> stride,
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                        double eps, bool eps_std, int64_t activation, double negative_slope);
 
 }  // namespace dl4ds

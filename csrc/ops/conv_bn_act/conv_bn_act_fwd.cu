@@ -29,6 +29,22 @@ int conv_bn_act_architecture() {
     return 10 * major + minor;
 }
 
+namespace {
+
+ConvRefusal prologue_refusal(const ConvBnActFwdParams& p) {
+    // A pixel of padding is zero behind the prologue; the copies' zeros would go through it.
+    if (p.kernel_h != 1 || p.kernel_w != 1 || p.pad_h != 0 || p.pad_w != 0 || p.slices > 1 ||
+        p.moments != nullptr) {
+        return ConvRefusal::kPrologue;
+    }
+    if (p.in_activation != Activation::kRelu) {
+        return ConvRefusal::kInputActivation;
+    }
+    return p.channels > kConvTable ? ConvRefusal::kInputChannels : ConvRefusal::kNone;
+}
+
+}  // namespace
+
 ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& p) {
     if (!conv_bn_act_fused()) {
         return ConvRefusal::kNotCompiled;
@@ -65,7 +81,10 @@ ConvRefusal conv_bn_act_fwd_refusal(const ConvBnActFwdParams& p) {
     if (p.tile != ConvTile::k64x64 && (!vectors || p.slices > 1)) {
         return ConvRefusal::kTile;
     }
-    return p.moments != nullptr && p.slices > 1 ? ConvRefusal::kTile : ConvRefusal::kNone;
+    if (p.moments != nullptr && p.slices > 1) {
+        return ConvRefusal::kTile;
+    }
+    return p.prologue ? prologue_refusal(p) : ConvRefusal::kNone;
 }
 
 int64_t conv_bn_act_parts(const ConvBnActFwdParams& p) {
@@ -92,14 +111,16 @@ int launch_conv_bn_act_fwd(const ConvBnActFwdParams& p, void* stream) {
     if (refusal != ConvRefusal::kNone || p.slices < 1 || (p.slices > 1 && p.workspace == nullptr)) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
-    const bool stats = p.moments != nullptr;
+    const auto one_of = [&](auto forward, auto stats, auto prologue) {
+        return (p.prologue ? prologue : p.moments != nullptr ? stats : forward)(p, stream);
+    };
     switch (p.dtype) {
         case DType::kFloat16:
-            return stats ? launch_conv_stats_float16(p, stream) : launch_conv_float16(p, stream);
+            return one_of(launch_conv_float16, launch_conv_stats_float16, launch_conv_prologue_float16);
         case DType::kBFloat16:
-            return stats ? launch_conv_stats_bfloat16(p, stream) : launch_conv_bfloat16(p, stream);
+            return one_of(launch_conv_bfloat16, launch_conv_stats_bfloat16, launch_conv_prologue_bfloat16);
         default:
-            return stats ? launch_conv_stats_float32(p, stream) : launch_conv_float32(p, stream);
+            return one_of(launch_conv_float32, launch_conv_stats_float32, launch_conv_prologue_float32);
     }
 }
 

@@ -20,6 +20,10 @@ int launch_conv_float16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_bfloat16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_float32(const ConvBnActFwdParams& params, void* stream);
 
+int launch_conv_prologue_float16(const ConvBnActFwdParams& params, void* stream);
+int launch_conv_prologue_bfloat16(const ConvBnActFwdParams& params, void* stream);
+int launch_conv_prologue_float32(const ConvBnActFwdParams& params, void* stream);
+
 int launch_conv_stats_float16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_stats_bfloat16(const ConvBnActFwdParams& params, void* stream);
 int launch_conv_stats_float32(const ConvBnActFwdParams& params, void* stream);

@@ -10,12 +10,20 @@
 
 namespace dl4ds {
 
+constexpr double kConvReached = 0.65, kMemoryReached = 0.9;  // of a peak, by a good kernel
+
 /// What is assumed of a GPU of some compute capability. Peaks are the vendor's for dense fp16 with fp32 sums.
 struct ConvMachine {
     int architecture;       // the lowest compute capability that the row describes
     double tflops;          // of the library's convolution at its best
     double bandwidth_gb;    // of device memory
     double mainloop_share;  // of the library's speed that our mma.sync main loop is trusted with
+
+    /// Flops and bytes of a microsecond.
+    constexpr double peak(DType dtype) const {
+        return tflops * (dtype == DType::kFloat32 ? 0.5 : 1.0) * kConvReached * 1e6;
+    }
+    constexpr double memory() const { return bandwidth_gb * kMemoryReached * 1e3; }
 };
 
 /// The newest row not above the capability applies. Shares are guesses on the safe side: 0.85 where the
@@ -24,12 +32,23 @@ constexpr ConvMachine kConvMachines[] = {
     {80, 312.0, 1940.0, 0.85}, {86, 71.0, 936.0, 0.85},    {89, 165.0, 1008.0, 0.85},
     {90, 989.0, 3350.0, 0.50}, {100, 2250.0, 8000.0, 0.2}, {120, 209.0, 1792.0, 0.85},
 };
-constexpr double kConvReached = 0.65, kMemoryReached = 0.9;  // of a peak, by a good kernel
-constexpr double kLaunchUs = 3.0;                            // a kernel more or less
+constexpr double kLaunchUs = 3.0;    // a kernel more or less
 constexpr double kConvMargin = 0.9;  // of the library's modelled time that the fused kernel must stay below
+// Of the main loop's speed, with a prologue: 5 instructions for 2 values of x between loads and mma (a
+// guess).
+constexpr double kPrologueShare = 0.8;
 // Grids and slices depend on the shape alone, not on the GPU at hand: results are then the same bits on all
 // GPUs that take the fused kernel. 108 multiprocessors (A100) stand for all.
 constexpr int64_t kConvProcessors = 108;
+
+/// The machine of a compute capability such as 80.
+constexpr ConvMachine conv_machine(int architecture) {
+    ConvMachine machine = kConvMachines[0];
+    for (const ConvMachine& row : kConvMachines) {
+        machine = row.architecture <= architecture ? row : machine;
+    }
+    return machine;
+}
 
 struct ConvChoice {
     ConvTile tile = ConvTile::k128x128;
@@ -87,13 +106,8 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
     ConvChoice choice;
     const int64_t size = dtype_size(dtype), k_step = 64 / size;
     choose_conv_tile(rows, columns, (channels + k_step - 1) / k_step, taps, columns * size % 16 == 0, choice);
-    ConvMachine machine = kConvMachines[0];
-    for (const ConvMachine& row : kConvMachines) {
-        machine = row.architecture <= architecture ? row : machine;
-    }
-    const double peak =
-        machine.tflops * (dtype == DType::kFloat32 ? 0.5 : 1.0) * kConvReached * 1e6;  // per us
-    const double memory = machine.bandwidth_gb * kMemoryReached * 1e3;                 // bytes per us
+    const ConvMachine machine = conv_machine(architecture);
+    const double peak = machine.peak(dtype), memory = machine.memory();
     const double flops = 2.0 * rows * columns * channels * taps, out = 1.0 * rows * columns * size;
     const double moved = (1.0 * input_pixels * channels + 1.0 * columns * channels * taps) * size + out;
     const double added = residual ? out : 0.0;
@@ -112,6 +126,28 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
         choice.slices > 1 ? 8.0 * choice.slices * rows * columns : 0.0;  // written and read
     choice.fused_us = std::max(flops / (peak * machine.mainloop_share), (moved + added) / memory) +
                       partial / memory + (choice.slices > 1 ? 2 : 1) * kLaunchUs;
+    choice.fused = choice.fused_us < kConvMargin * choice.library_us;
+    return choice;
+}
+
+/// The choice for a 1x1 convolution whose input gets BatchNorm and relu: all in one kernel, or bn_act's pass
+/// over the input and then the better way of the convolution. epilogue: a BatchNorm behind it too.
+inline ConvChoice choose_prologue_conv(int architecture, DType dtype, int64_t rows, int64_t columns,
+                                       int64_t channels, int64_t input_pixels, bool residual, bool epilogue) {
+    ConvChoice choice = choose_conv(architecture, dtype, rows, columns, channels, 1, input_pixels, residual);
+    const ConvMachine machine = conv_machine(architecture);
+    const double size = static_cast<double>(dtype_size(dtype)), memory = machine.memory();
+    const double peak = machine.peak(dtype), flops = 2.0 * rows * columns * channels;
+    const double out = rows * columns * size, in = input_pixels * channels * size;
+    // A strided filter reads the pixels that it needs; the pass goes over all of them.
+    const double read = std::min<double>(rows, input_pixels) * channels * size;
+    const double moved = read + columns * channels * size + out + (residual ? out : 0.0);
+    const double behind = choice.fused ? choice.fused_us : choice.library_us;
+    const double alone = std::max(flops / peak, moved / memory) + kLaunchUs;
+    choice.slices = 1;
+    choice.library_us = 2 * in / memory + kLaunchUs + (epilogue ? behind : alone);
+    choice.fused_us =
+        std::max(flops / (peak * machine.mainloop_share * kPrologueShare), moved / memory) + kLaunchUs;
     choice.fused = choice.fused_us < kConvMargin * choice.library_us;
     return choice;
 }

@@ -17,7 +17,7 @@ int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_
 }  // namespace
 
 ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual, const ConvGeometry& g,
-                     Activation activation, bool stats) {
+                     Activation activation, const ConvWay& way) {
     ConvRoute route;
     const auto library = [&](ConvReason reason) {
         route.reason = code(reason);
@@ -56,7 +56,9 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
     p.x_stride_h = p.height > 1 ? x.strides[2] : p.width * p.x_stride_w;
     p.x_stride_n = p.batch > 1 ? x.strides[0] : p.height * p.x_stride_h;
     p.x = x.data;
-    p.activation = stats ? Activation::kNone : activation;
+    p.activation = way.stats ? Activation::kNone : activation;
+    p.prologue = way.prologue;
+    p.in_activation = way.in_activation;
     p.tile = ConvTile::k64x64;  // for now: the one that serves any sizes
     if (route.reason == 0) {
         route.reason = static_cast<int>(conv_bn_act_fwd_refusal(p));
@@ -71,9 +73,11 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
     if (p.dtype == DType::kFloat32 && !conv_tf32_allowed()) {
         return library(ConvReason::kNoTf32);
     }
-    route.choice =
-        choose_conv(architecture, p.dtype, p.batch * p.height_out * p.width_out, p.channels_out, p.channels,
-                    p.kernel_h * p.kernel_w, p.batch * p.height * p.width, residual, stats);
+    const int64_t rows = p.batch * p.height_out * p.width_out, pixels = p.batch * p.height * p.width;
+    route.choice = way.prologue ? choose_prologue_conv(architecture, p.dtype, rows, p.channels_out,
+                                                       p.channels, pixels, residual, way.epilogue)
+                                : choose_conv(architecture, p.dtype, rows, p.channels_out, p.channels,
+                                              p.kernel_h * p.kernel_w, pixels, residual, way.stats);
     p.tile = route.choice.tile;
     p.slices = route.choice.slices;
     if (!route.choice.fused && wish != ConvWish::kFused) {

@@ -48,6 +48,11 @@ LIMITS += [
         instructions=500, registers=255, wide_stores=False, mma=True, note=_NOTE + "; waves: the moments of a tile's rows",
     ),
     Limits(
+        "conv_bn_act_prologue_kernel", "cuda", ("x", "residual", "out"), small=7.0, load=1.0, store=1.0, waves=1.1, again=12.0,
+        instructions=450, registers=255, wide_stores=False, mma=True,
+        note="bound by the tensor cores; 5 instructions more for 2 values of x (relu is part of the packing)",
+    ),
+    Limits(
         "conv_bn_act_finish_kernel", "cuda", ("residual", "out"), small=20.0, load=1.0, store=1.0, waves=1.4, again=1.1,
         instructions=150, registers=128, wide_stores=False,
     ),
@@ -71,7 +76,15 @@ STATS = [
     ((1, 72, 11, 7), 67, 3, 1, 1, 1, ("k64x64",), False),
     ((1, 64, 16, 16), 128, 1, 1, 0, 1, ("k128x128", "k128x64"), True), ((1, 64, 16, 8), 64, 1, 1, 0, 1, ("k64x64",), True),
 ]  # fmt: skip
+# With a prologue: x, output channels, stride; BatchNorm, activation and residual behind it; the tiles; even sizes.
+PROLOGUE = [
+    ((1, 24, 9, 7), 136, 1, True, ("k128x128", "k128x64", "k64x64"), False),
+    ((2, 40, 17, 12), 72, 2, False, ("k128x128", "k128x64", "k64x64"), False),
+    ((1, 72, 11, 7), 67, 1, True, ("k64x64",), False),
+    ((1, 64, 16, 16), 128, 1, False, ("k128x128", "k128x64"), True), ((1, 64, 16, 8), 64, 1, True, ("k64x64",), True),
+]  # fmt: skip
 WRITTEN = {"conv_bn_act_kernel": {"out"}}
+OUTER = ("running_mean", "running_var", "bn_weight", "bn_bias")
 CAPABILITIES = (80, 90)  # for sm_90 Triton emits wgmma
 
 
@@ -101,6 +114,14 @@ def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
             t["x"], t["weight"], t["bias"], *geometry, tile=t["tile"], options=options
         )
         return {"out": y, "counts": counts, "mean": partial[:, 0], "m2": partial[:, 1]}, reports
+    if case.way == "prologue":
+        behind = {name: t[name] for name in OUTER} if t["running_mean"] is not None else {}
+        inner = {name: t[f"in_{name}"] for name in ("mean", "var", "weight", "bias")} | {"eps": EPS}
+        out, reports = launcher.bn_act_conv_fwd(
+            t["x"], inner, t["weight"], t["bias"], t["stride"], t["padding"], outer=behind, residual=t["residual"],
+            tile=t["tile"], options=options, eps=EPS, activation=t["activation"], negative_slope=SLOPE,
+        )  # fmt: skip
+        return {"out": out}, reports
     names = ("x", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
     more = {name: t[name] for name in ("activation", "eps", "negative_slope", "tile", "slices")}
     out, reports = launcher.conv_bn_act_fwd(*(t[n] for n in names), *geometry, options=options, **more)
@@ -165,7 +186,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         label = f"fwd-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-p{padding}-d{dilation}-{layout}-act{i % 6}"
         call = functools.partial(truth, arguments)
         found.append(Case("conv_bn_act", "fwd", label, arguments, call, even=geometry in LARGE))
-    return [*found, *fused_cases(dtype), *stats_cases(dtype)]
+    return [*found, *fused_cases(dtype), *stats_cases(dtype), *prologue_cases(dtype)]
 
 
 def stats_truth(t: dict[str, Any]) -> Truth:
@@ -229,4 +250,51 @@ def fused_cases(dtype: torch.dtype) -> list[Case]:
             label = f"fused-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-{way}-act{(i + j) % 4}"
             even = (shape, k, size, stride, padding, dilation, residual, ways) in FUSED_EVEN
             found.append(Case("conv_bn_act", "fwd", label, arguments, functools.partial(truth, arguments), even=even))
+    return found
+
+
+def prologue_truth(t: dict[str, Any]) -> Truth:
+    """out. x and its BatchNorm are small whole numbers: what comes in between is rounded to nothing else in any type."""
+    scale = per_channel(t["in_weight"].double() * 2, t["x"])  # in_var: a quarter less eps
+    z = (t["x"].double() - per_channel(t["in_mean"].double(), t["x"])) * scale + per_channel(t["in_bias"].double(), t["x"])
+    z = torch.where(z < 0, 0.0, z)
+    y = convolution({**t, "x": z}) + per_channel(t["bias"].double(), t["weight"][:, 0, 0, 0].view(1, -1, 1, 1))
+    size = size_of(convolution({**t, "x": z}, True)) + size_of(t["bias"])
+    if t["running_mean"] is None:
+        return {"out": (y, size)}
+    factor = rstd_of(t["running_var"].double(), False) * t["bn_weight"].double()
+    out = (y - per_channel(t["running_mean"].double(), y)) * per_channel(factor, y) + per_channel(t["bn_bias"].double(), y)
+    size = size * size_of(factor) + size_of(t["bn_bias"])
+    if t["residual"] is not None:
+        out, size = out + t["residual"].double(), size + size_of(t["residual"])
+    return {"out": (activation(out, t["activation"]), size)}
+
+
+def prologue_cases(dtype: torch.dtype) -> list[Case]:
+    """Calls with a BatchNorm and relu on the way in."""
+    found: list[Case] = []
+    for i, (shape, k, stride, behind, tiles, even) in enumerate(PROLOGUE):
+        generator = torch.Generator().manual_seed(60 + i)
+        whole = lambda low, high, *size, g=generator: torch.randint(low, high, size, generator=g)  # noqa: E731
+        x = whole(-2, 3, *shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        if not even:
+            x[..., shape[2] // 2, ::2] = float("nan")
+        weight = whole(-1, 2, k, shape[1], 1, 1)
+        inner = {"in_mean": whole(-2, 3, shape[1]), "in_weight": whole(-1, 2, shape[1]), "in_bias": whole(-3, 4, shape[1])}
+        arguments = {
+            "x": x, "weight": torch.empty(k, 1, 1, shape[1], dtype=dtype).permute(0, 3, 1, 2).copy_(weight),
+            "bias": whole(-9, 10, k).float(), "stride": [stride] * 2, "padding": [0, 0], "dilation": [1, 1],
+            "in_var": torch.full((shape[1],), 0.25 - EPS), "residual": None, "activation": (i + 1) % 4 if behind else 0,
+            **{name: v.float() for name, v in inner.items()}, **dict.fromkeys(OUTER),
+        }  # fmt: skip
+        if behind:
+            arguments |= {name: random(k, dtype=torch.float32, seed=3 + n) for n, name in enumerate(OUTER)}
+            arguments["running_var"] = random(k, dtype=torch.float32, seed=7).abs() + 0.5
+            size = [(s - 1) // stride + 1 for s in shape[2:]]
+            added = random(shape[0], k, *size, dtype=dtype, seed=8)
+            arguments["residual"] = added.contiguous(memory_format=torch.channels_last)
+        for tile in tiles:
+            given = {**arguments, "tile": tile}
+            label = f"prologue-{'x'.join(map(str, shape))}-{k}-s{stride}-{tile}"
+            found.append(Case("conv_bn_act", "prologue", label, given, functools.partial(prologue_truth, given), even=even))
     return found

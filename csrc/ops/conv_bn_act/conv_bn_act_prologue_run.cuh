@@ -1,0 +1,34 @@
+// Host side of the 1x1 convolution with a BatchNorm and relu of its input, for one element type.
+#pragma once
+
+#include "ops/conv_bn_act/conv_bn_act_launch.cuh"
+
+namespace dl4ds {
+
+template <typename T, int kRows, int kColumns, int kStages>
+struct ConvPrologue;
+
+}  // namespace dl4ds
+
+#if DL4DS_HAVE_CUTLASS
+#include "ops/conv_bn_act/conv_bn_act_prologue_kernel.cuh"
+
+namespace dl4ds {
+
+template <typename T, int kRows, int kColumns, int kStages>
+struct ConvPrologue {
+    static int run(const ConvBnActFwdParams& p, void* stream) {
+        using Types = ConvTypes<T, kRows, kColumns, kStages>;
+        ConvPrologueArgs args;
+        args.fwd = conv_detail::fwd_args<T, Types>(p);
+        args.input = {
+            {}, p.in_mean, p.in_var, p.in_weight, p.in_bias, p.in_eps_std, static_cast<float>(p.in_eps)};
+        const size_t table = static_cast<size_t>(args.fwd.steps) * Types::kK * 2 * sizeof(float);
+        return conv_detail::launch_with_shared(conv_bn_act_prologue_kernel<T, kRows, kColumns, kStages>,
+                                               args.fwd.tiles, sizeof(typename Types::Shared) + table, stream,
+                                               args);
+    }
+};
+
+}  // namespace dl4ds
+#endif
