@@ -96,7 +96,9 @@ def roofline(
             path = f"M{px(10.0**x0):.1f} {py(top):.1f}H{px(10.0**x1):.1f}"
         parts.append(f'<path class="roof" d="{path}"/>')
         label = f"{escape(dtype)}: {top:,.0f} GFLOP/s"
-        labels.append(f'<text class="rooftext" x="{_WIDTH - _RIGHT - 4}" y="{py(top) - 6:.1f}" text-anchor="end">{label}</text>')
+        labels.append(
+            f'<text class="rooftext" x="{_WIDTH - _RIGHT - 4}" y="{py(top) - 6:.1f}" text-anchor="end">{label}</text>'
+        )
     parts += labels
     for p in sorted(found, key=lambda p: bool(p["ours"])):  # ours are drawn last, on top
         text = (
