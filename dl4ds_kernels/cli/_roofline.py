@@ -86,6 +86,7 @@ def roofline(
         y = py(10.0**k)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(k)}</text>')
+    labels = []  # after every roof: a line does not cross another's label
     for dtype, top in gflops.items():
         ridge = top / gbytes
         start = max(10.0**x0, 10.0**y0 / gbytes)
@@ -95,7 +96,10 @@ def roofline(
             path = f"M{px(10.0**x0):.1f} {py(top):.1f}H{px(10.0**x1):.1f}"
         parts.append(f'<path class="roof" d="{path}"/>')
         label = f"{escape(dtype)}: {top:,.0f} GFLOP/s"
-        parts.append(f'<text class="rooftext" x="{_WIDTH - _RIGHT - 4}" y="{py(top) - 6:.1f}" text-anchor="end">{label}</text>')
+        labels.append(
+            f'<text class="rooftext" x="{_WIDTH - _RIGHT - 4}" y="{py(top) - 6:.1f}" text-anchor="end">{label}</text>'
+        )
+    parts += labels
     for p in sorted(found, key=lambda p: bool(p["ours"])):  # ours are drawn last, on top
         text = (
             f"{p['provider']}, {p['case']} {p['shape']} {p['dtype']}: {p['gflop_per_s']:.0f} GFLOP/s, {p['median_ms']:.3f} ms"
