@@ -135,6 +135,9 @@ inline ConvChoice choose_conv(int architecture, DType dtype, int64_t rows, int64
 inline ConvChoice choose_prologue_conv(int architecture, DType dtype, int64_t rows, int64_t columns,
                                        int64_t channels, int64_t input_pixels, bool residual, bool epilogue) {
     ConvChoice choice = choose_conv(architecture, dtype, rows, columns, channels, 1, input_pixels, residual);
+    if (dtype == DType::kFloat32 && choice.tile == ConvTile::k128x128) {
+        choice.tile = ConvTile::k128x64;  // as ConvPrologue does
+    }
     const ConvMachine machine = conv_machine(architecture);
     const double size = static_cast<double>(dtype_size(dtype)), memory = machine.memory();
     const double peak = machine.peak(dtype), flops = 2.0 * rows * columns * channels;

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from .survivor import Argument
 
-_KERNEL = "conv_bn_act_(fwd|stats|finish)_kernel"
+_KERNEL = "conv_bn_act_(fwd|stats|finish|prologue)_kernel"
 ARGUMENTS = (
     Argument(
-        "nan_losing_max", r"^conv_bn_act_tile\.cuh: (z = z < 0\.0f|return z > output\.limit)",
-        "no NaN comes to this copy in a simulated call", kernel=_KERNEL, equal=False,
+        "nan_losing_max|swapped_operands",
+        r"^conv_bn_act_tile\.cuh: (z = z < 0\.0f|return z > output\.limit)|^conv_bn_act_prologue_kernel\.cuh: asm\(.max\.NaN",
+        "no NaN, or no negative value, comes to this copy in a simulated call", kernel=_KERNEL, equal=False,
     ),
     Argument(
         "nan_losing_max|swapped_operands", r"^(cmath: \{ return __builtin_isfinite|tfloat32\.h: if \(::isfinite)",
@@ -22,6 +23,15 @@ ARGUMENTS = (
     Argument(
         "loose_comparison|unsigned_wrap|missing_mask|off_by_one", r"^vec\.cuh: (pack\.v\[k\] = k < count|if \(k < count\))",
         "a copy for a number of channels left over that no simulated call has in this place", kernel=_KERNEL, equal=False,
+    ),
+    Argument(
+        "wrong_grid", "", "a block behind the last has neither rows nor columns: it stores nothing",
+        kernel="conv_bn_act_prologue_kernel",
+    ),
+    Argument(
+        "loose_comparison|swapped_operands", r"^conv2d_fprop_activation_tile_access_iterator_optimized\.h: (masks_\[s\]|"
+        r"\(masks_\[iteration|if \(filter_r_ <)", "CUTLASS' masks of taps: a 1x1 filter has one tap", equal=False,
+        kernel="conv_bn_act_prologue_kernel",
     ),
     Argument(
         "loose_comparison|unsigned_wrap",
