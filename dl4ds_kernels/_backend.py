@@ -26,7 +26,7 @@ REFERENCE = "reference"
 
 # Elements from which our kernel beats stock torch on the CPU, host overhead included (bench/overhead.py prints both sides).
 MIN_NUMEL = {
-    "add_act": 32768, "add3_act": 65536, "bn_act": 16384, "bn_act_conv": 0, "conv_bn_act": 8192, "conv_transpose_bn_act": 0,
+    "add_act": 32768, "add3_act": 65536, "bn_act": 16384, "conv_bn_act": 8192, "conv_transpose_bn_act": 0,
     "local_response_norm": 0, "max_pool_indices": 0, "upsample_add": 16384, "max_pool2d": 0, "avg_pool2d": 0,
     "global_avg_pool2d": 98304, "linear_act": 0, "nms": 0, "batched_nms": 0, "nms_padded": 0,
     "residual_block": 16384, "bn_act_max_pool": 16384,
@@ -158,16 +158,17 @@ def explain(
     ``bn_act``'s kernel; on the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
     ("training", "training_reason").
     """
-    if op not in MIN_NUMEL:
-        raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, got {op!r}")
-    path = select(op, x, backend)
+    chosen_as = "bn_act" if op == "bn_act_conv" else op  # what decides on its path
+    if chosen_as not in MIN_NUMEL:
+        raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, bn_act_conv, got {op!r}")
+    path = select(chosen_as, x, backend)
     asked = backend or current()
     if path != STOCK:
         reason = "asked for" if asked != "auto" else "measured faster than stock torch at this size"
     elif x.device.type == "cpu" and not _extension.status()["_C"].loaded:
         reason = _extension.missing_reason("cpu")
-    elif x.device.type == "cpu" and x.numel() < MIN_NUMEL[op]:
-        reason = f"{x.numel()} elements: stock torch is faster below {MIN_NUMEL[op]}"
+    elif x.device.type == "cpu" and x.numel() < MIN_NUMEL[chosen_as]:
+        reason = f"{x.numel()} elements: stock torch is faster below {MIN_NUMEL[chosen_as]}"
     elif x.device.type == "cuda":
         reason = _extension.missing_reason("cuda")
     else:

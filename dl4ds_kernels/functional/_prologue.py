@@ -27,7 +27,7 @@ def prologue_fits(x: Tensor, weight: Tensor, padding: Any, backend: str | None, 
         and tuple(weight.shape[2:]) == (1, 1)
         and not isinstance(padding, str)
         and has_prologue(CPP, x)
-        and select("bn_act_conv", x, backend) == CPP
+        and select("bn_act", x, backend) == CPP
         # Under autocast BatchNorm comes first, in x's own type.
         and (not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") == x.dtype)
         and not needs_grad(x, weight, *others)
