@@ -34,9 +34,10 @@ constexpr ConvMachine kConvMachines[] = {
 };
 constexpr double kLaunchUs = 3.0;    // a kernel more or less
 constexpr double kConvMargin = 0.9;  // of the library's modelled time that the fused kernel must stay below
-// Of the main loop's speed, with a prologue: 5 instructions for 2 values of x between loads and mma (a
-// guess).
-constexpr double kPrologueShare = 0.8;
+// Of the main loop's speed, with a prologue: by ConvTile, on the safe side of what the instructions between
+// loads and mma leave (sm_80's machine code: 375, 325 and 202 a step, whose mma take 512, 256 and 128
+// cycles).
+constexpr double kPrologueShare[] = {0.8, 0.6, 0.5};
 // Grids and slices depend on the shape alone, not on the GPU at hand: results are then the same bits on all
 // GPUs that take the fused kernel. 108 multiprocessors (A100) stand for all.
 constexpr int64_t kConvProcessors = 108;
@@ -150,7 +151,9 @@ inline ConvChoice choose_prologue_conv(int architecture, DType dtype, int64_t ro
     choice.slices = 1;
     choice.library_us = 2 * in / memory + kLaunchUs + (epilogue ? behind : alone);
     choice.fused_us =
-        std::max(flops / (peak * machine.mainloop_share * kPrologueShare), moved / memory) + kLaunchUs;
+        std::max(flops / (peak * machine.mainloop_share * kPrologueShare[static_cast<int>(choice.tile)]),
+                 moved / memory) +
+        kLaunchUs;
     choice.fused = choice.fused_us < kConvMargin * choice.library_us;
     return choice;
 }
