@@ -347,7 +347,7 @@ def test_machine_code(name: str, arch: str) -> None:
     path, messages = compile_cuda(source, "cubin", arch, [cuda.CSRC], cuda.FLAGS)
     assert not re.search(r"C7510|advisory|warning", messages, re.IGNORECASE), messages
     facts, listings = machine.ptxas_facts(messages), machine.disassembled(path)
-    assert len(facts) == 3
+    assert len(facts) == (2 if name == "float32" else 3)  # fp32 has no 128 x 128: too few registers
     for kernel, used in facts.items():
         assert used["registers"] <= 255 and not (used["stack"] or used["spill_stores"] or used["spill_loads"]), used
         for instruction in ("STG.E.128", "LDSM.16.M88.4", "HMMA", "LDGSTS"):
