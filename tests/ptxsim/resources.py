@@ -19,9 +19,9 @@ from ptxsim.gates.machine import ARCHITECTURES, ptxas_facts
 
 HEAD = """# ptxas on every .cu file
 
-Written by `python -m ptxsim.resources` (commit {commit}, {compiler}): most registers of a kernel; bytes of stack, spill stores
-and loads of all kernels on all four; lines of ptxas advice (C7510: wgmma serialized, and its like); largest static shared memory.
-Per kernel: docs/kernel-gates.md.
+Written by `python -m ptxsim.resources` (commit {commit}, {compiler}): most registers of a kernel; bytes of stack, spill
+stores and loads of all kernels on all four; lines of ptxas advice (C7510: wgmma serialized, and its like); largest static
+shared memory. Per kernel: docs/kernel-gates.md.
 
 """
 
