@@ -5,6 +5,7 @@
 
 1. ``python -m dl4ds_kernels info``.
 2. Parity against fp64 of every op, backend, dtype and layout, forward and backward, on odd and on real shapes.
+   The ways of a convolution: library, fused kernel, with statistics (conv_bn_act_train), chosen by timing (DL4DS_AUTOTUNE=1).
 3. Rules: no hidden synchronization, the same bits in 100 calls (F47), capture in a CUDA graph.
 4. The rows of the fault checklist that need a GPU: F19, F26, F48 to F50, F53.
 5. compute-sanitizer over every op (where it is installed).
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from _results import save
-from gpu import faults, page, rules, sanitizer, simulated, speed
+from gpu import faults, page, routes, rules, sanitizer, simulated, speed
 from gpu.place import Place, parity_cases
 
 from dl4ds_kernels import benchmark
@@ -40,8 +41,15 @@ def _info() -> dict[str, str]:
 def _parity(place: Place) -> list[benchmark.Row]:
     rows = []
     for case in parity_cases(place):
-        rows += benchmark.run_cases([case], place.backends(), benchmark.OPS[case.op], time_it=False)
+        backends = [name for name in place.backends() if place.missing(case.op, name) is None]
+        rows += benchmark.run_cases([case], backends, benchmark.OPS[case.op], time_it=False)
     return rows
+
+
+def _missing(place: Place) -> dict[str, str]:
+    """Backends without a kernel of their own, by op."""
+    pairs = [(op, backend) for op in benchmark.OPS for backend in place.backends()]
+    return {f"{op} {backend}": f"SKIP: {why}" for op, backend in pairs if (why := place.missing(op, backend))}
 
 
 def _of_rows(rows: list[benchmark.Row]) -> dict[str, str]:
@@ -64,7 +72,8 @@ def check(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     checks: dict[str, dict[str, str]] = {"info": _info()}
     rows = _parity(place)
     document["parity"] = [row.as_dict() for row in rows]
-    checks["parity against fp64"] = _of_rows(rows)
+    checks["parity against fp64"] = _of_rows(rows) | _missing(place)
+    checks["ways of a convolution"] = routes.run(place)
     checks |= rules.run(place)
     checks["faults"] = faults.run(place.is_dry)
     if not options.no_sanitizer:

@@ -1,8 +1,9 @@
 """Optional measured choices, kept in a file: ``DL4DS_AUTOTUNE=1``.
 
 Without the variable nothing here runs. With it, a choice that the cost model would make from sizes is made by timing the
-candidates on the real operands, once for (sizes, threads, instruction set, CPU name, versions). The times go to a JSON file,
-``$DL4DS_AUTOTUNE_CACHE`` or ``$XDG_CACHE_HOME/dl4ds_kernels/autotune.json``, so that the next process does not time again.
+candidates on the real operands, once for (sizes, threads, instruction set, CPU name, versions); _cuda_autotune.py does the same
+for CUDA and keeps its times here. The times go to a JSON file, ``$DL4DS_AUTOTUNE_CACHE`` or
+``$XDG_CACHE_HOME/dl4ds_kernels/autotune.json``, so that the next process does not time again.
 
 The file is replaced whole, under a lock, after reading what other processes have added. A file that is not ours, or is damaged,
 is left as it is: one warning says so, and the choices of this process stay in memory.
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ _ROUNDS, _BUDGET_S = 7, 0.02
 _HOPELESS = 2.0  # times the fastest first call: not timed any further
 _MARGIN = 0.97  # a candidate must take less than this part of the default's time to replace it
 
-_lock = threading.RLock()  # also: one timing at a time
+lock = threading.RLock()  # also: one timing at a time
 _known: dict[Path, dict[str, Any]] = {}  # cache file -> what it held when read, and what was added since
 _warned: set[Path] = set()
 
@@ -93,13 +94,30 @@ def choose(key: str, default: int, candidates: Mapping[int, Callable[[], Callabl
         default: the code to prefer where no other is clearly faster; one of ``candidates``.
         candidates: code -> maker of the call to time (a maker prepares what need not be timed, such as a pack).
     """
-    with _lock:
-        path, machine = cache_file(), machine_key()
-        times = _times(_load(path).get(machine, {}).get(key))
+    with lock:
+        machine = machine_key()
+        times = known(machine, key)
         if not times.keys() >= candidates.keys():
             times |= time_calls({code: make() for code, make in candidates.items()})
-            _add(path, machine, key, times)
-    best = min(candidates, key=times.__getitem__)
+            keep(machine, key, times)
+    return best_of(times, candidates, default)
+
+
+def known(machine: str, key: str) -> Times:
+    """Times that this process or the cache file has; {} if there are none. Call it under ``lock``."""
+    return _times(_load(cache_file()).get(machine, {}).get(key))
+
+
+def keep(machine: str, key: str, times: Times) -> None:
+    """Add times to this process and the cache file. Call it under ``lock``."""
+    path = cache_file()
+    _load(path)
+    _add(path, machine, key, times)
+
+
+def best_of(times: Times, codes: Iterable[int], default: int) -> int:
+    """The fastest of ``codes``, but ``default`` unless it is clearly beaten."""
+    best = min(codes, key=times.__getitem__)
     return best if times[best] < _MARGIN * times[default] else default
 
 
@@ -135,7 +153,7 @@ def time_calls(calls: Mapping[int, Callable[[], Any]]) -> Times:
 
 def forget() -> None:
     """Drop what this process remembers of cache files; they are read again at the next choice."""
-    with _lock:
+    with lock:
         _known.clear()
         _warned.clear()
 

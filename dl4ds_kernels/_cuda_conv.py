@@ -1,7 +1,8 @@
 """What :func:`dl4ds_kernels.explain` tells of a CUDA convolution layer: which kernels run it, and why.
 
 The choice is made in C++, at each call (csrc/ops/conv_bn_act/conv_route_cuda.cpp): from the arguments, from
-``DL4DS_CUDA_CONV`` (``auto``, ``fused``, ``library``) and from a model of both ways. docs/gpu-conv.md has the table.
+``DL4DS_CUDA_CONV`` (``auto``, ``fused``, ``library``) and from a model of both ways, or with ``DL4DS_AUTOTUNE=1`` from times
+(_cuda_autotune.py). docs/gpu-conv.md has the table.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import _autotune, _cuda_autotune
 from ._define import op
 
 TILES = ("128x128", "128x64", "64x64")  # output pixels x channels of a thread block: ConvTile in conv_bn_act.h
@@ -36,6 +38,16 @@ REASONS = {
     21: "fp32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32",
     22: "modelled (not measured) to be no faster fused",
 }
+_MODEL = 22
+# Why the table of the model decides although DL4DS_AUTOTUNE=1 asks for times.
+TABLE = {
+    "capture": "table: a graph is being captured, nothing is timed now",
+    "deterministic": "table: deterministic algorithms take no choice that was timed",
+    "not measured yet": "table: not measured yet; the first call will be, unless it runs while a graph is captured",
+    "tracing": "table: nothing is timed while tracing",
+    "no memory": "table: no memory for operands to time",
+    "synchronizations are reported": "table: timing synchronizes, and torch.cuda.set_sync_debug_mode reports that",
+}
 
 
 def _facts(tile: int, fused_ns: int, library_ns: int, **more: int) -> dict[str, Any]:
@@ -52,20 +64,31 @@ def explain(
     In training both ways end in one pass that normalises; the times are those of all that comes before.
     """
     ask = question or op("conv_bn_act_route")
-    reason, tile, slices, fused_ns, library_ns = ask(
-        x, weight, residual, stride, padding, dilation, groups, activation, training
-    )
+    with _cuda_autotune.asking() as answer:
+        reason, tile, slices, fused_ns, library_ns = ask(
+            x, weight, residual, stride, padding, dilation, groups, activation, training
+        )
+        why, times = answer.why, dict(answer.times)
     facts = _facts(tile, fused_ns, library_ns, slices=slices)
+    if _autotune.wanted() and why:
+        facts["chosen_by"] = TABLE.get(why, why)
+        if times:
+            facts["measured_us"] = {_cuda_autotune.words(code): us for code, us in times.items()}
     if reason == 0:
         return {
             "kernels": "a convolution that leaves its batch statistics (CUTLASS main loop), then BatchNorm and activation"
             if training
             else "one fused kernel (CUTLASS main loop)",
-            "reason": "modelled (not measured) to be faster fused",
+            "reason": "measured to be faster fused" if why == "measured" else "modelled (not measured) to be faster fused",
             **facts,
         }
     behind = "batch statistics, BatchNorm and activation" if training else "BatchNorm and activation in place"
-    return {"kernels": f"cuDNN, then {behind}", "reason": REASONS[reason], **facts}
+    timed = reason == _MODEL and why == "measured"
+    return {
+        "kernels": f"cuDNN, then {behind}",
+        "reason": "measured to be no faster fused" if timed else REASONS[reason],
+        **facts,
+    }
 
 
 def explain_prologue(

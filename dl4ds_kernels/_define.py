@@ -123,10 +123,10 @@ def define_op(
                 _register_kernel(library, namespace, name, stem, key, triton and compose is None)
 
 
-def define_question(name: str, kind: str, answer: Callable[[], Any]) -> None:
-    """``dl4ds_kernels::name() -> kind``: what only Python knows and the C++ part asks through the dispatcher, at each call."""
+def define_question(name: str, kind: str, answer: Callable[..., Any], arguments: str = "") -> None:
+    """``dl4ds_kernels::name(arguments) -> kind``: what only Python knows and the C++ part asks through the dispatcher."""
     library = _libraries[CPP]
-    library.define(f"{name}() -> {kind}")
+    library.define(f"{name}({arguments}) -> {kind}")
     library.impl(name, answer, "CompositeExplicitAutograd")
 
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from dl4ds_kernels import benchmark
+from dl4ds_kernels._define import CPP, TRITON, has_kernel
 
+CPU_ONLY = ("linear_act",)
+# Made of other ops' kernels, or (relatives of nms) plain torch on any device.
+BUILT_OF = ("add_bn_act", "basic_block", "bn_act_conv", "bottleneck", "preact_basic_block", "preact_bottleneck", *benchmark.NMS)
+_NAMESPACES = {"cuda": CPP, "triton": TRITON}
 PARITY_SHAPES = "1x1x1,3x7x5,63x7x5,64x1x1,129x13x17,256x28x28"
 RULE_SHAPES = "24x9x7"
 RULE_BOXES = "yolo.98"
@@ -30,6 +35,16 @@ class Place:
         """Backends of ours that claim to run here."""
         names = ("cuda", "triton", "auto") if not self.is_dry else ("cpu", "auto")
         return [name for name in names if benchmark.why_not(name, self.device) is None]
+
+    def missing(self, op: str, backend: str) -> str | None:
+        """Why a backend has no kernel of its own for an op (an op with one must run, or it is wrong)."""
+        if self.is_dry or backend == "auto":
+            return None
+        if op in CPU_ONLY:
+            return f"{op} has a CPU kernel only: stock torch serves it on a GPU"
+        if op in BUILT_OF or has_kernel(op, _NAMESPACES[backend], "cuda"):
+            return None
+        return f"{op} has no kernel of this backend on a GPU"
 
     def synchronize(self) -> None:
         if not self.is_dry:

@@ -27,6 +27,9 @@ def calls(place: Place) -> Iterator[tuple[str, Call | str]]:
         if case.op in benchmark.NMS and case.op != "nms_padded":
             yield name, DEPENDS_ON_DATA
             continue
+        if why := place.missing(case.op, backend):
+            yield name, f"SKIP: {why}"
+            continue
         try:
             with torch.set_grad_enabled(case.backward):
                 yield name, module.setup(case, backend).outputs

@@ -49,7 +49,7 @@ def ops(place: Place, batch: int, rounds: int) -> list[benchmark.Row]:
         for layer, dtype, backward in itertools.product(*axes):
             case = benchmark.Case(op, layer, batch, dtype, "nchw" if nms else "nhwc", backward, place.device)
             stock = [name for name in module.STOCK if name != "eager_cl" and not (place.is_dry and name == "compile")]
-            providers = stock + [n for n in place.backends() if n != "auto"]
+            providers = stock + [n for n in place.backends() if n != "auto" and place.missing(op, n) is None]
             rows += benchmark.run_cases([case], providers, module, rounds=rounds, time_it=not place.is_dry)
             print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

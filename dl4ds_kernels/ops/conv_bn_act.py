@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _cuda_autotune
 from .._define import define_op, define_question, op
 from .bn_act import eval_statistics
 
@@ -102,6 +103,7 @@ def tf32_allowed() -> bool:
 
 
 define_question("conv_tf32_allowed", "bool", tf32_allowed)
+define_question("conv_bn_act_measured", "int", _cuda_autotune.choose, "int[] call")  # with DL4DS_AUTOTUNE=1 only
 
 
 def _fake_route(*args: Any) -> list[int]:

@@ -1,0 +1,140 @@
+"""The ways of a convolution layer on a GPU: library and fused kernel, inference and training, and the choice by timing.
+
+A dry run makes the same calls on the CPU, where there is one way.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+from dl4ds_kernels import _autotune, explain
+from dl4ds_kernels import functional as F
+from gpu.place import Place
+
+# x (N, C, H, W), output channels, kernel, stride: a large map, a 1x1 layer, few pixels, channels that are no whole tile.
+LAYERS = [((8, 64, 56, 56), 64, 3, 1), ((8, 256, 14, 14), 512, 1, 1), ((1, 512, 7, 7), 512, 3, 1), ((2, 40, 17, 13), 72, 3, 2)]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 4e-3}  # of the output's largest value; fp32 may be TF32
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _call(place: Place, layer: Any, dtype: torch.dtype) -> dict[str, Any]:
+    shape, outputs, kernel, stride = layer
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=g), torch.randn(outputs, shape[1], kernel, kernel, generator=g)
+    weight = weight / (shape[1] * kernel**2) ** 0.5
+    last = {"memory_format": torch.channels_last}
+    return {
+        "x": x.to(place.device, dtype).contiguous(**last), "weight": weight.to(place.device, dtype).contiguous(**last),
+        "stride": stride, "padding": kernel // 2,
+    }  # fmt: skip
+
+
+def _run(call: dict[str, Any], training: bool) -> Tensor:
+    channels, device = call["weight"].shape[0], call["x"].device
+    statistics = {"running_mean": torch.zeros(channels, device=device), "running_var": torch.ones(channels, device=device)}
+    return F.conv_bn_act(**call, **statistics, training=training)
+
+
+def _truth(call: dict[str, Any], training: bool) -> Tensor:
+    y = TF.conv2d(call["x"].cpu().double(), call["weight"].cpu().double(), None, call["stride"], call["padding"])
+    zeros, ones = y.new_zeros(y.shape[1]), y.new_ones(y.shape[1])
+    return torch.relu(TF.batch_norm(y, zeros, ones, training=training))
+
+
+def way(place: Place, wish: str, training: bool, dtype: str) -> str:
+    """ "right", or which layer differs from fp64."""
+    with _environment(DL4DS_CUDA_CONV=wish):
+        for layer in LAYERS:
+            call = _call(place, layer, DTYPES[dtype])
+            truth = _truth(call, training)
+            error = float((_run(call, training).cpu().double() - truth).abs().max() / truth.abs().max())
+            if not error <= TOLERANCE[dtype]:
+                return f"{layer}: {error:.1e} of the largest value"
+    return "right"
+
+
+def measured() -> str:
+    """DL4DS_AUTOTUNE=1: every layer is timed once, kept in a file, right, and left alone while a graph is captured."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment(DL4DS_AUTOTUNE="1", DL4DS_AUTOTUNE_CACHE=str(Path(folder) / "autotune.json"), DL4DS_CUDA_CONV="auto"),
+    ):
+        _autotune.forget()
+        try:
+            return _measured(Path(folder) / "autotune.json")
+        finally:
+            _autotune.forget()
+
+
+def _measured(file: Path) -> str:
+    place = Place("cuda")
+
+    def told(call: dict[str, Any]) -> str:
+        return str(
+            explain("conv_bn_act", call["x"], call["weight"], stride=call["stride"], padding=call["padding"]).get("chosen_by")
+        )
+
+    for layer in LAYERS[:-1]:
+        call = _call(place, layer, torch.float16)
+        if "not measured yet" not in told(call):
+            return f"{layer}: before the first call explain says {told(call)}"
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with _environment(DL4DS_CUDA_CONV="library"), torch.cuda.stream(side):
+            _run(call, False)  # cuDNN's own set-up
+        side.synchronize()
+        with torch.cuda.graph(graph):
+            _run(call, False)
+        if "not measured yet" not in told(call):
+            return f"{layer}: something was timed while a graph was captured"
+        out, truth = _run(call, False), _truth(call, False)
+        if told(call) != "measured":
+            return f"{layer}: after the first call explain says {told(call)}"
+        if not float((out.cpu().double() - truth).abs().max() / truth.abs().max()) <= TOLERANCE["fp16"]:
+            return f"{layer}: the measured way is wrong"
+    if not file.exists():
+        return "no file was written"
+    before = file.read_bytes()
+    _autotune.forget()  # as in the next process
+    _run(call, False)
+    return "right" if file.read_bytes() == before else "a known layer was timed again"
+
+
+def run(place: Place) -> dict[str, str]:
+    """{case: "right", "SKIP: why" or what was wrong}."""
+    found: dict[str, str] = {}
+    for op, training in (("conv_bn_act", False), ("conv_bn_act_train", True)):
+        for wish in ("library", "fused"):
+            for dtype in DTYPES:
+                try:
+                    found[f"{op} {wish} {dtype}"] = way(place, wish, training, dtype)
+                except Exception as error:  # one broken way must not hide the others
+                    found[f"{op} {wish} {dtype}"] = f"{type(error).__name__}: {error}"
+    name = "conv_bn_act chosen by timing"
+    if place.is_dry:
+        found[name] = "SKIP: needs a GPU's clock (tests/test_autotune_cuda.py takes the same path with a made-up one)"
+        return found
+    try:
+        found[name] = measured()
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+    return found

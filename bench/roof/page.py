@@ -1,0 +1,199 @@
+"""docs/roofline.md, and the same tables on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _results import markdown
+
+from .model import CHIPS, MOST_ISSUE, MOST_RATIO
+
+HEAD = f"""# Roofline of the GPU kernels
+
+Written by `python bench/roofline.py`. **Nothing here was measured on a GPU**: counts come from the PTX simulator, machine
+instructions, registers and loads in flight from ptxas and nvdisasm, numbers of blocks from the launchers at the real sizes,
+times from the model below. Sites: ResNet-50 at 256 images, every launch as often as the network makes it.
+
+- **floor**: max(bytes of the tensors, each once / bandwidth, operations / peak). **predicted**: the most of what the
+  bytes, the issue slots, the L1 caches or (convolution) the tensor cores and shared memory need, in waves of blocks, plus
+  launch and ramp.
+- **ratio**: predicted / floor over all sites; in brackets the best and the worst. Limit for bn_act and add_act: {MOST_RATIO}.
+- **issue**: machine instructions of the main loop by those that fit into the time in which memory moves its bytes
+  ({" and ".join(f"{chip.slots_per_512:.0f} per 512 bytes on {chip.name}" for chip in CHIPS)}). Limit: {100 * MOST_ISSUE:.0f} %.
+- **in flight**: KiB of loads under way on a multiprocessor (resident warps by registers and shared memory, times the 16-byte
+  loads that the machine code issues before it waits for one) / what saturates the memory, times the share of reads.
+"""
+# Read in the machine code by a person; shown while kernels are short of loads in flight.
+SEEN = """Why, as the machine code shows it:
+
+- `load_upto` in 16-bit types (add_act, every NCHW kernel): the whole-vector load and the tail's single loads meet in eight
+  separate 16-bit values, so eight `PRMT` follow right behind each `LDG.128` and wait for it. One load is under way however far
+  the source unrolls.
+- `bn_act_bwd_reduce_kernel_nhwc` and `bn_act_bwd_kernel_nhwc` do not unroll over rows: two loads of a warp (x and dout) at 4
+  blocks of 256 threads are 32 KiB.
+- The reductions run 1,024 blocks, 2.4 waves of an A100's 432 and 1.9 of an H100's 528: the last wave is short of loads.
+- 16-bit backward kernels convert, recompute z and its sign, and convert back: 51 to 61 % of the issue slots in channels_last.
+"""
+MODEL = """## The model
+
+| | {names} | |
+|---|{dashes}---|
+| bandwidth, TB/s | {bandwidth} | specified, in floor and prediction alike |
+| multiprocessors, GHz | {processors} | specified |
+| fp16 tensor TFLOP/s | {tflops} | specified |
+| share of it by `mma.sync` | {share} | **estimate** (Hopper reaches the rest by wgmma) |
+| KiB in flight that saturate a multiprocessor | {flight} | **estimate** |
+| L2, TB/s | {l2} | **estimate** |
+| launch behind another kernel; first loads and last stores, µs | {launch} | **estimates** |
+
+A count of a launch is `per_warp * warps + per_vector * vectors` (512 bytes of x), fitted to two simulated launches. `nvdisasm
+-gp` names the PTX line behind every machine instruction, and the simulator counts executions of every PTX instruction: so
+machine instructions are counted too (`tests/ptxsim/sass.py`). Where that count's 16-byte accesses are not the simulator's
+within 5 %, the larger of machine and PTX instructions is taken. sm_90 code is assembled from the simulated (compute_80) PTX, as
+a GPU would do with a build for 8.0+PTX. Convolution: PTX instructions; the tile that this model likes best, which need not be
+the one that the package takes ([CUDA convolution](gpu-conv.md)).
+
+Not in the model: cache hits between launches (a pass begins where the one before it ended), DRAM's own efficiency, clocks under
+load, partition camping. A kernel that waits for loads one after another is charged by its loads in flight alone.
+"""
+
+
+def _pairs(rows: list[dict[str, Any]], *names: str) -> list[list[dict[str, Any]]]:
+    """Rows that agree in these columns: one for each GPU."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(repr([row[name] for name in names]), []).append(row)
+    return list(found.values())
+
+
+def _tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of every table."""
+    tables = []
+    for dtype in dict.fromkeys(r["dtype"] for r in document["kernels"]):
+        for layout in dict.fromkeys(r["layout"] for r in document["kernels"] if r["dtype"] == dtype):
+            rows = []
+            mine = [r for r in document["kernels"] if (r["dtype"], r["layout"]) == (dtype, layout)]
+            for chips in _pairs(mine, "kernel", "call", "way"):
+                first = chips[0]
+                name = f"`{first['kernel']}` {first['way']}" + (" (inference)" if first["call"] == "eval" else "")
+                cells = []
+                for r in chips:
+                    met = "" if r["ratio"] <= MOST_RATIO and r["issue_share"] <= MOST_ISSUE else " **x**"
+                    cells += [
+                        f"{r['floor_us'] / 1e3:.2f}", f"{r['ratio']:.2f} ({r['best_ratio']:.2f}-{r['worst_ratio']:.2f}){met}",
+                        f"{100 * r['issue_share']:.0f} %", f"{r['flight_kb']:.0f} / {r['wanted_kb']:.0f}",
+                    ]  # fmt: skip
+                rows.append([name, *cells])
+            header = ["kernel, site"]
+            for chip in CHIPS:
+                header += [f"{chip.name.split()[0]} floor ms", "ratio", "issue", "in flight"]
+            tables.append((f"{dtype}, {layout.upper()}", header, rows))
+    rows = [
+        [f"{ops[0]['op']}, {ops[0]['dtype']}, {ops[0]['layout'].upper()}"]
+        + [cell for r in ops for cell in (f"{r['floor_us'] / 1e3:.2f}", f"{r['predicted_us'] / 1e3:.2f}", f"{r['ratio']:.2f}")]
+        for ops in _pairs(document["operations"], "op", "dtype", "layout")
+    ]
+    header = ["op, all sites of a training step"] + [
+        f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("floor ms", "predicted ms", "ratio")
+    ]
+    tables.append(("Whole ops (with the launches that merge partial results)", header, rows))
+    rows = []
+    for chips in _pairs(document["convolutions"], "layer", "residual"):
+        cells = [
+            cell for r in chips
+            for cell in (r["tile"][1:], f"{r['floor_us']:.0f}", f"{r['predicted_us']:.0f}", f"{r['tflops']:.0f}", r["bound"])
+        ]  # fmt: skip
+        rows.append([chips[0]["layer"] + (" + residual" if chips[0]["residual"] else ""), str(chips[0]["times"]), *cells])
+    header = ["layer", "times"] + [
+        f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("tile", "floor µs", "predicted µs", "TFLOP/s", "bound by")
+    ]
+    tables.append(("The fused convolution, fp16", header, rows))
+    rows = [
+        [f"`{chips[0]['kernel']}` {chips[0]['dtype']} {chips[0]['layout'].upper()} {'x'.join(map(str, chips[0]['shape']))}"]
+        + [cell for r in chips for cell in (f"{r['floor_us']:.0f}", f"{r['predicted_us']:.0f}", r["bound"])]
+        for chips in _pairs(document["windows"], "kernel", "dtype", "layout", "shape")
+    ]
+    header = ["Triton kernel, AlexNet's sites"] + [
+        f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("floor µs", "predicted µs", "bound by")
+    ]
+    tables.append(("local_response_norm", header, rows))
+    rows = [
+        [f"{chips[0]['call'].removeprefix('even-')} `{chips[0]['kernel']}`", str(chips[0]["launches"])]
+        + [cell for r in chips for cell in (f"{r['floor_us']:.2f}", f"{r['issue_us']:.1f}", f"{r['predicted_us']:.1f}")]
+        for chips in _pairs(document["nms"], "call", "kernel")
+    ]
+    header = ["call (images x boxes), kernel", "launches"] + [
+        f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("floor µs", "issue µs", "with launches µs")
+    ]
+    tables.append(("Non-maximum suppression, fp32 (bound by launches and waits: a lower bound, no ratio)", header, rows))
+    return tables
+
+
+CAUSES = {
+    "loads": "too few loads in flight: predicted over {ratio}x of the floor (if the estimate of what saturates memory holds)",
+    "issue": "more than {issue:.0f} % of the issue slots (memory still decides: the prediction's ratio is what it costs)",
+    "small": "launches, ramps and last waves of the small sites bring the sum over {ratio}x",
+}
+
+
+def _missed(document: dict[str, Any]) -> str:
+    if not document["missed"]:
+        return "All limits are met.\n"
+    out = []
+    for cause, text in CAUSES.items():
+        rows = [row for row in document["missed"] if cause in row["causes"]]
+        if not rows:
+            continue
+        lines = []
+        for same in _pairs(rows, "kernel"):
+            worst = {}
+            for row in same:
+                value = row["issue_share"] if cause == "issue" else row["ratio"]
+                worst.setdefault(row["chip"].split()[0], []).append(value)
+            spans = (f"{chip} {_span(values, cause)}" for chip, values in worst.items())
+            lines.append(
+                f"    - `{same[0]['kernel']}` ({', '.join(dict.fromkeys(r['dtype'] for r in same))}): {'; '.join(spans)}"
+            )
+        out += [f"- **Not met:** {text.format(ratio=MOST_RATIO, issue=100 * MOST_ISSUE)}:\n", *lines, ""]
+    met = sorted({row["kernel"] for row in document["kernels"]} - {row["kernel"] for row in document["missed"]})
+    names = ", ".join(f"`{name}`" for name in met) or "no kernel"
+    out.append(f"- Met everywhere: {names}. The tables mark rows that miss with **x**.\n")
+    return "\n".join(out)
+
+
+def _span(values: list[float], cause: str) -> str:
+    low, high = (f"{100 * v:.0f} %" if cause == "issue" else f"{v:.2f}x" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def render(document: dict[str, Any]) -> str:
+    """The page."""
+    each = lambda text: " | ".join(text(chip) for chip in CHIPS)  # noqa: E731
+    model = MODEL.format(
+        names=each(lambda c: c.name), dashes="---:|" * len(CHIPS), bandwidth=each(lambda c: f"{c.bandwidth_tbs}"),
+        processors=each(lambda c: f"{c.processors}, {c.clock_ghz}"), tflops=each(lambda c: f"{c.tflops}"),
+        share=each(lambda c: f"{c.share}"), flight=each(lambda c: f"{c.flight_kb}"), l2=each(lambda c: f"{c.l2_tbs}"),
+        launch=each(lambda c: f"{c.launch_us}; {c.ramp_us}"),
+    )  # fmt: skip
+    out = [HEAD, "![Roofline of the kernels](roofline.png)\n", "## Limits\n", _missed(document)]
+    if any("loads" in row["causes"] for row in document["missed"]):
+        out.append(SEEN)
+    for title, header, rows in _tables(document):
+        out += [f"## {title}\n", markdown(header, rows)]
+    return "\n".join([*out, model])
+
+
+def show(document: dict[str, Any]) -> None:
+    """The tables of the kernels on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, header, rows in _tables(document):
+        table = Table(title=title)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*(cell.replace("`", "").replace("**x**", "[red]x[/red]") for cell in row))
+        console.print(table)
+    console.print(_missed(document).replace("**", "").replace("`", ""))
