@@ -70,9 +70,11 @@ def test_second_build_does_nothing() -> None:
     [
         ({"DL4DS_BUILD_CUDA": "maybe"}, ["DL4DS_BUILD_CUDA", "expected 0, 1 or auto", "'maybe'"]),
         ({"DL4DS_BUILD_CUDA": "0", "CXX": "false"}, ["the build failed", "CXX"]),
+        ({"DL4DS_BUILD_CUDA": "0", "MAX_JOBS": "0"}, ["MAX_JOBS: expected a positive number, got '0'"]),
+        ({"DL4DS_BUILD_CUDA": "0", "MAX_JOBS": "many"}, ["MAX_JOBS: expected a positive number, got 'many'"]),
         ({"DL4DS_BUILD_CUDA": "0", "CUTLASS_PATH": "/nowhere"}, ["CUTLASS_PATH", "cutlass/version.h", "got /nowhere"]),
     ],
-    ids=["choice", "compiler", "cutlass"],
+    ids=["choice", "compiler", "no-jobs", "jobs", "cutlass"],
 )
 def test_wrong_settings_fail_loudly(environment: dict[str, str], words: list[str], copy_of_sources: Path) -> None:
     result = build(copy_of_sources, **environment)
