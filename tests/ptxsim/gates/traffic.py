@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .. import Report
@@ -19,7 +18,7 @@ class Traffic:
     load, store: sectors needed at least, by sectors moved. waves: shared-memory waves per ideal wave. again: sectors moved by
     distinct sectors (1: nothing is fetched twice). instructions: of a warp, per 512 bytes of distinct traffic. passes: distinct
     bytes by size, for large tensors. small: distinct bytes of all other tensors by those of the large ones. element: distinct
-    bytes per element of x.
+    bytes per element of x (of dout in backward, of the largest where an op has neither).
     """
 
     load: float
@@ -39,7 +38,9 @@ def traffic(base: Baseline, report: Report) -> Traffic:
     large = {name: size for name, size in touched.items() if name in limits.large_tensors() & known.keys()}
     sizes = {name: known[name].numel() * known[name].element_size() for name in large}
     moved = 32 * (report.counters["load_sectors"] + report.counters["store_sectors"])
-    total, elements = sum(touched.values()), known.get("x", known.get("dout", torch.empty(0))).numel()
+    total = sum(touched.values())
+    named = known.get("x", known.get("dout"))
+    elements = named.numel() if named is not None else max((known[name].numel() for name in large), default=0)
     return Traffic(
         load=report.efficiency("load"),
         store=report.efficiency("store"),
