@@ -64,7 +64,9 @@ def _truth(call: dict[str, Any], training: bool) -> Tensor:
 def way(place: Place, wish: str, training: bool, dtype: str) -> str:
     """ "right", or which layer differs from fp64."""
     with _environment(DL4DS_CUDA_CONV=wish):
-        for layer in LAYERS:
+        for layer in (
+            LAYERS[-1:] if place.is_dry else LAYERS
+        ):  # on the CPU there is one way, and its ops have tests of their own
             call = _call(place, layer, DTYPES[dtype])
             truth = _truth(call, training)
             error = float((_run(call, training).cpu().double() - truth).abs().max() / truth.abs().max())
