@@ -74,17 +74,10 @@ def gencode(archs):
     return " ".join(flags)
 
 
-def max_jobs():
-    """MAX_JOBS, else what cores and free memory allow (2 GiB a compiler)."""
-    asked = os.environ.get("MAX_JOBS", "")
-    if asked and not (asked.isdecimal() and int(asked)):  # 0 would be "without limit" to ninja
-        sys.exit(f"dl4ds_kernels: MAX_JOBS: expected a positive number, got {asked!r}")
-    try:  # with the page cache, which gives way: "free" alone would make a build on a used machine serial
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        free_gib = int(found[1]) >> 20
-    except (OSError, TypeError):
-        free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
-    return int(asked or max(1, min(len(os.sched_getaffinity(0)), free_gib // 2)))
+def max_jobs():  # MAX_JOBS, else what cores and memory allow: 2 GiB a compiler, and the page cache gives way
+    free_gib = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) >> 20
+    asked = os.environ.get("MAX_JOBS") or str(max(1, min(len(os.sched_getaffinity(0)), free_gib // 2)))
+    return int(asked) if asked.strip("0").isdecimal() else sys.exit(f"MAX_JOBS: expected a positive number, got {asked!r}")
 
 
 class NinjaBuild(build_ext):
