@@ -103,7 +103,7 @@ def test_notebooks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quoted_commands_exist() -> None:
     """Files and commands that the pages name are there."""
-    known = {"info", "demo", "bench", "models", "detect", "experiment", "train"}
+    known = {"info", "demo", "bench", "models", "detect", "segment", "pose", "experiment", "train"}
     for page in DOCS.rglob("*.md"):
         text = page.read_text()
         for path in re.findall(r"\b((?:bench|tests|csrc|docs)/[\w/]+\.\w+)", text):
