@@ -168,12 +168,9 @@ def test_capture_and_deterministic_algorithms_use_the_table(clock: Clock, cache:
         assert not clock.ran and told(x, weight)["chosen_by"].startswith("table: deterministic")
     finally:
         torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = True
-    try:
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # the flag itself may be locked (torch.testing does it)
         run(x, weight)
         assert not clock.ran and told(x, weight)["chosen_by"].startswith("table: deterministic")
-    finally:
-        torch.backends.cudnn.deterministic = False
     run(x, weight)
     assert clock.ran and told(x, weight)["chosen_by"] == "measured"
     clock.forbidden = "capture"

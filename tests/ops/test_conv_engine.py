@@ -236,6 +236,7 @@ def test_choice() -> None:
 RUN = """
 import json, torch
 from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, check, choices
+torch.manual_seed(0)
 for conv in WINOGRAD:
     for algorithm in (1, 2, 4):
         check(conv, algorithm, 1, residual=True)

@@ -65,6 +65,33 @@ __device__ __forceinline__ Pack<T, kVec> load_pack(const T* p) {
     return pack;
 }
 
+/// A pack as it was loaded. Several loads are under way at once only if nothing takes the values apart before
+/// the last of them has been sent: kernels load raw packs first and unpack() them afterwards.
+template <typename T, int kVec>
+using RawPack = std::conditional_t<kVec == 1, Pack<T, 1>, uint4>;
+
+template <typename T, int kVec>
+__device__ __forceinline__ RawPack<T, kVec> load_raw(const T* p) {
+    if constexpr (kVec == 1) {
+        return load_pack<T, 1>(p);
+    } else {
+        return *reinterpret_cast<const uint4*>(p);
+    }
+}
+
+template <typename T, int kVec>
+__device__ __forceinline__ Pack<T, kVec> unpack(RawPack<T, kVec> raw) {
+    if constexpr (kVec == 1) {
+        return raw;
+    } else {
+        // Words up to here: the compiler would else take them apart where they are loaded.
+        asm("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+        Pack<T, kVec> pack;
+        memcpy(&pack, &raw, sizeof(raw));
+        return pack;
+    }
+}
+
 template <typename T, int kVec>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kVec>& pack) {
     if constexpr (kVec == 1) {
@@ -101,6 +128,22 @@ __device__ __forceinline__ void store_head(T* p, const Pack<T, kVec>& pack, int6
 template <typename T, int kVec>
 __device__ __forceinline__ Pack<T, kVec> load_upto(const T* p, int64_t left) {
     return left >= kVec ? load_pack<T, kVec>(p) : load_head<T, kVec>(p, left);
+}
+
+template <typename T, int kVec>
+__device__ __forceinline__ RawPack<T, kVec> load_raw_upto(const T* p, int64_t left) {
+    if constexpr (kVec == 1) {
+        return load_upto<T, 1>(p, left);
+    } else {
+        uint4 raw;
+        if (left >= kVec) {
+            raw = load_raw<T, kVec>(p);
+        } else {
+            const Pack<T, kVec> head = load_head<T, kVec>(p, left);
+            memcpy(&raw, &head, sizeof(raw));
+        }
+        return raw;
+    }
 }
 
 template <typename T, int kVec>

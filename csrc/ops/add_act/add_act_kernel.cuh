@@ -9,16 +9,18 @@ namespace dl4ds {
 
 /// z = alpha * (value [+ add])
 template <typename T, int kVec>
-__device__ __forceinline__ void scaled_sum(acc_type<T> (&z)[kVec], const Pack<T, kVec>& value,
-                                           const Pack<T, kVec>& add, bool has_add, acc_type<T> alpha) {
+__device__ __forceinline__ void scaled_sum(acc_type<T> (&z)[kVec], const RawPack<T, kVec>& value,
+                                           const RawPack<T, kVec>& add, bool has_add, acc_type<T> alpha) {
+    const Pack<T, kVec> first = unpack<T, kVec>(value);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
-        z[k] = to_acc(value.v[k]);
+        z[k] = to_acc(first.v[k]);
     }
     if (has_add) {
+        const Pack<T, kVec> second = unpack<T, kVec>(add);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-            z[k] += to_acc(add.v[k]);
+            z[k] += to_acc(second.v[k]);
         }
     }
 #pragma unroll
@@ -36,15 +38,30 @@ __global__ void __launch_bounds__(kThreads) add_act_fwd_kernel(const AddActFwdPa
     const int64_t vecs = (a.numel + kVec - 1) / kVec, stride = int64_t(gridDim.x) * kThreads;
     const acc_t alpha = static_cast<acc_t>(a.alpha), slope = static_cast<acc_t>(a.negative_slope);
     for (int64_t base = int64_t(blockIdx.x) * kThreads; base < vecs; base += kUnroll * stride) {
-        Pack<T, kVec> value[kUnroll], add[kUnroll];
+        RawPack<T, kVec> value[kUnroll], add[kUnroll];
+        // A block whose vectors are all whole sends all its loads before it looks at one.
+        if ((base + (kUnroll - 1) * stride + kThreads) * kVec <= a.numel) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int64_t f = base + u * stride + threadIdx.x;
-            if (f < vecs) {
-                value[u] = load_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, a.numel - f * kVec);
-                if (a.residual != nullptr) {
-                    add[u] =
-                        load_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, a.numel - f * kVec);
+            for (int u = 0; u < kUnroll; ++u) {
+                value[u] =
+                    load_raw<T, kVec>(static_cast<const T*>(a.x) + (base + u * stride + threadIdx.x) * kVec);
+            }
+            if (a.residual != nullptr) {
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    add[u] = load_raw<T, kVec>(static_cast<const T*>(a.residual) +
+                                               (base + u * stride + threadIdx.x) * kVec);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                const int64_t f = base + u * stride + threadIdx.x, left = a.numel - f * kVec;
+                if (f < vecs) {
+                    value[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, left);
+                    if (a.residual != nullptr) {
+                        add[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, left);
+                    }
                 }
             }
         }
@@ -76,31 +93,77 @@ __global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdPa
     const int64_t vecs = (a.numel + kVec - 1) / kVec, stride = int64_t(gridDim.x) * kThreads;
     const acc_t alpha = static_cast<acc_t>(a.alpha), slope = static_cast<acc_t>(a.negative_slope);
     const bool recompute = a.mask == nullptr && a.activation != Activation::kNone;
-    for (int64_t f = int64_t(blockIdx.x) * kThreads + threadIdx.x; f < vecs; f += stride) {
-        const int64_t left = a.numel - f * kVec;
-        const auto gradient = load_upto<T, kVec>(static_cast<const T*>(a.dout) + f * kVec, left);
-        acc_t dz[kVec];
+    constexpr int kUnroll = 2;
+    for (int64_t base = int64_t(blockIdx.x) * kThreads; base < vecs; base += kUnroll * stride) {
+        RawPack<T, kVec> gradient[kUnroll], value[kUnroll], add[kUnroll];
+        unsigned bits[kUnroll];
+        const auto at = [&](int u) { return base + u * stride + threadIdx.x; };
+        if ((base + (kUnroll - 1) * stride + kThreads) * kVec <= a.numel) {
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-            dz[k] = to_acc(gradient.v[k]);
-        }
-        if (a.mask != nullptr) {
-            masked_gradient(dz, load_mask<kVec>(a.mask, f), a.activation, slope);
-        } else if (recompute) {
-            const auto value = load_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, left);
-            Pack<T, kVec> add;
-            if (a.residual != nullptr) {
-                add = load_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, left);
+            for (int u = 0; u < kUnroll; ++u) {
+                gradient[u] = load_raw<T, kVec>(static_cast<const T*>(a.dout) + at(u) * kVec);
             }
-            acc_t z[kVec];
-            scaled_sum<T, kVec>(z, value, add, a.residual != nullptr, alpha);
-            activation_gradient<T, kVec>(dz, z, a.activation, slope);
+            if (a.mask != nullptr) {
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    bits[u] = load_mask<kVec>(a.mask, at(u));
+                }
+            } else if (recompute) {
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    value[u] = load_raw<T, kVec>(static_cast<const T*>(a.x) + at(u) * kVec);
+                }
+                if (a.residual != nullptr) {
+#pragma unroll
+                    for (int u = 0; u < kUnroll; ++u) {
+                        add[u] = load_raw<T, kVec>(static_cast<const T*>(a.residual) + at(u) * kVec);
+                    }
+                }
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                const int64_t f = at(u), left = a.numel - f * kVec;
+                if (f >= vecs) {
+                    continue;
+                }
+                gradient[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.dout) + f * kVec, left);
+                if (a.mask != nullptr) {
+                    bits[u] = load_mask<kVec>(a.mask, f);
+                } else if (recompute) {
+                    value[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, left);
+                    if (a.residual != nullptr) {
+                        add[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, left);
+                    }
+                }
+            }
         }
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-            dz[k] *= alpha;
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t f = at(u);
+            if (f >= vecs) {
+                continue;
+            }
+            const Pack<T, kVec> given = unpack<T, kVec>(gradient[u]);
+            acc_t dz[kVec];
+#pragma unroll
+            for (int k = 0; k < kVec; ++k) {
+                dz[k] = to_acc(given.v[k]);
+            }
+            if (a.mask != nullptr) {
+                masked_gradient(dz, bits[u], a.activation, slope);
+            } else if (recompute) {
+                acc_t z[kVec];
+                scaled_sum<T, kVec>(z, value[u], add[u], a.residual != nullptr, alpha);
+                activation_gradient<T, kVec>(dz, z, a.activation, slope);
+            }
+#pragma unroll
+            for (int k = 0; k < kVec; ++k) {
+                dz[k] *= alpha;
+            }
+            store_upto<T, kVec>(static_cast<T*>(a.dx) + f * kVec, round_pack<T, kVec>(dz),
+                                a.numel - f * kVec);
         }
-        store_upto<T, kVec>(static_cast<T*>(a.dx) + f * kVec, round_pack<T, kVec>(dz), left);
     }
 }
 

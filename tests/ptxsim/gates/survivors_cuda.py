@@ -116,4 +116,24 @@ ARGUMENTS = (
         "a group of partial results that is empty in every simulated call of this type", kernel="finalize_kernelId",
         equal=False,
     ),
+    Argument(
+        "loose_comparison", r"^add_act_kernel\.cuh: if \(\(base \+",
+        "the way with bounds reads what the way of whole vectors reads",
+    ),
+    Argument(
+        "loose_comparison", r"^add_act_kernel\.cuh: (if \(f (<|>=) vecs\)|const bool valid|for \(int64_t base)",
+        "behind the end nothing is left: no value is loaded and none is stored",
+    ),
+    Argument(
+        "missing_mask", r"^add_act_kernel\.cuh: \} else if \(recompute\)",
+        "the gradient of no activation is 1: dz stays as it is",
+    ),
+    Argument(
+        "loose_comparison", r"^vec\.cuh: pack\.v\[k\] = k < count", "a vector that is loaded has a value left",
+        kernel="add_act_(fwd|bwd)_kernel",
+    ),
+    Argument(
+        "missing_mask|wrong_predicate", r"^activation\.h: .*::exp\(x\)", "exp's way for arguments near overflow: of this copy's "
+        "values none is so large in a simulated call", kernel="add_act_(fwd|bwd)_kernelIdLi1E", equal=False,
+    ),
 )  # fmt: skip
