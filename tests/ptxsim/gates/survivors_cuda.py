@@ -133,7 +133,7 @@ ARGUMENTS = (
         kernel="add_act_(fwd|bwd)_kernel",
     ),
     Argument(
-        "missing_mask|wrong_predicate", r"^activation\.h: .*::exp\(x\)", "exp's way for arguments near overflow: of this copy's "
-        "values none is so large in a simulated call", kernel="add_act_(fwd|bwd)_kernelIdLi1E", equal=False,
+        "missing_mask|wrong_predicate", r"^activation\.h: .*::exp\(x\)", "exp's way for arguments near overflow: of this copy's"
+        " values none is so large in a simulated call", kernel="add_act_(fwd|bwd)_kernelIdLi1E", equal=False,
     ),
 )  # fmt: skip
