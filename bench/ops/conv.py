@@ -164,9 +164,7 @@ def plot(rows: list[dict[str, Any]], path: Path, machine: str) -> None:
     for index, (name, key) in enumerate((("ours", "ours"), ("ours exact", "ours exact"), ("best peer", None))):
         heights = [row["candidates"].get(key or row["best_peer"], {"gflops": 0.0})["gflops"] for row in rows]
         axes.bar([i + (index - 1) * 0.28 for i in range(len(rows))], heights, 0.28, label=name)
-    axes.plot(
-        range(len(rows)), [row["floor_ms"] and row["peak"] for row in rows], "k_", markersize=14, label="peak of direct work"
-    )
+    axes.plot(range(len(rows)), [row["peak"] for row in rows], "k_", markersize=14, label="peak of direct work")
     labels = [f"{row['layer']} b{row['batch']} t{row['threads']}" for row in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
     axes.margins(x=0.01)

@@ -218,6 +218,18 @@ HEADS = {
 }
 
 
+class Record(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the calls of every op by its name."""
+
+    def __init__(self, names: Counter[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function).partition(".default")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_take_the_fully_connected_kernel(name: str) -> None:
     """In inference on few rows; a hook, an exchanged head and training are served by the stock layer."""
@@ -226,13 +238,7 @@ def test_heads_take_the_fully_connected_kernel(name: str) -> None:
     layer = net.get_submodule(head)
     assert type(layer) is nn.Linear and f"{head}.weight" in net.state_dict()
     names: Counter[str] = Counter()
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names[str(function).partition(".default")[0]] += 1
-            return function(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Record():
+    with torch.no_grad(), Record(names):
         fused = net(x)
     assert names["dl4ds_kernels.linear_act"] == 1 and names["aten.addmm"] == 0
     seen: list[Tensor] = []
@@ -243,7 +249,7 @@ def test_heads_take_the_fully_connected_kernel(name: str) -> None:
     assert len(seen) == 1
     near(seen[0], fused)
     names.clear()
-    with Record():
+    with Record(names):
         out = net.train()(x)
     assert names["aten.addmm"] == 1 and names["dl4ds_kernels.linear_act"] == 0 and out.requires_grad
     parent, _, child = head.rpartition(".")
@@ -259,13 +265,7 @@ def test_yolo_of_the_paper_runs_on_the_engine() -> None:
     text = re.sub(r"filters=(\d+)", lambda m: f"filters={int(m[1]) // 4}", models.yolov1_cfg("paper"))
     net, x = seeded(models.DarknetNet.from_text(text)).eval(), image(1, 3, 448, 448)
     names: Counter[str] = Counter()
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names[str(function).partition(".default")[0]] += 1
-            return function(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Record():
+    with torch.no_grad(), Record(names):
         net(x)
     assert names["dl4ds_kernels.conv_bn_act_packed"] == 24 and names["dl4ds_kernels.linear_act"] == 2
     assert not [n for n in names if n.startswith(("aten.convolution", "aten.addmm", "aten.leaky_relu"))]

@@ -17,6 +17,7 @@ import _cuda_launch as launchers
 import torch
 
 from ptxsim import Report, build, compile_cuda, sass, toolchain
+from ptxsim.gates.machine import ptxas_facts
 
 ARCHITECTURES = ("80", "90")
 CHANNELS = 64
@@ -48,14 +49,7 @@ def assembled(source: Path, arch: str) -> tuple[Path, dict[str, dict[str, int]]]
 
     key = build.digest(path, arch, toolchain.compiler_version(toolchain.nvcc()))
     folder = build.cached("roofline", key, ["code.cubin", "messages.txt"], make)
-    facts = {}
-    for part in re.split(r"Compiling entry function '", (folder / "messages.txt").read_text())[1:]:
-        number = lambda pattern, text=part: int(m.group(1)) if (m := re.search(pattern, text)) else 0  # noqa: E731
-        facts[part[: part.index("'")]] = {
-            "registers": number(r"Used (\d+) registers"), "shared": number(r"(\d+) bytes smem"),
-            "spills": number(r"(\d+) bytes spill stores"),
-        }  # fmt: skip
-    return folder / "code.cubin", facts
+    return folder / "code.cubin", ptxas_facts((folder / "messages.txt").read_text())
 
 
 # ------------------------------------------------------------------------------------------------- small launches, two sizes

@@ -36,7 +36,7 @@ def row(source: Path) -> tuple[list[str], bool]:
         registers.append(max((f["registers"] for f in facts.values()), default=0))
         spills += sum(f["spill_stores"] + f["spill_loads"] + f["stack"] for f in facts.values())
         advice += len(re.findall(r"C7510|advisory|warning", messages, re.IGNORECASE))
-        shared = max([shared, *map(int, re.findall(r"(\d+) bytes smem", messages))])
+        shared = max([shared, *(f["shared"] for f in facts.values())])
     cells = [
         f"`{source.relative_to(launchers.CSRC)}`",
         str(kernels),

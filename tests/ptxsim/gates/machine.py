@@ -18,12 +18,14 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def ptxas_facts(messages: str) -> dict[str, dict[str, int]]:
-    """Per kernel in the messages of `ptxas -v`: registers, stack, spill_stores, spill_loads."""
+    """Per kernel in the messages of `ptxas -v`: registers, stack, spill_stores, spill_loads, shared (static bytes)."""
     facts: dict[str, dict[str, int]] = {}
     for part in re.split(r"Compiling entry function '", messages)[1:]:
         sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        shared = re.search(r"(\d+) bytes smem", part)
         facts[part[: part.index("'")]] = {
             "registers": int(re.search(r"Used (\d+) registers", part).group(1)),
+            "shared": int(shared.group(1)) if shared else 0,
             **dict(zip(("stack", "spill_stores", "spill_loads"), map(int, sizes), strict=True)),
         }
     return facts
