@@ -26,9 +26,9 @@ times from the model below. Sites: ResNet-50 at 256 images, every launch as ofte
 # Read in the machine code by a person; shown while kernels are short of loads in flight.
 SEEN = """Why, as the machine code shows it:
 
-- `load_upto` in 16-bit types (every NCHW kernel; `add_act` loads a `RawPack` instead): the whole-vector load and the tail's
-  single loads meet in eight separate 16-bit values, so eight `PRMT` follow right behind each `LDG.128` and wait for it. One load
-  is under way however far the source unrolls.
+- `load_upto` in 16-bit types (every NCHW kernel; `add_act` loads a `RawPack` instead): the whole-vector load and the
+  tail's single loads meet in eight separate 16-bit values, so eight `PRMT` follow right behind each `LDG.128` and wait for it.
+  One load is under way however far the source unrolls.
 - `bn_act_bwd_reduce_kernel_nhwc` and `bn_act_bwd_kernel_nhwc` do not unroll over rows: two loads of a warp (x and dout) at 4
   blocks of 256 threads are 32 KiB.
 - The reductions run 1,024 blocks, 2.4 waves of an A100's 432 and 1.9 of an H100's 528: the last wave is short of loads.
