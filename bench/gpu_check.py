@@ -19,6 +19,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,36 +67,88 @@ def _of_rows(rows: list[benchmark.Row]) -> dict[str, str]:
     return found | {f"{sum(row.status in ('ok', 'parity') for row in rows)} of {len(rows)} rows": "right"}
 
 
-def check(place: Place, options: argparse.Namespace) -> dict[str, Any]:
-    """The whole report; ``checks`` holds, by part, what was checked and what came of it."""
-    gpu = "none (dry run on the CPU)" if place.is_dry else torch.cuda.get_device_name()
-    document: dict[str, Any] = {"schema": 2, "machine": benchmark.machine(), "gpu": gpu, "dry_run": place.is_dry}
-    print(gpu)
-    checks: dict[str, dict[str, str]] = {"info": _info()}
-    rows = _parity(place)
-    document["parity"] = [row.as_dict() for row in rows]
-    checks["parity against fp64"] = _of_rows(rows) | _missing(place)
-    checks["ways of a convolution"] = routes.run(place)
-    checks |= rules.run(place)
-    checks["faults"] = faults.run(place.is_dry)
-    if not options.no_sanitizer:
-        checks["compute-sanitizer"] = sanitizer.run(place.is_dry)
-    if place.is_dry and not options.no_simulator:
-        checks["PTX simulator"] = simulated.run()
-    if not options.no_timing:
+Found = dict[str, str]
+Part = Callable[[dict[str, Any]], Found]  # takes the report, may add figures to it
+
+
+def _parity_part(place: Place) -> Part:
+    def part(document: dict[str, Any]) -> Found:
+        rows = _parity(place)
+        document["parity"] = [row.as_dict() for row in rows]
+        return _of_rows(rows) | _missing(place)
+
+    return part
+
+
+def _timed_calls(place: Place, options: argparse.Namespace) -> Part:
+    def part(document: dict[str, Any]) -> Found:
         if not place.is_dry:
             document["ceilings"] = speed.ceilings()
-        timed = speed.ops(place, 1 if place.is_dry else options.batch, options.rounds)
-        document["timings"] = [row.as_dict() for row in timed]
-        checks["timed calls"] = _of_rows(timed)
+        rows = speed.ops(place, 1 if place.is_dry else options.batch, options.rounds)
+        document["timings"] = [row.as_dict() for row in rows]
+        return _of_rows(rows)
+
+    return part
+
+
+def _timed_models(place: Place, options: argparse.Namespace) -> Part:
+    def part(document: dict[str, Any]) -> Found:
         document["models"] = speed.models(place, options.rounds)
-        checks["models"] = {
+        return {
             f"{row['model']} batch {row['batch']} {way}": "right" if found["status"] == "ok" else found["status"]
             for row in document["models"]
             for way, found in row["ways"].items()
         }
-    document["checks"] = checks
+
+    return part
+
+
+def parts(place: Place, options: argparse.Namespace) -> dict[str, Part]:
+    """What is checked, in order. What can poison the CUDA context (faults, the sanitizer's processes) is not first."""
+    every: dict[str, Part] = {
+        "info": lambda _: _info(),
+        "parity against fp64": _parity_part(place),
+        "ways of a convolution": lambda _: routes.run(place),
+        **{rule: lambda _, rule=rule: rules.run(place, rule) for rule in rules.RULES},
+        "faults": lambda _: faults.run(place.is_dry),
+    }
+    if not options.no_sanitizer:
+        every["compute-sanitizer"] = lambda _: sanitizer.run(place.is_dry)
+    if place.is_dry and not options.no_simulator:
+        every["PTX simulator"] = lambda _: simulated.run()
+    if not options.no_timing:
+        every |= {"timed calls": _timed_calls(place, options), "models": _timed_models(place, options)}
+    return every
+
+
+def check(place: Place, options: argparse.Namespace) -> dict[str, Any]:
+    """The whole report; ``checks`` holds, by part, what was checked and what came of it.
+
+    A part that raises is a problem of the report, not its end, and what is known is on disk after every part: on a rented GPU
+    an illegal access in one kernel must not cost the figures of the others.
+    """
+    gpu = "none (dry run on the CPU)" if place.is_dry else torch.cuda.get_device_name()
+    document: dict[str, Any] = {"schema": 2, "machine": benchmark.machine(), "gpu": gpu, "dry_run": place.is_dry, "checks": {}}
+    every = parts(place, options)
+    print(f"{gpu}: {len(every)} parts", flush=True)
+    for i, (name, part) in enumerate(every.items(), 1):
+        print(f"[{i}/{len(every)}] {name} ...", flush=True)
+        start = time.monotonic()
+        try:
+            found = part(document)
+        except Exception as error:
+            found = {"the part itself": f"raised {type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"}
+        document["checks"][name] = found
+        document.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
+        wrong = sum(map(page.is_wrong, found.values()))
+        print(f"      {document['seconds'][name]:.0f} s, {f'{wrong} WRONG' if wrong else 'right'}", flush=True)
+        write(options.report, document)
     return document
+
+
+def write(report: Path, document: dict[str, Any]) -> None:
+    save(report.with_suffix(".json"), document)
+    report.with_suffix(".html").write_text(page.render(document))
 
 
 def main() -> int:
@@ -119,8 +174,6 @@ def main() -> int:
     problems = [(part, name, text) for part, name, text in page.results(document) if page.is_wrong(text)]
     for part, name, text in problems:
         print(f"WRONG  {part}: {name}: {text}")
-    save(options.report.with_suffix(".json"), document)
-    options.report.with_suffix(".html").write_text(page.render(document))
     print(f"{len(problems)} problems. Written: {options.report}.json, {options.report}.html")
     return int(bool(problems))
 
