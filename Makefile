@@ -44,8 +44,9 @@ test: build     ## the test suite
 test-fast: build ## the inner loop, under 3 minutes
 	$(PYTEST) -m "not full and not slow" -x
 
-test-full: build ## everything, long runs included
-	$(PYTEST)
+test-full: build ## everything, long runs included (hours): bench/results/test-full.md
+	@$(PYTEST) --junitxml=build/test-full.xml; code=$$?; \
+	$(PY) tools/test_summary.py build/test-full.xml --title "make test-full" --out bench/results/test-full.md; exit $$code
 
 test-asan: build ## the CPU kernels under AddressSanitizer and UBSan: bench/results/test-asan.md
 	$(PY) -m tests.sanitize --report bench/results/test-asan.md
