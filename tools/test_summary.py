@@ -62,8 +62,8 @@ def render(files: list[Path], title: str, note: str = "") -> str:
     lines = [
         f"# {title}",
         "",
-        f"Written by `python tools/test_summary.py`. Commit {commit}, {facts['date']}; {facts['cpu']}, {facts['threads']} threads, torch "
-        f"{facts['torch']}, Python {facts['python']}. {note}".rstrip(),
+        f"By `python tools/test_summary.py`. Commit {commit}, {facts['date']}; {facts['cpu']}, {facts['threads']} threads, "
+        f"torch {facts['torch']}, Python {facts['python']}. {note}".rstrip(),
         "",
         "| tests | passed | failed | skipped | seconds |",
         "|---|---:|---:|---:|---:|",
