@@ -15,6 +15,8 @@ namespace {
 
 constexpr const char* kOp = "conv_bn_act";
 
+}  // namespace
+
 void check_residual(const char* op, const Operand& residual, const TensorInfo& out) {
     if (residual.info.present) {
         check_same_shape(op, "residual", residual.info, out);
@@ -22,6 +24,8 @@ void check_residual(const char* op, const Operand& residual, const TensorInfo& o
         check_same_device(op, "residual", residual.info, out);
     }
 }
+
+namespace {
 
 bool is_dense(const Operand& t) {
     const auto strides = dense_strides(t.info.sizes, t.info.dim, Format::kChannelsLast);
@@ -59,16 +63,19 @@ Tensor by_library(const CudaScope& scope, const Tensor& x, const Tensor& weight,
     return out;
 }
 
-/// The filter as the kernel reads it: as cuDNN would copy it; a channels_last model has no copy to make.
-Operand dense_filter(const Tensor& weight) {
-    Operand filter(weight);
-    if (!is_dense(filter) || reinterpret_cast<uintptr_t>(filter.info.data) % 16 != 0) {
-        filter.copy_to(Format::kChannelsLast);
+}  // namespace
+
+void make_dense(Operand& t) {
+    if (t.info.present && (!is_dense(t) || reinterpret_cast<uintptr_t>(t.info.data) % 16 != 0)) {
+        t.copy_to(Format::kChannelsLast);
     }
-    return filter;
 }
 
-}  // namespace
+Operand dense_filter(const Tensor& weight) {
+    Operand filter(weight);
+    make_dense(filter);
+    return filter;
+}
 
 /// aten::convolution (not transposed).
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -91,9 +98,7 @@ Tensor by_fused_kernel(const char* op, const CudaScope& scope, ConvBnActFwdParam
     Operand added(residual);
     check_residual(op, added, oi);
     const Operand filter = dense_filter(weight);
-    if (added.info.present && (!is_dense(added) || reinterpret_cast<uintptr_t>(added.info.data) % 16 != 0)) {
-        added.copy_to(Format::kChannelsLast);
-    }
+    make_dense(added);
     const Operand cb = channel_operand(op, "bias", bias, oi);
     const Operand rm = channel_operand(op, "running_mean", v.mean, oi);
     const Operand rv = channel_operand(op, "running_var", v.var, oi);

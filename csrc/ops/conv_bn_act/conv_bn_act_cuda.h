@@ -67,6 +67,7 @@ struct ConvWay {
     bool prologue = false;  // BatchNorm and in_activation of the input
     Activation in_activation = Activation::kRelu;
     bool epilogue = true;  // BatchNorm of the output; only a prologue goes without
+    bool measure = true;   // with DL4DS_AUTOTUNE=1: candidates may be timed
 };
 
 /// The route of a call. Sizes that do not fit each other go to the library, which says what is wrong.
@@ -84,6 +85,16 @@ inline std::vector<int64_t> route_answer(const ConvRoute& route) {
 /// aten::convolution (not transposed).
 Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                 const ConvGeometry& geometry);
+
+/// Throws unless the residual is there and fits, or is not there.
+void check_residual(const char* op, const Operand& residual, const TensorInfo& out);
+
+/// As the fused kernels read it: dense channels last on a 16-byte boundary, a copy where it is not.
+void make_dense(Operand& t);
+
+/// The filter as the fused kernels read it: as cuDNN would copy it; a channels_last model has no copy to
+/// make.
+Operand dense_filter(const Tensor& weight);
 
 /// The vectors of the BatchNorm behind the convolution (mean: none for no BatchNorm) and the activation.
 struct ConvBehind {

@@ -97,7 +97,7 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
                                               p.kernel_h * p.kernel_w, pixels, residual, way.stats);
     p.tile = route.choice.tile;
     p.slices = route.choice.slices;
-    if (wish == ConvWish::kAuto && !way.prologue && autotune()) {
+    if (wish == ConvWish::kAuto && !way.prologue && way.measure && autotune()) {
         const int64_t code = measured({architecture, static_cast<int64_t>(p.dtype), way.stats, residual,
                                        static_cast<int64_t>(p.activation), p.batch, p.channels, p.height,
                                        p.width, p.channels_out, p.kernel_h, p.kernel_w, p.stride_h,

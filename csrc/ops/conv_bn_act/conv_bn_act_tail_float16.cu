@@ -1,0 +1,10 @@
+// The kernel of a bottleneck block's end for float16.
+#include "ops/conv_bn_act/conv_bn_act_tail_run.cuh"
+
+namespace dl4ds {
+
+int launch_conv_tail_float16(const ConvTailParams& params, void* stream) {
+    return run_conv_tail<__half>(params, stream);
+}
+
+}  // namespace dl4ds
