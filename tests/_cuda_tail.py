@@ -7,7 +7,7 @@ from typing import Any
 
 import _cuda_launch as cuda
 import torch
-from _cuda_conv import channels_last, empty_output, sizes_of
+from _cuda_conv import channels_last, empty_output
 from ptxsim import Headers, Report
 from torch import Tensor
 
@@ -18,6 +18,19 @@ VECTORS = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
 @functools.cache
 def headers() -> Headers:
     return Headers(cuda.CSRC / "ops" / "conv_bn_act" / "conv_bn_act_tail.h", cuda.CSRC)
+
+
+def sizes(
+    x: Tensor, weight: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> dict[str, Any]:
+    """Sizes and strides of a layer as members of its params."""
+    pairs = {"pad": padding, "stride": stride, "dilation": dilation, "kernel": weight.shape[2:]}
+    found = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
+    found |= dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
+    found |= {f"x_stride_{axis}": x.stride(i) for axis, i in (("n", 0), ("h", 2), ("w", 3))}
+    return found | {
+        "dtype": cuda.DTYPES[x.dtype], "channels_out": out.shape[1], "height_out": out.shape[2], "width_out": out.shape[3],
+    }  # fmt: skip
 
 
 def conv_bn_act_tail(
@@ -35,18 +48,19 @@ def conv_bn_act_tail(
     with cuda.library().session(**(options or {})) as session:
         launch = cuda.Launch("conv_bn_act", session, "fwd")
 
-        def layer(given: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
-            vectors = {name: launch.channels(given[name], name) for name in VECTORS}
+        def layer(given: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+            vectors = {name: launch.channels(given[name], f"{name} of {shape['channels_out']}") for name in VECTORS}
             vectors["conv_bias"] = vectors.pop("bias")
             return {
-                **sizes, **vectors, "tile": "k64x64", "slices": 1, "eps": given["eps"], "eps_std": given.get("eps_std", False),
+                **shape, **vectors, "tile": "k64x64", "slices": 1, "eps": given["eps"], "eps_std": given.get("eps_std", False),
                 "activation": given["activation"], "negative_slope": negative_slope,
             }  # fmt: skip
 
-        a = layer(first, sizes_of(launch, x, first["weight"], middle, stride, padding, dilation) | {"out": 0})
-        b = sizes_of(launch, middle, second["weight"], out, [1, 1], [0, 0], [1, 1]) | {"x": 0}
-        b["weight"] = launch.read(second["weight"], "weight2")
-        b = layer(second, b) | {"residual": launch.read(residual, "residual")} | edits
+        a = layer(first, sizes(x, first["weight"], middle, stride, padding, dilation))
+        a |= {"x": launch.read(x, "x"), "weight": launch.read(first["weight"], "weight")}
+        b = layer(second, sizes(middle, second["weight"], out, [1, 1], [0, 0], [1, 1]))
+        b |= {"weight": launch.read(second["weight"], "weight2"), "residual": launch.read(residual, "residual")}
+        b |= {"out": launch.pointer(out, "out", output=True)} | edits
         params = headers().make("ConvTailParams", lambda value: value, first=a, second=b, parts=parts)
         assert session.call("conv_bn_act_tail_refusal", params) == refusal
         error = session.call("launch_conv_bn_act_tail", params, None)

@@ -89,14 +89,37 @@ __device__ __forceinline__ void conv_tail_multiply(typename Types::Element* midd
     }
 }
 
+/// Scale and shift of a chunk's output channels as the threads read them, four at a time: the first four of
+/// each thread's side by side, then the next, so that lanes side by side find them in different banks.
+template <typename Types>
+struct TailTable {
+    static constexpr int kQuads = Types::kVec / 4;
+    float4 scale[kQuads], shift[kQuads];
+
+    static __device__ __forceinline__ int place(int channel) {
+        constexpr int kVec = Types::kVec, kChunk = Types::kChunk;
+        const int own = channel % kChunk;
+        return channel - own + own % kVec / 4 * (kChunk / kQuads) + own / kVec * 4 + own % 4;
+    }
+
+    /// column: of the thread's first channel within the chunk.
+    __device__ __forceinline__ TailTable(const float* scales, const float* shifts, int column) {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            scale[q] = *reinterpret_cast<const float4*>(scales + place(column + 4 * q));
+            shift[q] = *reinterpret_cast<const float4*>(shifts + place(column + 4 * q));
+        }
+    }
+};
+
 /// The second convolution, chunk by chunk, and its epilogue: as conv_epilogue's, but that a thread keeps a
 /// chunk's residual in registers, asked for a chunk ahead.
 template <typename T, typename Types>
 struct TailColumns {
     using Map = typename Types::Map;
-    static constexpr int kVec = Types::kVec, kColumns = Map::Iterations::kColumn;
+    static constexpr int kVec = Types::kVec;
     static constexpr int kAccesses = Map::Iterations::kCount, kRounds = ConvRounds<Types>::kCount;
-    static_assert(Map::kElementsPerAccess == kVec, "16-byte stores");
+    static_assert(Map::kElementsPerAccess == kVec && Map::Iterations::kColumn == 1, "16 bytes of a row");
 
     const ConvOutput& output;
     const cutlass::MatrixCoord place = Map::initial_offset(threadIdx.x);
@@ -123,16 +146,16 @@ struct TailColumns {
         }
     }
 
-    /// scale, shift: of the block's output channels.
     __device__ __forceinline__ void store(int chunk, int round, const typename ConvRounds<Types>::Sums& sums,
-                                          const float* scale, const float* shift) const {
+                                          const TailTable<Types>& table) const {
+        const float* scale = reinterpret_cast<const float*>(table.scale);
+        const float* shift = reinterpret_cast<const float*>(table.shift);
 #pragma unroll
         for (int i = 0; i < kAccesses; ++i) {
-            const int first = chunk * Types::kChunk + place.column() + Map::iteration_offset(i).column();
             float z[kVec];
 #pragma unroll
             for (int k = 0; k < kVec; ++k) {
-                z[k] = fmaf(sums[i * kVec + k], scale[first + k], shift[first + k]);
+                z[k] = fmaf(sums[i * kVec + k], scale[k], shift[k]);
                 z[k] = output.residual != nullptr ? z[k] + to_acc(added[round * kAccesses + i].v[k]) : z[k];
                 z[k] = conv_activation(output, z[k]);
             }
@@ -169,7 +192,8 @@ __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args
                 if (own < 0) {
                     conv_affine(args.first.affine, c, Types::kMiddle, shared.scale[c], shared.shift[c]);
                 } else {
-                    conv_affine(args.affine, channel + own, args.output.columns, scale[own], shift[own]);
+                    const int at = TailTable<Types>::place(own);
+                    conv_affine(args.affine, channel + own, args.output.columns, scale[at], shift[at]);
                 }
             }
         },
@@ -196,6 +220,8 @@ __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args
         cutlass::arch::cp_async_wait<Types::kSlots - 1>();
         __syncthreads();
         conv_tail_multiply<Types>(shared.middle, shared.filter[chunk % Types::kSlots], sums);
+        const int first = chunk * Types::kChunk;
+        const TailTable<Types> table(scale + first, shift + first, columns.place.column());
         ConvRounds<Types> rounds(shared, sums, threadIdx.x);
 #pragma unroll
         for (int round = 0; round < columns.kRounds; ++round) {
@@ -210,7 +236,7 @@ __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args
                 }
                 cutlass::arch::cp_async_fence();
             }
-            columns.store(chunk, round, part, scale, shift);
+            columns.store(chunk, round, part, table);
             if (args.output.residual != nullptr && chunk + 1 < args.chunks) {
                 columns.fetch(chunk + 1, round);
             }
