@@ -143,6 +143,7 @@ def explain(
     weight: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    behind: Tensor | None = None,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
@@ -155,7 +156,8 @@ def explain(
 
     ``weight`` and what follows it are those of ``conv_bn_act`` (or ``bn_act_conv`` in inference): on CUDA the dict then says
     too which kernels run the layer ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN and
-    ``bn_act``'s kernel; on the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
+    ``bn_act``'s kernel; with ``behind``, the filters of the 1x1 layer behind it (a bottleneck block's end; the residual is that
+    layer's), whether both are one kernel. On the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
     ("training", "training_reason").
     """
     chosen_as = "bn_act" if op == "bn_act_conv" else op  # what decides on its path
@@ -182,7 +184,9 @@ def explain(
         report |= _cpu_conv.explain(x, weight, pairs, groups) if op == "conv_bn_act" else {}
     else:
         code = ACTIVATION_CODES[activation]
-        if op == "conv_bn_act":
+        if op == "conv_bn_act" and behind is not None and groups == 1 and not training:
+            found = _cuda_conv.explain_tail(x, weight, behind, residual is not None, *pairs, code)
+        elif op == "conv_bn_act":
             found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, code, training)
         else:
             found = _cuda_conv.explain_prologue(x, weight, *pairs, groups, code)

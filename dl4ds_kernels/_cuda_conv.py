@@ -7,6 +7,7 @@ The choice is made in C++, at each call (csrc/ops/conv_bn_act/conv_route_cuda.cp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import _autotune, _cuda_autotune
 from ._define import op
 
 TILES = ("128x128", "128x64", "64x64")  # output pixels x channels of a thread block: ConvTile in conv_bn_act.h
-# ConvRefusal in conv_bn_act.h, ConvReason in conv_bn_act_cuda.h.
+# ConvRefusal in conv_bn_act.h, ConvReason in conv_bn_act_cuda.h, ConvTailReason in conv_bn_act_tail.h.
 REASONS = {
     1: "the CUDA part was built without CUTLASS' headers (python -m dl4ds_kernels info says how to get them)",
     2: "expected fp16, bf16 or fp32 operands of one dtype",
@@ -37,6 +38,10 @@ REASONS = {
     20: "x is not in channels_last",
     21: "fp32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32",
     22: "modelled (not measured) to be no faster fused",
+    28: "asked for: DL4DS_CUDA_TAIL=0",
+    29: "other than 64 channels between the two convolutions",
+    30: "behind the first convolution something else than a 1x1 convolution of its channels",
+    31: "output channels that do not fill vectors of 16 bytes, or more than 4096",
 }
 _MODEL = 22
 # Why the table of the model decides although DL4DS_AUTOTUNE=1 asks for times.
@@ -108,3 +113,21 @@ def explain_prologue(
         return {"kernels": kernels, "reason": "modelled (not measured) to be faster fused", **facts}
     behind = "conv_bn_act" if epilogue else "cuDNN"
     return {"kernels": f"BatchNorm and activation, then {behind}", "reason": REASONS[reason], **facts}
+
+
+def explain_tail(
+    x: Tensor, weight: Tensor, weight2: Tensor, residual: bool, stride: list[int], padding: list[int], dilation: list[int],
+    activation: int, question: Callable[..., list[int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of a convolution and the 1x1 one behind it, each with BatchNorm and activation: a bottleneck block's end.
+
+    ``parts``: blocks of threads that share a tile of 64 pixels.
+    """
+    ask = question or op("conv_bn_act_tail_route")
+    reason, parts, fused_ns, apart_ns = ask(x, weight, weight2, residual, stride, padding, dilation, activation, activation)
+    facts = {"parts": parts, "fused_us": fused_ns / 1e3, "apart_us": apart_ns / 1e3} if fused_ns > 0 else {}
+    if reason == 0:
+        asked = os.environ.get("DL4DS_CUDA_TAIL") == "1"
+        why = "asked for: DL4DS_CUDA_TAIL=1" if asked else "modelled (not measured) to be faster than two layers"
+        return {"kernels": "one fused kernel: the convolution and the 1x1 one behind it", "reason": why, **facts}
+    return {"kernels": "two layers: conv_bn_act, then conv_bn_act", "reason": REASONS[reason], **facts}

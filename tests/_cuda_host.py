@@ -28,6 +28,8 @@ FUNCTIONS = (
     "bn_act_conv_route",
     "conv_bn_act",
     "conv_bn_act_route",
+    "conv_bn_act_tail",
+    "conv_bn_act_tail_route",
     "conv_bn_act_train",
     "nms",
     "batched_nms",

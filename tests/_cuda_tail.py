@@ -20,9 +20,7 @@ def headers() -> Headers:
     return Headers(cuda.CSRC / "ops" / "conv_bn_act" / "conv_bn_act_tail.h", cuda.CSRC)
 
 
-def sizes(
-    x: Tensor, weight: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> dict[str, Any]:
+def sizes(x: Tensor, weight: Tensor, out: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> dict[str, Any]:
     """Sizes and strides of a layer as members of its params."""
     pairs = {"pad": padding, "stride": stride, "dilation": dilation, "kernel": weight.shape[2:]}
     found = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}

@@ -16,6 +16,7 @@ from .._define import op
 from ..ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from ._common import call, check_floating, check_tensor, check_vector, eps_mode_flag, fail, needs_grad
 from ._conv2d import conv2d
+from ._tail import block_tail
 from .add_act import add_act
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act, out_shape
@@ -274,8 +275,16 @@ def _step_by_step(
 
     z = x
     if not block.preact:
-        for conv in params[:-1]:
+        for conv in params[:-2]:
             z = fused(z, conv, activation)
+        if len(params) > 1:
+            if not training:
+                out = block_tail(
+                    z, *params[-2:], projection, lambda: shortcut(x), block.activation, block.negative_slope, backend
+                )  # fmt: skip
+                if out is not None:
+                    return out
+            z = fused(z, params[-2], activation)
         return fused(z, params[-1], activation, shortcut(x))
     source, conv = x, params[0]
     if conv.norm is not None:

@@ -36,6 +36,7 @@ from ._run import (
     run_conv_bn_act,
     run_dense_conv,
 )  # fmt: skip
+from ._tail import run_tail
 from .bn_act import BNAct2d
 
 
@@ -97,7 +98,12 @@ def run_chain(
         if out is not None:
             return out
     registers = list(inputs)
-    for step in steps:
+    last = len(steps) if join or len(steps) < 2 else len(steps) - 2
+    for i, step in enumerate(steps):
+        if i == last and not torch.is_grad_enabled():
+            out = _run_tail(registers, step, steps[-1], backend)
+            if out is not None:
+                return out
         registers.append(_run_step(registers, step, memory_format, exact, backend))
     return torch.cat([registers[i] for i in join], 1) if join else registers[-1]
 
@@ -118,6 +124,16 @@ def _run_step(registers: list[Tensor], step: Step, memory_format: str, exact: bo
     else:
         out = run_conv_act(xs[0], conv, act, **keywords)
     return out if pool is None else pool(out)
+
+
+def _run_tail(registers: list[Tensor], step: Step, last: Step, backend: str | None) -> Tensor | None:
+    """The last two steps in one call, None if they must go one by one."""
+    between = len(registers)  # the register of what only the last step reads
+    alone = (step.residual, step.before, step.pool, last.before, last.pool) == (-1, None, None, None, None)
+    if not alone or len(step.sources) != 1 or last.sources != (between,) or last.residual == between:
+        return None
+    residual = registers[last.residual] if last.residual >= 0 else None
+    return run_tail(registers[step.sources[0]], (step[:3], last[:3]), residual, last.in_place, backend)
 
 
 def _run_program(inputs: tuple[Tensor, ...], steps: tuple[Step, ...], join: tuple[int, ...], exact: bool) -> Tensor | None:

@@ -3,6 +3,7 @@
 from . import (  # noqa: F401
     _bn_act_conv,
     _conv2d,
+    _conv_bn_act_tail,
     _conv_bn_act_train,
     _conv_transpose_packed,
     add_act,

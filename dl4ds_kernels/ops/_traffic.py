@@ -78,6 +78,19 @@ def _bn_act_conv_fused(a: Any) -> Passes:
     return _bn_act_conv(a)
 
 
+def _conv_bn_act_tail(a: Any) -> Passes:
+    """``conv_bn_act`` twice. The map between them has 64 channels, in ResNet as many as x: it is counted as x's."""
+    return {"x": (3, 2), "residual": (1, 0), "result": (1, 2)}
+
+
+def _conv_bn_act_tail_fused(a: Any) -> Passes:
+    """All in one kernel: 64 channels in between, whole vectors of input and output channels."""
+    vector = 16 // a.x.element_size()
+    if a.weight.shape[0] == 64 and a.x.shape[1] % vector == 0 and a.weight2.shape[0] % vector == 0:
+        return {"x": (1, 0), "residual": (1, 0), "result": (0, 1)}
+    return {"x": (2, 1), "residual": (1, 0), "result": (0, 1)}
+
+
 def _convolution(a: Any) -> Passes:
     return {"input": (1, 0), "result": (0, 1)}
 
@@ -95,6 +108,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::add_act_bwd": _add_act_bwd,
     "dl4ds_kernels::bn_act_conv": _bn_act_conv,
     "dl4ds_kernels::conv_bn_act": _conv_bn_act,
+    "dl4ds_kernels::conv_bn_act_tail": _conv_bn_act_tail,
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train,
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
@@ -116,6 +130,7 @@ FUSED: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)},
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train_fused,
     "dl4ds_kernels::bn_act_conv": _bn_act_conv_fused,
+    "dl4ds_kernels::conv_bn_act_tail": _conv_bn_act_tail_fused,
 }
 # Names of what an op returns, where its row speaks of more than one of them.
 _RESULTS = {

@@ -285,7 +285,8 @@ def test_without_headers() -> None:
 def test_reason_codes_are_those_of_the_headers() -> None:
     """dl4ds_kernels/_cuda_conv.py spells out every code of ConvRefusal and ConvReason, and no other."""
     codes: set[int] = set()
-    for header, enum in (("conv_bn_act.h", "ConvRefusal"), ("conv_bn_act_cuda.h", "ConvReason")):
+    enums = {"conv_bn_act.h": "ConvRefusal", "conv_bn_act_cuda.h": "ConvReason", "conv_bn_act_tail.h": "ConvTailReason"}
+    for header, enum in enums.items():
         text = (cuda.CSRC / "ops" / "conv_bn_act" / header).read_text()
         body = re.search(rf"enum class {enum} : int \{{(.*?)\}};", text, re.DOTALL).group(1)
         codes |= {int(code) for code in re.findall(r"=\s*(\d+)", re.sub(r"//[^\n]*", "", body))}

@@ -1,9 +1,9 @@
-// The launcher of a bottleneck block's end in one kernel: what it refuses, and the choice of the element type.
-#include "ops/conv_bn_act/conv_bn_act_tail.h"
-
+// The launcher of a bottleneck block's end in one kernel: what it refuses, and the choice of the element
+// type.
 #include <cuda_runtime.h>
 
 #include "common/cuda/launch.cuh"
+#include "ops/conv_bn_act/conv_bn_act_tail.h"
 
 namespace dl4ds {
 

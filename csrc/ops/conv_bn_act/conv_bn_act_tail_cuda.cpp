@@ -23,8 +23,8 @@ ConvWish tail_wish() {
         return ConvWish::kAuto;
     }
     const bool always = std::strcmp(value, "1") == 0;
-    DL4DS_CHECK(always || std::strcmp(value, "0") == 0, kOp,
-                ": DL4DS_CUDA_TAIL: expected auto, 1 or 0, got ", value);
+    DL4DS_CHECK(always || std::strcmp(value, "0") == 0, kOp, ": DL4DS_CUDA_TAIL: expected auto, 1 or 0, got ",
+                value);
     return always ? ConvWish::kFused : ConvWish::kLibrary;
 }
 
@@ -137,9 +137,16 @@ Tensor conv_bn_act_tail_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias
     check_cuda(kOp, xi);
     check_same_device(kOp, "weight", wi, xi);
     check_same_device(kOp, "weight2", wi2, xi);
-    const ConvBehind v{running_mean, running_var,    bn_weight, bn_bias, eps, eps_std, checked_activation(kOp, activation),
-                       negative_slope};
-    const ConvBehind v2{running_mean2, running_var2,   bn_weight2, bn_bias2, eps2, eps_std2, checked_activation(kOp, activation2),
+    const ConvBehind v{
+        running_mean,  running_var, bn_weight, bn_bias, eps, eps_std, checked_activation(kOp, activation),
+        negative_slope};
+    const ConvBehind v2{running_mean2,
+                        running_var2,
+                        bn_weight2,
+                        bn_bias2,
+                        eps2,
+                        eps_std2,
+                        checked_activation(kOp, activation2),
                         negative_slope};
     {
         const CudaScope scope(xi);

@@ -167,6 +167,39 @@ struct TailColumns {
     }
 };
 
+/// Scale and shift of the middle and of the block's output channels, several channels of a thread at a time.
+template <typename Types>
+__device__ __forceinline__ void conv_tail_tables(typename Types::Shared& shared, const ConvTailArgs& args,
+                                                 int channel, int width, float* scale, float* shift) {
+    constexpr int kAtOnce = 3;  // of a thread: the middle and 256 output channels take no second turn
+    const int all = Types::kMiddle + width;
+#pragma unroll 1
+    for (int from = threadIdx.x; from < all; from += kAtOnce * Types::kThreads) {
+        TailAffine found[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int c = from + i * Types::kThreads, own = c - Types::kMiddle;
+            if (c < Types::kMiddle) {
+                found[i].load(args.first.affine, c);
+            } else if (own < width && channel + own < args.output.columns) {
+                found[i].load(args.affine, channel + own);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int c = from + i * Types::kThreads, own = c - Types::kMiddle;
+            const int at = TailTable<Types>::place(max(own, 0));
+            if (c < Types::kMiddle) {
+                found[i].work_out(args.first.affine, shared.scale[c], shared.shift[c]);
+            } else if (own < width && channel + own < args.output.columns) {
+                found[i].work_out(args.affine, scale[at], shift[at]);
+            } else if (own < width) {  // behind the last channel: sums that nothing stores
+                scale[at] = shift[at] = 0.0f;
+            }
+        }
+    }
+}
+
 /// Grid: the parts of each tile of pixels side by side. Behind Shared lie scale and shift of the block's
 /// output channels.
 template <typename T>
@@ -183,19 +216,20 @@ __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args
                                      shared.filter[0], args.output.columns - channel};
     constexpr int kParts = TailFilters<Types>::kParts;
     const int ahead = min(args.chunks, Types::kSlots) * kParts;  // copies of a thread
+    TailColumns<T, Types> columns{args.output};
+    columns.row_tile = row_tile;
+    columns.channel = channel;
     typename Types::Accumulators sums;
     conv_tail_loop<Types>(
         shared, args.first, row_tile,
         [&] {
-            for (int c = threadIdx.x; c < Types::kMiddle + width; c += Types::kThreads) {
-                const int own = c - Types::kMiddle;
-                if (own < 0) {
-                    conv_affine(args.first.affine, c, Types::kMiddle, shared.scale[c], shared.shift[c]);
-                } else {
-                    const int at = TailTable<Types>::place(own);
-                    conv_affine(args.affine, channel + own, args.output.columns, scale[at], shift[at]);
+            if (args.output.residual != nullptr) {
+#pragma unroll
+                for (int round = 0; round < columns.kRounds; ++round) {
+                    columns.fetch(0, round);
                 }
             }
+            conv_tail_tables<Types>(shared, args, channel, width, scale, shift);
         },
         [&](int step) {
             // What a short loop leaves is copied by its last step.
@@ -204,15 +238,6 @@ __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args
             }
         },
         sums);
-    TailColumns<T, Types> columns{args.output};
-    columns.row_tile = row_tile;
-    columns.channel = channel;
-    if (args.output.residual != nullptr) {
-#pragma unroll
-        for (int round = 0; round < columns.kRounds; ++round) {
-            columns.fetch(0, round);
-        }
-    }
     conv_tail_middle<T, Types>(shared, args.first.output, sums);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.chunks; ++chunk) {

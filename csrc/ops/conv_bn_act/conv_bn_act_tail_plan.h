@@ -8,7 +8,8 @@
 namespace dl4ds {
 
 constexpr double kTailSpeed = 0.75;  // of the largest tile's, as choose_conv_tile has it for 64 x 64
-constexpr double kCacheReached = 2;  // L2's bandwidth by device memory's: weights that every block reads again
+constexpr double kCacheReached =
+    2;  // L2's bandwidth by device memory's: weights that every block reads again
 
 struct ConvTailChoice {
     int parts = 1;
@@ -46,8 +47,8 @@ inline ConvTailChoice choose_conv_tail(int architecture, DType dtype, int64_t ro
     choice.fused_us = first + second + kLaunchUs;
     const auto layer = [&](int64_t layer_columns, int64_t layer_channels, int64_t layer_taps, int64_t pixels,
                            bool added) {
-        const ConvChoice found = choose_conv(architecture, dtype, rows, layer_columns, layer_channels,
-                                             layer_taps, pixels, added);
+        const ConvChoice found =
+            choose_conv(architecture, dtype, rows, layer_columns, layer_channels, layer_taps, pixels, added);
         return found.fused ? found.fused_us : found.library_us;
     };
     choice.apart_us = layer(kTailMiddle, channels, taps, input_pixels, false) +
