@@ -157,8 +157,8 @@ def explain(
     ``weight`` and what follows it are those of ``conv_bn_act`` (or ``bn_act_conv`` in inference): on CUDA the dict then says
     too which kernels run the layer ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN and
     ``bn_act``'s kernel; with ``behind``, the filters of the 1x1 layer behind it (a bottleneck block's end; the residual is that
-    layer's), whether both are one kernel. On the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
-    ("training", "training_reason").
+    layer's), whether both are one kernel. On the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step
+    takes ("training", "training_reason").
     """
     chosen_as = "bn_act" if op == "bn_act_conv" else op  # what decides on its path
     if chosen_as not in MIN_NUMEL:

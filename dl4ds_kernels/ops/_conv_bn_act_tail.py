@@ -27,7 +27,7 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _autocast(dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Any, ...]:
-    """As two calls of ``conv_bn_act``: operands, biases and the residual in the autocast dtype, BatchNorm vectors as they are."""
+    """As two calls of ``conv_bn_act``: operands, biases and residual in the autocast dtype, BatchNorm vectors as they are."""
 
     def cast(t: Tensor | None) -> Tensor | None:
         return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
