@@ -16,11 +16,18 @@ from . import limits
 from .workload import Case, Results
 
 NAME = "cuda"
-# conv_bn_act_fwd.cu holds no kernel, and without CUTLASS' headers its op has none at all.
-SOURCES = [
-    s for s in launchers.SOURCES if s.parent.name != "conv_bn_act" or (launchers.cutlass() and s.stem != "conv_bn_act_fwd")
-]
-OPS = tuple(dict.fromkeys(source.parent.name for source in SOURCES))
+# These files of conv_bn_act hold no kernel, and without CUTLASS' headers the op has none at all.
+NO_KERNEL = ("conv_bn_act_fwd", "conv_bn_act_tail")
+SOURCES = [s for s in launchers.SOURCES if s.parent.name != "conv_bn_act" or (launchers.cutlass() and s.stem not in NO_KERNEL)]
+WORKLOADS = [path.stem.removeprefix("workload_") for path in sorted(Path(__file__).parent.glob("workload_*.py"))]
+
+
+def op_of_source(source: Path) -> str:
+    """Whose cases reach a file's kernels: its folder's op, or the workload that its own name begins with (the longest)."""
+    return max((op for op in WORKLOADS if f"{source.stem}_".startswith(f"{op}_")), key=len, default=source.parent.name)
+
+
+OPS = tuple(dict.fromkeys(map(op_of_source, SOURCES)))
 # What a mangled name says of the type of the tensors; kernels that name none of them serve fp32, among others.
 TYPES = {
     "If": torch.float32, "I6__half": torch.float16, "I13__nv_bfloat16": torch.bfloat16, "Id": torch.float64,
@@ -102,7 +109,7 @@ def ptx_of_kernel(kernel: str) -> str:
 
 def op_of(kernel: str) -> str:
     """The op that a kernel belongs to."""
-    return instantiations()[kernel].parent.name
+    return op_of_source(instantiations()[kernel])
 
 
 def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:

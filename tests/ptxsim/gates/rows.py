@@ -139,7 +139,9 @@ def suite_row(backend: ModuleType, op: str, dtype: torch.dtype) -> Row:
         return {"problems": problems, "runs": runs, "launches": launches}
 
     if backend.NAME == "cuda":
-        sources = [build.digest(_code(backend.ptx_of(s))) for s in backend.SOURCES if s.parent.name == op] + [LAUNCHERS]
+        sources = [build.digest(_code(backend.ptx_of(s))) for s in backend.SOURCES if backend.op_of_source(s) == op] + [
+            LAUNCHERS
+        ]
     else:
         import triton
 
