@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .survivor import Argument
 
-_KERNEL = "conv_bn_act_(fwd|stats|finish|prologue)_kernel"
+_KERNEL = "conv_bn_act_(fwd|stats|finish|prologue|tail)_kernel"
 ARGUMENTS = (
     Argument(
         "nan_losing_max|swapped_operands",
@@ -26,7 +26,7 @@ ARGUMENTS = (
     ),
     Argument(
         "wrong_grid", "", "a block behind the last has neither rows nor columns: it stores nothing",
-        kernel="conv_bn_act_prologue_kernel",
+        kernel="conv_bn_act_(prologue|tail)_kernel",
     ),
     Argument(
         "loose_comparison|swapped_operands", r"^conv2d_fprop_activation_tile_access_iterator_optimized\.h: (masks_\[s\]|"
@@ -56,5 +56,9 @@ ARGUMENTS = (
         "unsigned_wrap|missing_mask", r"^reduce\.cuh: if \((other\.v\[0\] > 0|group >= half)",
         "a bound of the compiler's for merges that are left, and groups beyond the tree whose results nobody reads",
         kernel="conv_bn_act_stats_kernel", equal=False,
+    ),
+    Argument(
+        "unsigned_wrap", r"^conv_bn_act_tail_kernel\.cuh: const int ahead = min", "a number of chunks: never negative",
+        kernel="conv_bn_act_tail_kernel",
     ),
 )  # fmt: skip

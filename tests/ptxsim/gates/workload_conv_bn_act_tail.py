@@ -26,7 +26,7 @@ CALLS = [
     ((1, 24, 9, 7), 136, 3, 1, 1, 1, True, (1, 1), 2, torch.float32, False),
     ((2, 40, 13, 12), 72, 1, 2, 0, 1, False, (2, 3), 1, torch.float16, False),
     ((1, 8, 7, 5), 328, 5, 1, 2, 1, True, (3, 2), 1, torch.bfloat16, False),
-    ((1, 16, 5, 3), 8, 3, 1, 1, 1, True, (0, 0), 1, torch.float64, False),
+    ((1, 16, 5, 3), 72, 3, 1, 1, 1, True, (0, 0), 1, torch.float64, False),
     ((1, 72, 21, 13), 200, 3, 2, 2, 2, False, (1, 0), 3, None, False),
     ((1, 64, 8, 16), 256, 3, 1, 1, 1, True, (1, 1), 1, torch.float32, True),
     ((1, 64, 16, 8), 128, 3, 1, 1, 1, True, (1, 1), 2, torch.float32, True),
@@ -68,7 +68,8 @@ def truth(t: dict[str, Any]) -> Truth:
     if t["activation"] == 2:  # the negative ones are rounded to the type (fp32: when they are read, to TF32)
         dtype = t["x"].dtype
         z = z.to(dtype)
-        z = (((z.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if dtype == torch.float32 else z).double()
+        narrow = ((z.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if dtype == torch.float32 else z
+        z = torch.where(z.isnan(), z, narrow).double()
     return {"out": layer(t, z, "2", t["residual"], ())}
 
 
@@ -86,8 +87,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
         generator = torch.Generator().manual_seed(80 + i)
         whole = lambda low, high, *sizes, g=generator: torch.randint(low, high, sizes, generator=g)  # noqa: E731
         x = whole(-2, 3, *shape).to(dtype).contiguous(memory_format=torch.channels_last)
-        if not even:
-            x[..., shape[2] // 2, ::5] = float("nan")
+        if not even:  # NaN whose payload would carry into the sign, were it rounded to TF32
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            x.view(bits)[..., shape[2] // 2, ::5] = torch.iinfo(bits).max
         weight = whole(-1, 2, 64, shape[1], size, size)
         weight *= torch.rand(weight.shape, generator=generator) < 24 / (shape[1] * size * size)
         t: dict[str, Any] = {
@@ -106,6 +108,10 @@ def cases(dtype: torch.dtype) -> list[Case]:
         t["running_var"] = torch.full((64,), 0.25 - EPS)
         t |= {f"{name}2": random(k, dtype=kind, seed=3 + n) for n, name in enumerate(VECTORS)}
         t["running_var2"] = t["running_var2"].abs() + 0.5
+        if activations[1] == 3 and not residual:  # sums of zero that end as -0: adding a residual of nothing would show
+            t["weight2"][::9] = 0  # at every place of a thread's values
+            for name, value in (("bias2", 0.0), ("running_mean2", -0.0), ("bn_weight2", -1.0), ("bn_bias2", -0.0)):
+                t[name][::9] = value
         if vector is None:
             t |= dict.fromkeys(("bias", "bn_weight", "bn_bias", "bias2", "bn_weight2", "bn_bias2"))
         if residual:
@@ -116,4 +122,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
             t["residual"] = added
         label = f"tail-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-parts{parts}-act{activations[0]}{activations[1]}"
         found.append(Case("conv_bn_act_tail", "fwd", label, t, functools.partial(truth, t), even=even))
+        for name in ("weight", "weight2") if vector == torch.float64 else ():  # NaN in the filters, as in x
+            given = {**t, name: t[name].clone()}
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            given[name].view(bits)[3::8] = torch.iinfo(bits).max
+            found.append(Case("conv_bn_act_tail", "fwd", f"{label}-nan-{name}", given, functools.partial(truth, given)))
     return found
