@@ -58,6 +58,11 @@ ARGUMENTS = (
         kernel="conv_bn_act_stats_kernel", equal=False,
     ),
     Argument(
+        "nan_losing_max|swapped_operands", r"^(cmath: \{ return __builtin_isfinite|tfloat32\.h: if \(::isfinite)",
+        "a NaN of the first filters or in between comes to an output by several ways, so that one that loses it is not seen; "
+        "conv_bn_act_fwd_kernel runs the same lines", kernel="conv_bn_act_tail_kernel", equal=False,
+    ),
+    Argument(
         "unsigned_wrap", r"^conv_bn_act_tail_kernel\.cuh: const int ahead = min", "a number of chunks: never negative",
         kernel="conv_bn_act_tail_kernel",
     ),

@@ -87,9 +87,11 @@ def cases(dtype: torch.dtype) -> list[Case]:
         generator = torch.Generator().manual_seed(80 + i)
         whole = lambda low, high, *sizes, g=generator: torch.randint(low, high, sizes, generator=g)  # noqa: E731
         x = whole(-2, 3, *shape).to(dtype).contiguous(memory_format=torch.channels_last)
-        if not even:  # NaN whose payload would carry into the sign, were it rounded to TF32
-            bits = torch.int32 if dtype == torch.float32 else torch.int16
-            x.view(bits)[..., shape[2] // 2, ::5] = torch.iinfo(bits).max
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        lost = torch.iinfo(bits).max  # NaN whose payload would carry into the sign, were it rounded to TF32
+        if not even:  # each in one channel, so that nothing else makes up for it
+            places = torch.arange(0, shape[3], 5)
+            x.view(bits)[-1, (places + shape[2]) % shape[1], shape[2] // 2, places] = lost
         weight = whole(-1, 2, 64, shape[1], size, size)
         weight *= torch.rand(weight.shape, generator=generator) < 24 / (shape[1] * size * size)
         t: dict[str, Any] = {
@@ -122,9 +124,9 @@ def cases(dtype: torch.dtype) -> list[Case]:
             t["residual"] = added
         label = f"tail-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-parts{parts}-act{activations[0]}{activations[1]}"
         found.append(Case("conv_bn_act_tail", "fwd", label, t, functools.partial(truth, t), even=even))
-        for name in ("weight", "weight2") if vector == torch.float64 else ():  # NaN in the filters, as in x
-            given = {**t, name: t[name].clone()}
-            bits = torch.int32 if dtype == torch.float32 else torch.int16
-            given[name].view(bits)[3::8] = torch.iinfo(bits).max
-            found.append(Case("conv_bn_act_tail", "fwd", f"{label}-nan-{name}", given, functools.partial(truth, given)))
+        if vector == torch.float64:  # in every filter of the 1x1 one NaN, at another place of the threads' values each
+            given = {**t, "weight2": t["weight2"].clone()}
+            i = torch.arange(k) % 8 + 8 * (torch.arange(k) // 32 % 2)
+            given["weight2"].view(bits)[torch.arange(k), 8 * (i // 2) + 4 * (i % 2)] = lost
+            found.append(Case("conv_bn_act_tail", "fwd", f"{label}-nan", given, functools.partial(truth, given)))
     return found
