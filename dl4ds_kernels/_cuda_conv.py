@@ -41,7 +41,7 @@ REASONS = {
     28: "asked for: DL4DS_CUDA_TAIL=0",
     29: "other than 64 channels between the two convolutions",
     30: "behind the first convolution something else than a 1x1 convolution of its channels",
-    31: "output channels that do not fill vectors of 16 bytes, or more than 4096",
+    31: "output channels that do not fill vectors of 16 bytes, or more than 2048",
 }
 _MODEL = 22
 # Why the table of the model decides although DL4DS_AUTOTUNE=1 asks for times.

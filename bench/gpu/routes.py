@@ -121,6 +121,44 @@ def _measured(file: Path) -> str:
     return "right" if file.read_bytes() == before else "a known layer was timed again"
 
 
+def tail(place: Place, dtype: str) -> str:
+    """A bottleneck block whose last two convolutions are one kernel and two: the same bits, near fp64, and in a CUDA graph."""
+    g, kind = torch.Generator().manual_seed(1), DTYPES[dtype]
+    # The block's sizes at batch 1, and odd ones.
+    for channels, size in ((256, (56, 56)), (72, (17, 13)))[1 if place.is_dry else 0 :]:
+        x = torch.randn(1, channels, *size, generator=g).to(place.device, kind).contiguous(memory_format=torch.channels_last)
+        shapes = ((64, channels, 1), (64, 64, 3), (channels, 64, 1))
+        weights = [torch.randn(k, c, r, r, generator=g) / (c * r * r) ** 0.5 for k, c, r in shapes]
+        weights = [w.to(place.device, kind).contiguous(memory_format=torch.channels_last) for w in weights]
+        norms = [
+            F.BNParams(torch.zeros(len(w), device=place.device), torch.ones(len(w), device=place.device)) for w in weights
+        ]
+        params = [F.ConvParams(w, bn, padding=w.shape[2] // 2) for w, bn in zip(weights, norms, strict=True)]
+        results = []
+        for wish in ("0", "1"):
+            with _environment(DL4DS_CUDA_CONV="fused", DL4DS_CUDA_TAIL=wish), torch.no_grad():
+                results.append(F.bottleneck(x, params))
+                if place.is_dry:
+                    continue
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    captured = F.bottleneck(x, params)
+                graph.replay()
+                torch.cuda.synchronize()
+                if not torch.equal(captured, results[-1]):
+                    return f"{channels} channels, DL4DS_CUDA_TAIL={wish}: a CUDA graph gives something else"
+        if not torch.equal(*results):
+            return f"{channels} channels: one kernel and two layers differ by {float((results[0] - results[1]).abs().max()):.1e}"
+        truth = x.cpu().double()
+        for i, w in enumerate(weights):
+            y = TF.conv2d(truth, w.cpu().double(), None, 1, w.shape[2] // 2) / (1 + 1e-5) ** 0.5
+            truth = torch.relu(y + x.cpu().double() if i == 2 else y)
+        error = float((results[1].cpu().double() - truth).abs().max() / truth.abs().max())
+        if not error <= 2 * TOLERANCE[dtype]:
+            return f"{channels} channels: {error:.1e} of the largest value"
+    return "right"
+
+
 def run(place: Place) -> dict[str, str]:
     """{case: "right", "SKIP: why" or what was wrong}."""
     found: dict[str, str] = {}
@@ -131,6 +169,11 @@ def run(place: Place) -> dict[str, str]:
                     found[f"{op} {wish} {dtype}"] = way(place, wish, training, dtype)
                 except Exception as error:  # one broken way must not hide the others
                     found[f"{op} {wish} {dtype}"] = f"{type(error).__name__}: {error}"
+    for dtype in DTYPES:
+        try:
+            found[f"conv_bn_act_tail {dtype}"] = tail(place, dtype)
+        except Exception as error:
+            found[f"conv_bn_act_tail {dtype}"] = f"{type(error).__name__}: {error}"
     name = "conv_bn_act chosen by timing"
     if place.is_dry:
         found[name] = "SKIP: needs a GPU's clock (tests/test_autotune_cuda.py takes the same path with a made-up one)"

@@ -31,7 +31,7 @@ int conv_bn_act_tail_refusal(const ConvTailParams& p) {
         return static_cast<int>(why);
     }
     const bool vectors = b.channels_out % (16 / dtype_size(b.dtype)) == 0;
-    if (!vectors || b.channels_out > kConvTable || !aligned16(b.out) || !aligned16(b.residual)) {
+    if (!vectors || b.channels_out > kTailColumns || !aligned16(b.out) || !aligned16(b.residual)) {
         return static_cast<int>(ConvTailReason::kColumns);
     }
     return 0;

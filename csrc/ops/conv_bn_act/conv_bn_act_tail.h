@@ -8,6 +8,9 @@ namespace dl4ds {
 
 /// Channels between the convolutions, and output channels of a step of the second one.
 constexpr int64_t kTailMiddle = 64, kTailChunk = 64;
+/// Output channels at most: their scale and shift beside the rest fit the 99 KiB of a block's shared memory on
+/// the GPUs that have least (sm_86, 89, 120).
+constexpr int64_t kTailColumns = 2048;
 
 struct ConvTailParams {
     /// Of any filter, stride, padding, dilation; 64 output channels; out stays on chip.
@@ -25,7 +28,7 @@ enum class ConvTailReason : int {
     kOff = 28,        // DL4DS_CUDA_TAIL=0
     kMiddle = 29,     // not 64 channels between the convolutions
     kPointwise = 30,  // the second convolution is not the 1x1 one that fits the first
-    kColumns = 31,    // output channels that fill no vectors of 16 bytes, or more than kConvTable of them
+    kColumns = 31,    // output channels that fill no vectors of 16 bytes, or more than kTailColumns of them
 };
 
 /// What keeps the kernel from serving these sizes and addresses (0: nothing).

@@ -22,6 +22,7 @@ int run_conv_tail([[maybe_unused]] const ConvTailParams& p, [[maybe_unused]] voi
     args.parts = p.parts;
     args.chunks = static_cast<int>(ceil_div(ceil_div(p.second.channels_out, kTailChunk), p.parts));
     const size_t table = static_cast<size_t>(args.chunks) * kTailChunk * 2 * sizeof(float);
+    static_assert(sizeof(typename Types::Shared) + kTailColumns * 2 * sizeof(float) <= 99 * 1024);
     const int64_t tiles = ceil_div(args.output.rows, Types::kM);
     return conv_detail::launch_with_shared(conv_bn_act_tail_kernel<T>, tiles * p.parts,
                                            sizeof(typename Types::Shared) + table, stream, args);
