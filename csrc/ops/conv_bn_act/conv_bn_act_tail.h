@@ -8,8 +8,8 @@ namespace dl4ds {
 
 /// Channels between the convolutions, and output channels of a step of the second one.
 constexpr int64_t kTailMiddle = 64, kTailChunk = 64;
-/// Output channels at most: their scale and shift beside the rest fit the 99 KiB of a block's shared memory on
-/// the GPUs that have least (sm_86, 89, 120).
+/// Output channels at most: their scale and shift beside the rest fit the 99 KiB of a block's shared memory
+/// on the GPUs that have least (sm_86, 89, 120).
 constexpr int64_t kTailColumns = 2048;
 
 struct ConvTailParams {

@@ -206,8 +206,9 @@ template <typename T>
 __global__ void __launch_bounds__(128) conv_bn_act_tail_kernel(ConvTailArgs args) {
     using Types = TailTypes<T>;
     using Element = typename Types::Element;
-    extern __shared__ __align__(128) char memory[];
+    extern __shared__ __align__(16) char memory[];
     auto& shared = *reinterpret_cast<typename Types::Shared*>(memory);
+    static_assert(sizeof(typename Types::Shared) % 16 == 0, "the tables are read 16 bytes at a time");
     const int row_tile = blockIdx.x / args.parts, width = args.chunks * Types::kChunk;
     const int channel = blockIdx.x % args.parts * width;
     float* scale = reinterpret_cast<float*>(memory + sizeof(typename Types::Shared));

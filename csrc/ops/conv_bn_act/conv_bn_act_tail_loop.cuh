@@ -21,9 +21,9 @@ struct TailTypes : ConvTypes<T, 64, kTailChunk, 5> {
     struct Shared {
         union {
             typename Base::Mma::SharedStorage main;
-            alignas(128) Element middle[Base::kM * kMiddle];  // written behind the first main loop
+            alignas(16) Element middle[Base::kM * kMiddle];  // written behind the first main loop
         };
-        alignas(128) Element filter[kSlots][kChunk * kMiddle];
+        alignas(16) Element filter[kSlots][kChunk * kMiddle];
         typename Base::Staging::SharedStorage staging;
         float scale[kMiddle], shift[kMiddle];
     };
