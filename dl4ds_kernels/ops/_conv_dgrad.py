@@ -3,7 +3,7 @@
 In a backward pass the input's gradient of a convolution is followed by reads of it: another gradient of the same tensor is
 added, and the BatchNorm that made the tensor sums over it. On CUDA the convolution's epilogue
 (csrc/ops/conv_bn_act/conv_bn_act_dgrad*) does both while the gradient is in registers. There is no CPU or Triton kernel:
-:func:`dgrad` is asked only where :func:`serves` says yes, which it does for stride-1 convolutions where the model expects a gain.
+:func:`dgrad` is asked only where :func:`serves` says yes: for stride-1 convolutions where the model expects a gain.
 
 The BatchNorm may belong to another node of the autograd graph: :func:`site_of` finds it through the graph, :func:`hand_over`
 leaves the sums with it, and :func:`known_sums` takes them if the gradient that arrives is the very tensor that they are of.
@@ -51,11 +51,16 @@ class Added(NamedTuple):
 Sums = tuple[Tensor, Tensor, Tensor]  # the elementwise pass's table, dweight, dbias
 
 
+def has_dgrad(namespace: str, x: Tensor) -> bool:
+    """Whether the op has a kernel for x (fp64 has none)."""
+    return x.is_cuda and x.dtype != torch.float64 and has_kernel("conv_bn_act_dgrad_bwd", namespace, "cuda")
+
+
 def serves(
     namespace: str, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], step: int = 0, site: Site | None = None
 ) -> bool:
     """Whether :func:`dgrad` is to make the gradient of x, the input of a convolution. step: of what is added, 0 for nothing."""
-    if not x.is_cuda or x.dtype == torch.float64 or not has_kernel("conv_bn_act_dgrad_bwd", namespace, "cuda"):
+    if not has_dgrad(namespace, x) or site is not None and not has_bits(site):
         return False
     if torch.compiler.is_compiling() or type(x).__name__ == "FakeTensor":
         return False  # sizes alone do not tell it: the choice is the call's
@@ -106,7 +111,7 @@ def open_node(ctx: Any, kind: str) -> None:
     """
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     ctx.site_kind = kind if hooks is not None and hooks(True) is None else None
-    ctx.known = None
+    ctx.known = ctx.left = None
 
 
 def site_of(ctx: Any) -> tuple[Any, Site] | None:
@@ -137,6 +142,30 @@ def known_sums(ctx: Any, dout: Tensor) -> Sums | None:
     task, dx, version, sums = known
     same = dx is dout and version == dout._version and task == torch._C._current_graph_task_id()
     return sums if same else None
+
+
+def leave_residual(ctx: Any, edge: int, added: Added) -> bool:
+    """Leaves a residual's gradient with the convolution that reads the residual too, whose gradient it is added to.
+
+    That is the first of the layers that end in this node, each reading the one before it: it runs in this backward pass if the
+    residual's gradient is needed, and after this node. ``edge``: of the residual, among the node's. False if there is none.
+    """
+    if torch.compiler.is_compiling() or ctx.site_kind != "conv_bn_act_train":
+        return False
+    target, node = ctx.next_functions[edge], ctx
+    while True:
+        node, output = node.next_functions[0]
+        if getattr(node, "site_kind", None) != "conv_bn_act_train" or output != 0:
+            return False
+        if node.next_functions[0] == target:
+            node.left = (torch._C._current_graph_task_id(), added)
+            return True
+
+
+def left_residual(ctx: Any) -> Added | None:
+    """What another node of this backward pass left to be added to the gradient of the call's first input."""
+    left, ctx.left = getattr(ctx, "left", None), None
+    return left[1] if left is not None and left[0] == torch._C._current_graph_task_id() else None
 
 
 # ---- Contracts.
