@@ -13,6 +13,7 @@ from _cuda_conv import channels_last, require_fused_conv
 from _cuda_host import host
 from torch import Tensor, nn
 
+import dl4ds_kernels as dk
 from dl4ds_kernels import _cuda_conv, models
 from dl4ds_kernels.ops import _conv_dgrad
 from dl4ds_kernels.ops._conv_dgrad import Added, Site
@@ -127,7 +128,8 @@ def gradients(make: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[
         kernels = Fused(patch) if fused else None
         try:
             torch.backends.cudnn.conv.fp32_precision = "tf32"
-            out = module(x)
+            with dk.backend("cpu"):
+                out = module(x)
             dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
             found = torch.autograd.grad(out, [x, *module.parameters()], dout.to(memory_format=torch.channels_last))
         finally:
@@ -156,11 +158,6 @@ class Chain(nn.Module):
         x = self.first(x)
         out = self.third(self.second(x))
         return out + x.mean() if self.more else out
-
-
-@pytest.fixture(autouse=True)
-def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DL4DS_BACKEND", "cpu")
 
 
 @pytest.mark.parametrize("more", [False, True])
