@@ -191,7 +191,9 @@ def gradients(
     front_site = unpack_site(front, front_code, front_numbers)
     g = Gradient(needs, statistics, namespace, x, convs, norms, running, block, training)
     act, last = block.activation, len(block.convs) - 1
-    outputs = list(kept)  # of the branch's convolutions, in order; then of the projection
+    outputs = list(kept)  # of the branch's convolutions, in order; then of the projection; then activations
+    activations = outputs[-last:] if block.keep_activations and last else []
+    del outputs[len(outputs) - len(activations) :]
     projection = block.projection
     has_projected = projection is not None and projection.norm is not None
     projected = outputs.pop() if has_projected and block.keep_projection else None
@@ -200,6 +202,8 @@ def gradients(
     def before(i: int) -> Tensor:
         """The input of convolution i."""
         norm = block.convs[i].norm if block.preact else block.convs[i - 1].norm if i > 0 else None
+        if activations and i > 0:
+            return activations[i - 1]
         if norm is None:  # a convolution that reads x, or the output of the one before it
             return x if i == 0 else outputs[i - 1]
         return g.again(x if i == 0 else outputs[i - 1], norm, act)

@@ -5,6 +5,7 @@ schedule of blocks and layers, and what goes from one node of the autograd graph
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 import dl4ds_kernels as dk
 from dl4ds_kernels import _cuda_conv, models
-from dl4ds_kernels.ops import _conv_dgrad
+from dl4ds_kernels._define import op
+from dl4ds_kernels.ops import _conv_bn_act_train, _conv_dgrad
+from dl4ds_kernels.ops._conv2d import convolve
 from dl4ds_kernels.ops._conv_dgrad import Added, Site
 
 HALF = torch.float16
@@ -185,3 +188,70 @@ def test_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     _conv_dgrad.hand_over(node, dx, sums)
     node.known = (node.known[0] + 1, *node.known[1:])
     assert _conv_dgrad.known_sums(node, dx) is None
+
+
+@pytest.fixture
+def train_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """conv_bn_act_train on the CPU (forward by the CPU's ops), so that layers are the autograd nodes that they are on CUDA."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mean: Any, var: Any, *rest: Any) -> tuple[Tensor, ...]:
+        bn_weight, bn_bias, residual, *rest = rest
+        geometry, (momentum, eps, eps_std, activation, slope, save_mask) = rest[:4], rest[4:]
+        y = convolve(x, weight, bias, geometry)
+        out, *others = op("bn_act")(
+            y, bn_weight, bn_bias, mean, var, residual, True, momentum, eps, eps_std, activation, slope, save_mask
+        )  # fmt: skip
+        return out, y, *others
+
+    library = torch.library.Library("dl4ds_kernels", "IMPL")
+    library.impl("conv_bn_act_train", forward, "CPU", allow_override=True)
+    monkeypatch.setattr(_conv_bn_act_train, "has_train", lambda namespace, x: True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_chain_of_layers(hook: bool, train_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer a node: sums go from layer to layer, a residual's gradient to the convolution that reads the residual too."""
+    seen: list[Tensor] = []
+
+    def make() -> nn.Module:
+        chain = Chain(models.resnet.Bottleneck)
+        for block in (chain.first, chain.second, chain.third):
+            block.forward = block._run
+        if hook:  # of the second block's input: the whole gradient, and as it is
+            chain.second.register_forward_pre_hook(lambda module, args: args[0].register_hook(seen.append) and None)
+        return chain
+
+    want, _ = gradients(make, False, monkeypatch)
+    got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    # Of nine convolutions two read a residual's tensor (one adds its gradient by bits), five what another layer normalised.
+    assert kernels.kinds == {(False, False, True): 5, (True, True, True): 2}
+    assert kernels.calls["bn_act_apply_bwd"] == 7
+    if hook:
+        agree(seen[1:], seen[:1])
+
+
+def test_under_saved_tensor_hooks(train_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hooks unpack (a checkpoint computes it again, once) is for the node that saved it: nothing is asked of neighbours."""
+    make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
+    want, _ = gradients(make, False, monkeypatch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    assert kernels.kinds == {(False, False, True): 5, (True, True, False): 2, (True, False, False): 1}
+
+
+def test_kept_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients, bit for bit, from activations that are kept; sums and additions as before."""
+
+    def make() -> nn.Module:
+        chain = Chain(models.resnet.Bottleneck)
+        for block in (chain.first, chain.second, chain.third):
+            block.keep_activations = True
+        return chain
+
+    again, _ = gradients(lambda: Chain(models.resnet.Bottleneck), True, monkeypatch)
+    kept, kernels = gradients(make, True, monkeypatch)
+    assert all(map(torch.equal, again, kept)) and kernels.calls["conv_bn_act_dgrad_bwd"] == 8

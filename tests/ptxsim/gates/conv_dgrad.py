@@ -35,7 +35,7 @@ LIMITS = [
     Limits(
         "conv_bn_act_dgrad_kernel", "cuda", ("dout", "added", "y", "dx", "mask", "added_mask"), small=7.0, load=0.95,
         store=0.98, waves=1.4, again=12.0, instructions=500, registers=255, wide_stores=False, mma=True,
-        note="3x3 layers read a pixel nine times, through L1 and L2; bound by the tensor cores; waves: the sums of a tile's rows",
+        note="3x3 layers read a pixel nine times, through L1 and L2; bound by the tensor cores; waves: a tile's sums",
     ),
     Limits(
         "conv_bn_act_turn_kernel", "cuda", load=0.99, store=0.99, waves=1.3, again=1.1, instructions=250, wide_loads=False,
