@@ -234,7 +234,7 @@ def test_chain_of_layers(hook: bool, train_nodes: None, monkeypatch: pytest.Monk
 
 
 def test_under_saved_tensor_hooks(train_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hooks unpack (a checkpoint computes it again, once) is for the node that saved it: nothing is asked of neighbours."""
+    """What hooks unpack (a checkpoint computes it again) is for the node that saved it: nothing is asked of neighbours."""
     make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
     want, _ = gradients(make, False, monkeypatch)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
