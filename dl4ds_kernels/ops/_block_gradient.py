@@ -6,6 +6,7 @@ is added, and the BatchNorm in front finds its sums taken. Between blocks this g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def pack_site(site: Site) -> tuple[Tensors, list[int], list[float]]:
     return [site.y, site.mean, site.rstd, *(v for v in vectors if v is not None)], code, [site.eps, site.negative_slope]
 
 
-def unpack_site(tensors: Tensors, code: list[int], numbers: list[float]) -> Site | None:
+def unpack_site(tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]) -> Site | None:
     if not tensors:
         return None
     y, mean, rstd, *rest = tensors
@@ -177,10 +178,10 @@ def gradients(
     training: bool,
     memory_efficient: bool,
     needs: list[bool],
-    known: Tensors,
-    front: Tensors,
-    front_code: list[int],
-    front_numbers: list[float],
+    known: Sequence[Tensor] = (),
+    front: Sequence[Tensor] = (),
+    front_code: Sequence[int] = (),
+    front_numbers: Sequence[float] = (),
 ) -> Tensors:
     """The gradients that are needed of x, convs and norms, in this order.
 

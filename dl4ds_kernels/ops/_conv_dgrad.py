@@ -62,7 +62,7 @@ def serves(
     """Whether :func:`dgrad` is to make the gradient of x, the input of a convolution. step: of what is added, 0 for nothing."""
     if not has_dgrad(namespace, x) or site is not None and not has_bits(site):
         return False
-    if torch.compiler.is_compiling() or type(x).__name__ == "FakeTensor":
+    if _traced() or type(x).__name__ == "FakeTensor":
         return False  # sizes alone do not tell it: the choice is the call's
     stride, padding, dilation, groups = geometry
     code = 0 if site is None else site.activation
@@ -96,6 +96,14 @@ def apply(namespace: str, dout: Tensor, table: Tensor, site: Site, need_dresidua
 
 # ---- Between nodes of the autograd graph.
 
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+
+
+def _traced() -> bool:
+    """Whether the backward pass is written down, with other tensors than those that will run through it."""
+    return torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
+
+
 _sites: dict[str, Callable[[Any], Site | None]] = {}  # kind of node -> the BatchNorm behind which its output lies
 
 
@@ -116,7 +124,7 @@ def open_node(ctx: Any, kind: str) -> None:
 
 def site_of(ctx: Any) -> tuple[Any, Site] | None:
     """The node that made the call's first input, and its BatchNorm; in backward, before that node ran."""
-    if torch.compiler.is_compiling():
+    if _traced():
         return None
     node, output = ctx.next_functions[0] if getattr(ctx, "next_functions", ()) else (None, 0)
     kind = getattr(node, "site_kind", None)
@@ -150,7 +158,7 @@ def leave_residual(ctx: Any, edge: int, added: Added) -> bool:
     That is the first of the layers that end in this node, each reading the one before it: it runs in this backward pass if the
     residual's gradient is needed, and after this node. ``edge``: of the residual, among the node's. False if there is none.
     """
-    if torch.compiler.is_compiling() or ctx.site_kind != "conv_bn_act_train":
+    if _traced() or ctx.site_kind != "conv_bn_act_train":
         return False
     target, node = ctx.next_functions[edge], ctx
     while True:

@@ -172,17 +172,16 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
     if dout is None:
         return (None, [None] * len(need_convs), [None] * len(need_norms), *none)
     (x,), convs, norms, running, kept, statistics, (mask,) = _groups(ctx)
-    found = _conv_dgrad.site_of(ctx) if need_x else None
-    front: Tensors = []
-    front_code: list[int] = []
-    front_numbers: list[float] = []
-    if found is not None:
-        front, front_code, front_numbers = pack_site(found[1])
+    found = _conv_dgrad.site_of(ctx) if need_x and _conv_dgrad.has_dgrad(namespace, x) else None
     known = _conv_dgrad.known_sums(ctx, dout)
-    grads = op("residual_block_bwd", namespace)(
-        dout, mask, x, convs, norms, running, kept, statistics, *ctx.scalars, [need_x, *need_convs, *need_norms],
-        [] if known is None else list(known), front, front_code, front_numbers,
+    given_to = (
+        dout, mask, x, convs, norms, running, kept, statistics, *ctx.scalars, [need_x, *need_convs, *need_norms]
     )  # fmt: skip
+    if found is None and known is None:
+        grads = op("residual_block_bwd", namespace)(*given_to)
+    else:
+        front = ([], [], []) if found is None else pack_site(found[1])
+        grads = op("residual_block_chained_bwd", namespace)(*given_to, list(known or ()), *front)
     rest = iter(grads)
     given = [next(rest) if need else None for need in (need_x, *need_convs, *need_norms)]
     sums = tuple(rest)
@@ -215,9 +214,19 @@ define_op(
 define_op(
     "residual_block_bwd",
     "(Tensor dout, Tensor mask, Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, Tensor[] kept, "
+    "Tensor[] statistics, int[] code, float[] numbers, bool training, bool memory_efficient, bool[] needs) -> Tensor[]",
+    fake=partial(gradients, CPP),
+    composed_of="bn_act",
+    compose=gradients,
+)
+# The same between blocks on CUDA, never in a graph that is traced: `known`, `front` (see gradients).
+define_op(
+    "residual_block_chained_bwd",
+    "(Tensor dout, Tensor mask, Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, Tensor[] kept, "
     "Tensor[] statistics, int[] code, float[] numbers, bool training, bool memory_efficient, bool[] needs, "
     "Tensor[] known, Tensor[] front, int[] front_code, float[] front_numbers) -> Tensor[]",
     fake=partial(gradients, CPP),
+    stem="residual_block",
     composed_of="bn_act",
     compose=gradients,
 )

@@ -117,7 +117,7 @@ def test_opcheck(case: Case, kernels: None) -> None:
         count = 1 + len(convs) + len(norms)
         for needs in ([True] * count, [False, *[True] * (count - 1)])[: 1 + (case is OPCHECK[0])]:
             backward = (torch.randn_like(out), mask, x, convs, norms, running, kept, statistics, code, numbers, training)
-            torch.library.opcheck(op("residual_block_bwd"), (*backward, memory_efficient, needs, [], [], [], []))
+            torch.library.opcheck(op("residual_block_bwd"), (*backward, memory_efficient, needs))
 
 
 @pytest.mark.parametrize("case", [Case(), Case("basic_block", 2), Case("preact_bottleneck", 2)], ids=lambda case: case.id)
