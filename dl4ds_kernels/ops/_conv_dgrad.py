@@ -122,6 +122,11 @@ def open_node(ctx: Any, kind: str) -> None:
     ctx.known = ctx.left = None
 
 
+def _stream(t: Tensor) -> int:
+    """Of the calls that are made now. Memory that one stream frees must not be in use on another."""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
 def site_of(ctx: Any) -> tuple[Any, Site] | None:
     """The node that made the call's first input, and its BatchNorm; in backward, before that node ran."""
     if _traced():
@@ -139,7 +144,7 @@ def site_of(ctx: Any) -> tuple[Any, Site] | None:
 
 def hand_over(node: Any, dx: Tensor, sums: Sums) -> None:
     """Leaves the sums over dx with the node that dx goes to."""
-    node.known = (torch._C._current_graph_task_id(), dx, dx._version, sums)
+    node.known = (torch._C._current_graph_task_id(), dx, dx._version, _stream(dx), sums)
 
 
 def known_sums(ctx: Any, dout: Tensor) -> Sums | None:
@@ -147,9 +152,9 @@ def known_sums(ctx: Any, dout: Tensor) -> Sums | None:
     known, ctx.known = getattr(ctx, "known", None), None
     if known is None:
         return None
-    task, dx, version, sums = known
+    task, dx, version, stream, sums = known
     same = dx is dout and version == dout._version and task == torch._C._current_graph_task_id()
-    return sums if same else None
+    return sums if same and stream == _stream(dx) else None
 
 
 def leave_residual(ctx: Any, edge: int, added: Added) -> bool:
@@ -166,14 +171,21 @@ def leave_residual(ctx: Any, edge: int, added: Added) -> bool:
         if getattr(node, "site_kind", None) != "conv_bn_act_train" or output != 0:
             return False
         if node.next_functions[0] == target:
-            node.left = (torch._C._current_graph_task_id(), added)
+            node.left = (torch._C._current_graph_task_id(), _stream(added.gradient), added)
             return True
 
 
 def left_residual(ctx: Any) -> Added | None:
     """What another node of this backward pass left to be added to the gradient of the call's first input."""
     left, ctx.left = getattr(ctx, "left", None), None
-    return left[1] if left is not None and left[0] == torch._C._current_graph_task_id() else None
+    if left is None or left[0] != torch._C._current_graph_task_id():
+        return None
+    _, stream, added = left
+    if stream != _stream(added.gradient):
+        for t in (added.gradient, added.mask):
+            if t is not None:
+                t.record_stream(torch.cuda.current_stream(t.device))
+    return added
 
 
 # ---- Contracts.
