@@ -163,7 +163,7 @@ def leave_residual(ctx: Any, edge: int, added: Added) -> bool:
     That is the first of the layers that end in this node, each reading the one before it: it runs in this backward pass if the
     residual's gradient is needed, and after this node. ``edge``: of the residual, among the node's. False if there is none.
     """
-    if _traced() or ctx.site_kind != "conv_bn_act_train":
+    if _traced() or ctx.site_kind != "conv_bn_act_train" or not hasattr(ctx, "next_functions"):
         return False
     target, node = ctx.next_functions[edge], ctx
     while True:
