@@ -5,7 +5,8 @@
 
 1. ``python -m dl4ds_kernels info``.
 2. Parity against fp64 of every op, backend, dtype and layout, forward and backward, on odd and on real shapes.
-   The ways of a convolution: library, fused kernel, with statistics (conv_bn_act_train), chosen by timing (DL4DS_AUTOTUNE=1).
+   The ways of a convolution: library, fused kernel, with statistics (conv_bn_act_train), chosen by timing (DL4DS_AUTOTUNE=1);
+   gradients of blocks with sums and additions in the convolution's epilogue.
 3. Rules: no hidden synchronization, the same bits in 100 calls (F47), capture in a CUDA graph.
 4. The rows of the fault checklist that need a GPU: F19, F26, F48 to F50, F53.
 5. compute-sanitizer over every op (where it is installed).

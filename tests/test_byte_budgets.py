@@ -25,7 +25,7 @@ from dl4ds_kernels.benchmark._bytes import Recorder, model_bytes
 from dl4ds_kernels.models import resnet as resnet_models
 from dl4ds_kernels.modules import residual
 from dl4ds_kernels.modules._run import run_conv_bn_act
-from dl4ds_kernels.ops import _conv_bn_act_train
+from dl4ds_kernels.ops import _conv_bn_act_train, _conv_dgrad
 from dl4ds_kernels.ops._traffic import FUSED, PASSES, moved
 
 IMAGES = (2, 3, 224, 224)
@@ -91,6 +91,45 @@ def test_training_with_statistics_epilogue(depth: int, monkeypatch: pytest.Monke
     stem = 64 * 112 * 112 / 1e6
     assert megabytes(plan_a) - megabytes(fused) == pytest.approx(2 * (outputs - stem), rel=0.005)
     assert fused.launches["dl4ds_kernels::conv_bn_act_train"] == {18: 20, 50: 53}[depth]
+
+
+def plan_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both epilogues wherever their kernels can run."""
+    monkeypatch.setattr(_conv_bn_act_train, "has_train", lambda namespace, x: True)
+    monkeypatch.setattr(_conv_dgrad, "has_dgrad", lambda namespace, x: True)
+
+    def serves(
+        namespace: str, x: Tensor, weight: Tensor, geometry: Any, step: int = 0, site: _conv_dgrad.Site | None = None
+    ) -> bool:
+        wanted = step > 0 or site is not None
+        return wanted and tuple(geometry[0]) == (1, 1) and geometry[3] == 1 and weight.shape[0] % 8 == 0
+
+    monkeypatch.setattr(_conv_dgrad, "serves", serves)
+
+
+def test_training_with_both_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-50 with dgrad's epilogue too. Every gradient sum but those of strided 3x3 layers' and projections' BatchNorms and
+    the stem's is taken there, and so is every addition of two gradients.
+
+    The design's plan B (280.7) folds in what is not there yet, 12.0 MB: the shortcut's BatchNorm into the block's last pass
+    (forward 6.0, backward 6.0).
+    """
+    plan_b(monkeypatch)
+    blocks = model_bytes(models.resnet50, IMAGES, training=True, table=PASSES | FUSED)
+    assert megabytes(blocks) <= 308
+    assert blocks.launches["dl4ds_kernels::conv_bn_act_dgrad_bwd"] == 45
+    # The stem's, four projections', three in front of a strided 3x3, and the last block's, whose output is pooled.
+    assert blocks.launches["dl4ds_kernels::bn_act_bwd"] == 1 + 4 + 3 + 1
+    assert blocks.launches["dl4ds_kernels::bn_act_apply_bwd"] == 53 - 9
+    monkeypatch.setattr(residual._Residual, "keep_activations", True)
+    monkeypatch.setattr(resnet_models, "run_conv_bn_act_pool", lambda x, c, bn, act, pool: pool(run_conv_bn_act(x, c, bn, act)))
+    kept = model_bytes(models.resnet50, IMAGES, training=True, table=PASSES | FUSED)
+    assert megabytes(kept) <= 291.5
+    assert kept.launches["dl4ds_kernels::bn_act"] == 0 and kept.launches["dl4ds_kernels::bn_act_bwd"] == 9
+    layer_by_layer(monkeypatch)
+    layers = model_bytes(models.resnet50, IMAGES, training=True, table=PASSES | FUSED)
+    assert megabytes(layers) <= 311
+    print(megabytes(blocks), megabytes(kept), megabytes(layers))
 
 
 def test_inference() -> None:

@@ -5,6 +5,7 @@ A dry run makes the same calls on the CPU, where there is one way.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from dl4ds_kernels import _autotune, explain
 from dl4ds_kernels import functional as F
+from dl4ds_kernels.modules import Bottleneck
 from gpu.place import Place
 
 # x (N, C, H, W), output channels, kernel, stride: a large map, a 1x1 layer, few pixels, channels that are no whole tile.
 LAYERS = [((8, 64, 56, 56), 64, 3, 1), ((8, 256, 14, 14), 512, 1, 1), ((1, 512, 7, 7), 512, 3, 1), ((2, 40, 17, 13), 72, 3, 2)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2, "fp32": 4e-3}  # of the output's largest value; fp32 may be TF32
+# Of a gradient's norm; relus on the other side of zero for rounding make half of it (stock on the CPU: 0.05, 0.14, 1e-6).
+GRADIENT = {"fp16": 0.1, "bf16": 0.3, "fp32": 0.1}
 
 
 @contextmanager
@@ -130,9 +134,7 @@ def tail(place: Place, dtype: str) -> str:
         shapes = ((64, channels, 1), (64, 64, 3), (channels, 64, 1))
         weights = [torch.randn(k, c, r, r, generator=g) / (c * r * r) ** 0.5 for k, c, r in shapes]
         weights = [w.to(place.device, kind).contiguous(memory_format=torch.channels_last) for w in weights]
-        norms = [
-            F.BNParams(torch.zeros(len(w), device=place.device), torch.ones(len(w), device=place.device)) for w in weights
-        ]
+        norms = [F.BNParams(torch.zeros(len(w), device=place.device), torch.ones(len(w), device=place.device)) for w in weights]
         params = [F.ConvParams(w, bn, padding=w.shape[2] // 2) for w, bn in zip(weights, norms, strict=True)]
         results = []
         for wish in ("0", "1"):
@@ -148,7 +150,9 @@ def tail(place: Place, dtype: str) -> str:
                 if not torch.equal(captured, results[-1]):
                     return f"{channels} channels, DL4DS_CUDA_TAIL={wish}: a CUDA graph gives something else"
         if not torch.equal(*results):
-            return f"{channels} channels: one kernel and two layers differ by {float((results[0] - results[1]).abs().max()):.1e}"
+            return (
+                f"{channels} channels: one kernel and two layers differ by {float((results[0] - results[1]).abs().max()):.1e}"
+            )
         truth = x.cpu().double()
         for i, w in enumerate(weights):
             y = TF.conv2d(truth, w.cpu().double(), None, 1, w.shape[2] // 2) / (1 + 1e-5) ** 0.5
@@ -157,6 +161,24 @@ def tail(place: Place, dtype: str) -> str:
         if not error <= 2 * TOLERANCE[dtype]:
             return f"{channels} channels: {error:.1e} of the largest value"
     return "right"
+
+
+def backward(place: Place, wish: str, dtype: str) -> str:
+    """Gradients of two bottlenecks, the first with a strided projection: sums and additions in the convolutions' epilogues."""
+    torch.manual_seed(5)
+    down = torch.nn.Sequential(torch.nn.Conv2d(64, 128, 1, 2, bias=False), torch.nn.BatchNorm2d(128))
+    blocks = torch.nn.Sequential(Bottleneck(64, 32, 2, down), Bottleneck(128, 32)).train()
+    x, dout = torch.randn(4, 64, 28, 28), torch.randn(4, 128, 14, 14)
+    blocks, x, dout = (v.to(DTYPES[dtype]) for v in (blocks, x, dout))  # the truth starts from the same values
+    found = []
+    for device, kind in (("cpu", torch.float64), (place.device, DTYPES[dtype])):
+        net = copy.deepcopy(blocks).to(device, kind, memory_format=torch.channels_last)
+        given, grad = (t.to(device, kind, memory_format=torch.channels_last) for t in (x, dout))
+        with _environment(DL4DS_CUDA_CONV=wish):
+            grads = torch.autograd.grad(net(given.requires_grad_()), [given, *net.parameters()], grad)
+        found.append([g.cpu().double() for g in grads])
+    worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True))
+    return "right" if worst <= GRADIENT[dtype] else f"a gradient is wrong by {worst:.1e} of its size"
 
 
 def run(place: Place) -> dict[str, str]:
@@ -174,6 +196,11 @@ def run(place: Place) -> dict[str, str]:
             found[f"conv_bn_act_tail {dtype}"] = tail(place, dtype)
         except Exception as error:
             found[f"conv_bn_act_tail {dtype}"] = f"{type(error).__name__}: {error}"
+    for wish, dtype in ((wish, dtype) for wish in ("library", "fused") for dtype in DTYPES):
+        try:
+            found[f"residual_block_bwd {wish} {dtype}"] = backward(place, wish, dtype)
+        except Exception as error:
+            found[f"residual_block_bwd {wish} {dtype}"] = f"{type(error).__name__}: {error}"
     name = "conv_bn_act chosen by timing"
     if place.is_dry:
         found[name] = "SKIP: needs a GPU's clock (tests/test_autotune_cuda.py takes the same path with a made-up one)"

@@ -55,6 +55,7 @@ def basic_block(
     activation: str = "relu",
     negative_slope: float = 0.1,
     memory_efficient: bool = False,
+    keep_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``act(bn2(conv2(act(bn1(conv1(x))))) + shortcut(x))``: the two-convolution block of ResNet-18 and -34, as one op.
@@ -70,6 +71,8 @@ def basic_block(
         training: batch statistics and an update of the running ones, once for a call (not when backward computes again).
         activation, negative_slope: as in :func:`bn_act`, behind every BatchNorm but the shortcut's; the last behind the sum.
         memory_efficient: backward also computes the last convolution again.
+        keep_activations: keeps the activations inside too, instead of computing them again (not with ``memory_efficient``):
+            two passes over memory less for each, for their size in memory.
         backend: overrides ``dk.backend`` for this call.
 
     Returns:
@@ -84,7 +87,8 @@ def basic_block(
     """
     return _public(
         basic_block, 2, False, x, params, downsample, training=training, activation=activation,
-        negative_slope=negative_slope, memory_efficient=memory_efficient, backend=backend,
+        negative_slope=negative_slope, memory_efficient=memory_efficient,
+        keep_activations=keep_activations, backend=backend,
     )  # fmt: skip
 
 
@@ -97,6 +101,7 @@ def bottleneck(
     activation: str = "relu",
     negative_slope: float = 0.1,
     memory_efficient: bool = False,
+    keep_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``act(bn3(conv3(act(bn2(conv2(act(bn1(conv1(x)))))))) + shortcut(x))``: the block of ResNet-50 and deeper, as one op.
@@ -105,7 +110,8 @@ def bottleneck(
     """
     return _public(
         bottleneck, 3, False, x, params, downsample, training=training, activation=activation,
-        negative_slope=negative_slope, memory_efficient=memory_efficient, backend=backend,
+        negative_slope=negative_slope, memory_efficient=memory_efficient,
+        keep_activations=keep_activations, backend=backend,
     )  # fmt: skip
 
 
@@ -191,6 +197,7 @@ def run_block(
     activation: str = "relu",
     negative_slope: float = 0.1,
     memory_efficient: bool = False,
+    keep_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Any number of convolutions, with ``shortcut`` NO_SHORTCUT too: what modules call. No checks of its own."""
@@ -227,7 +234,7 @@ def run_block(
     keep = projection is None or not _is_cheap(projection, params)
     block = Block(
         preact, shortcut, code, keep, negative_slope, alpha, tuple(coded[: len(params)]),
-        coded[-1] if projection is not None else None,
+        coded[-1] if projection is not None else None, keep_activations and not preact and not memory_efficient,
     )  # fmt: skip
     path = select("residual_block", x, backend)
     if path is STOCK or x.numel() == 0 or x.dim() != 4:

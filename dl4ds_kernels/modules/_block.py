@@ -50,6 +50,7 @@ def run_residual_block(
     add: bool = True,
     alpha: float = 1.0,
     memory_efficient: bool = False,
+    keep_activations: bool = False,
     backend: str | None = None,
 ) -> Tensor | None:
     """The block of these stock modules with gradients; None where it must go layer by layer (inference, hooks, other types).
@@ -84,7 +85,7 @@ def run_residual_block(
         x, params[: len(pairs)], None if projection is None else params[-1], preact=preact,
         shortcut=PROJECTION if projection is not None else IDENTITY if add else NO_SHORTCUT, alpha=alpha,
         training=training.pop(), activation=act.name, negative_slope=_slope(act), memory_efficient=memory_efficient,
-        backend=backend,
+        keep_activations=keep_activations, backend=backend,
     )  # fmt: skip
 
 

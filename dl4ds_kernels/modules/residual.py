@@ -36,6 +36,7 @@ class _Residual(nn.Module):
     downsample: nn.Module | None
     residual_scale: float
     memory_efficient: bool
+    keep_activations = False  # True: backward reads the activations inside instead of computing them again
 
     def pairs(self) -> list[Pair]:
         """The convolutions of the branch with their BatchNorms."""
@@ -44,7 +45,8 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.residual_scale == 1.0:
             out = run_residual_block(
-                x, self.pairs(), self._act(), self.downsample, memory_efficient=self.memory_efficient
+                x, self.pairs(), self._act(), self.downsample, memory_efficient=self.memory_efficient,
+                keep_activations=self.keep_activations,
             )  # fmt: skip
             if out is not None:
                 return out

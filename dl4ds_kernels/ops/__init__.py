@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     _conv2d,
     _conv_bn_act_tail,
     _conv_bn_act_train,
+    _conv_dgrad,
     _conv_transpose_packed,
     add_act,
     bn_act,

@@ -49,7 +49,8 @@ class Conv(NamedTuple):
 class Block(NamedTuple):
     """``convs`` in order; ``projection`` is the shortcut's convolution where ``shortcut`` is PROJECTION.
 
-    ``keep_projection``: its output is kept for backward; False: computed again.
+    ``keep_projection``: its output is kept for backward; False: computed again. ``keep_activations``: so are the activations
+    inside a post-activation block.
     """
 
     preact: bool
@@ -60,6 +61,7 @@ class Block(NamedTuple):
     alpha: float
     convs: tuple[Conv, ...]
     projection: Conv | None
+    keep_activations: bool = False
 
     @property
     def all_convs(self) -> tuple[Conv, ...]:
@@ -77,7 +79,8 @@ _HEADER, _CONV = 5, 14  # integers
 
 def encode(block: Block) -> tuple[list[int], list[float]]:
     """``(code, numbers)``: a header and _CONV integers a convolution; slope, alpha, then momentum and eps of each BatchNorm."""
-    code = [int(block.preact), block.shortcut, block.activation, int(block.keep_projection), len(block.convs)]
+    keep = int(block.keep_projection) + 2 * int(block.keep_activations)
+    code = [int(block.preact), block.shortcut, block.activation, keep, len(block.convs)]
     numbers = [block.negative_slope, block.alpha]
     for conv in block.all_convs:
         code += [conv.weight, conv.bias, *conv.stride, *conv.padding, *conv.dilation, conv.groups]
@@ -109,5 +112,6 @@ def _decode(code: tuple[int, ...], numbers: tuple[float, ...]) -> Block:
         convs.append(Conv(weight, bias, (s0, s1), (p0, p1), (d0, d1), groups, norm))
     projection = convs[count] if len(convs) > count else None
     return Block(
-        bool(preact), shortcut, activation, bool(keep), numbers[0], numbers[1], tuple(convs[:count]), projection
+        bool(preact), shortcut, activation, bool(keep & 1), numbers[0], numbers[1], tuple(convs[:count]), projection,
+        bool(keep & 2),
     )  # fmt: skip

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from .._define import define_op, has_kernel, op
+from . import _conv_dgrad
 from ._conv2d import convolve, convolve_back
+from ._conv_dgrad import Added, Site
 from .bn_act import _fake as _fake_bn_act
 from .conv_bn_act import _autocast, _convolve
 
@@ -71,6 +73,41 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.has_bias = bias is not None
     ctx.has_residual = residual is not None
     ctx.geometry, ctx.scalars = inputs[8:12], inputs[13:17]
+    ctx.residual_edge = sum(t is not None for t in inputs[:7])
+    _conv_dgrad.open_node(ctx, "conv_bn_act_train")
+
+
+def _site(ctx: Any) -> Site | None:
+    """The BatchNorm behind which the output lies."""
+    _, _, bn_weight, bn_bias, y, mean, rstd, _, mask = ctx.saved_tensors
+    if ctx.has_residual and mask is None and ctx.scalars[2] != 0:
+        return None  # the side of the kink depends on what was added
+    return Site(y, bn_weight, bn_bias, mean, rstd, mask, *ctx.scalars)
+
+
+_conv_dgrad.offers_site("conv_bn_act_train", _site)
+
+
+def _convolve_back(namespace: str, ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, left: Added | None) -> list[Tensor | None]:
+    """Gradients of x, weight and bias; x's with what was left to be added, and sums for the BatchNorm that made x."""
+    needs = ctx.needs_input_grad
+    found = _conv_dgrad.site_of(ctx) if needs[0] and _conv_dgrad.has_dgrad(namespace, x) else None
+    site = None if found is None else found[1]
+    if needs[0] and (site or left) and _conv_dgrad.serves(namespace, x, weight, ctx.geometry, int(left is not None), site):
+        grads = convolve_back(dy, x, weight, ctx.has_bias, ctx.geometry, (False, *needs[1:3]))
+        grads[0], sums = _conv_dgrad.dgrad(namespace, dy, weight, x.shape[2:], ctx.geometry, left, site)
+        if found is not None:
+            _conv_dgrad.hand_over(found[0], grads[0], sums)
+        return grads
+    grads = convolve_back(dy, x, weight, ctx.has_bias, ctx.geometry, needs[:3])
+    if left is not None and needs[0]:
+        gradient = left.gradient
+        if left.mask is not None:
+            gradient = op("add_act_bwd", namespace)(
+                gradient, left.mask, None, None, 1.0, left.activation, left.negative_slope
+            )  # fmt: skip
+        grads[0] = grads[0].add_(gradient)
+    return grads
 
 
 def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -81,12 +118,22 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
     eps, eps_std, activation, negative_slope = ctx.scalars
     needs = ctx.needs_input_grad
     need_residual = ctx.has_residual and needs[7]
-    dy, dbn_weight, dbn_bias, dresidual = op("bn_act_bwd", namespace)(
-        dout, y, bn_weight, bn_bias, mean, rstd, residual, mask, True, eps, eps_std, activation, negative_slope,
-        any(needs[:3]), needs[5] or needs[6], need_residual and activation != 0,
-    )  # fmt: skip
+    known, left = _conv_dgrad.known_sums(ctx, dout), _conv_dgrad.left_residual(ctx)
+    need_dresidual = need_residual and activation != 0
+    if need_residual and (activation == 0 or mask is not None) and _conv_dgrad.has_dgrad(namespace, dout):
+        added = Added(dout) if activation == 0 else Added(dout, mask, activation, negative_slope)
+        if _conv_dgrad.leave_residual(ctx, ctx.residual_edge, added):
+            need_residual = need_dresidual = False
+    if known is not None and any(needs[:3]):
+        table, dbn_weight, dbn_bias = known
+        dy, dresidual = _conv_dgrad.apply(namespace, dout, table, _site(ctx), need_dresidual)
+    else:
+        dy, dbn_weight, dbn_bias, dresidual = op("bn_act_bwd", namespace)(
+            dout, y, bn_weight, bn_bias, mean, rstd, residual, mask, True, eps, eps_std, activation, negative_slope,
+            any(needs[:3]), needs[5] or needs[6], need_dresidual,
+        )  # fmt: skip
     if any(needs[:3]):
-        grads[:3] = convolve_back(dy, x, weight, ctx.has_bias, ctx.geometry, needs[:3])
+        grads[:3] = _convolve_back(namespace, ctx, dy, x, weight, left)
     if needs[5]:
         grads[5] = dbn_weight.to(bn_weight.dtype)
     if needs[6]:

@@ -61,6 +61,16 @@ def _conv_bn_act_train_fused(a: Any) -> Passes:
     return {**_conv_bn_act_train(a), "y": (1 if fused else 2, 1)}
 
 
+def _dgrad(a: Any) -> Passes:
+    """dout is read and dx written; what is added and y are each read once, with their bits."""
+    return {"dout": (1, 0), "added": (1, 0), "added_mask": (1, 0), "y": (1, 0), "mask": (1, 0), "dx": (0, 1)}
+
+
+def _bn_act_apply_bwd(a: Any) -> Passes:
+    """The elementwise pass of ``bn_act_bwd`` alone."""
+    return {"dout": (1, 0), "x": (1, 0), "mask": (int(a.activation != 0), 0), "dx": (0, 1), "dresidual": (0, 1)}
+
+
 def _bn_act_conv(a: Any) -> Passes:
     """``bn_act`` over x, then the library's convolution, and with a BatchNorm behind it one more pass in place.
 
@@ -104,6 +114,8 @@ def _convolution_backward(a: Any) -> Passes:
 PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::bn_act": _bn_act,
     "dl4ds_kernels::bn_act_bwd": _bn_act_bwd,
+    "dl4ds_kernels::bn_act_apply_bwd": _bn_act_apply_bwd,
+    "dl4ds_kernels::conv_bn_act_dgrad_bwd": _dgrad,
     "dl4ds_kernels::add_act": _add_act,
     "dl4ds_kernels::add_act_bwd": _add_act_bwd,
     "dl4ds_kernels::bn_act_conv": _bn_act_conv,
@@ -136,6 +148,8 @@ FUSED: dict[str, Callable[[Any], Passes]] = {
 _RESULTS = {
     "bn_act": ("out", "mean", "rstd", "mask"),
     "bn_act_bwd": ("dx", "dweight", "dbias", "dresidual"),
+    "bn_act_apply_bwd": ("dx", "dresidual"),
+    "conv_bn_act_dgrad_bwd": ("dx", "table", "dweight", "dbias"),
     "add_act": ("out", "mask"),
     "conv_bn_act_train": ("out", "y", "mean", "rstd", "mask"),
 }

@@ -5,7 +5,8 @@ No kernel of its own: convolutions (as ``conv2d_step`` chooses them; in training
 backward are the block's input, the output of every convolution in front of a BatchNorm, per-channel statistics and one bit an
 element for the activation behind the sum; activations inside the block are computed again in backward from the convolution's
 output and the very statistics of the forward pass (the same bits; running statistics are not touched).
-``memory_efficient`` also computes the last convolution of a post-activation block again.
+``memory_efficient`` also computes the last convolution of a post-activation block again; ``Block.keep_activations`` keeps the
+activations instead, which saves two passes over each.
 
 Post-activation: ``act(bn_n(conv_n(… act(bn_1(conv_1(x))))) + shortcut(x))``.
 Pre-activation: ``alpha * (conv_n(act(bn_n(… conv_1(act(bn_1(x)))))) + shortcut)``, whose projection reads ``act(bn_1(x))``.
@@ -21,43 +22,12 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
-from . import _conv_bn_act_train
-from ._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, decode
-from ._conv2d import convolve, convolve_back
-from .bn_act import eval_statistics, normalise_again
+from . import _conv_bn_act_train, _conv_dgrad
+from ._block_code import IDENTITY, PROJECTION, Conv, Norm, decode
+from ._block_gradient import Schedule, gradients, pack_site
+from ._conv_dgrad import Site
 
 Tensors = list[Tensor]
-
-
-class _Schedule:
-    """The tensors and steps that forward and backward share."""
-
-    def __init__(
-        self, namespace: str, x: Tensor, convs: Tensors, norms: Tensors, running: Tensors, block: Block, training: bool
-    ) -> None:
-        self.namespace, self.x, self.block, self.training = namespace, x, block, training
-        self._convs, self._norms, self._running = convs, norms, running
-        self.statistics: dict[int, tuple[Tensor, Tensor]] = {}  # index of a BatchNorm -> (mean, rstd) of this call
-
-    def convolve(self, z: Tensor, conv: Conv) -> Tensor:
-        bias = self._convs[conv.bias] if conv.bias >= 0 else None
-        return convolve(z, self._convs[conv.weight], bias, conv.geometry)
-
-    def vectors(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-        return tuple(self._norms[place] if place >= 0 else None for place in (norm.weight, norm.bias))
-
-    def running(self, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-        if norm.running < 0:
-            return None, None
-        return self._running[norm.running], self._running[norm.running + 1]
-
-    def again(self, y: Tensor, norm: Norm, activation: int) -> Tensor:
-        """``act(bn(y))`` as the forward pass computed it, bit for bit; running statistics are not touched."""
-        statistics = self.statistics[norm.index] if self.training else self.running(norm)
-        return normalise_again(
-            self.namespace, y, *self.vectors(norm), *statistics, self.training, norm.eps, norm.eps_std, activation,
-            self.block.negative_slope,
-        )  # fmt: skip
 
 
 def _forward(
@@ -74,8 +44,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensors, Tensors, Tensors]:
     """``(out, mask, kept, statistics, new_running)``; see the schema below."""
     block = decode(code, numbers)
-    s = _Schedule(namespace, x, convs, norms, running, block, training)
+    s = Schedule(namespace, x, convs, norms, running, block, training)
     kept: Tensors = []
+    activations: Tensors = []
     new_running: dict[int, tuple[Tensor, Tensor]] = {}
 
     def normalise(y: Tensor, norm: Norm, activation: int, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -122,6 +93,8 @@ def _forward(
     for i, conv in enumerate(block.convs[:-1]):
         y, z, _ = layer(z, conv, block.convs[i + 1].norm if block.preact else conv.norm, act)
         keep(y)
+        if block.keep_activations and save:
+            activations.append(z)
     # The shortcut comes first: the last layer adds it.
     projected = None
     residual = x if block.shortcut == IDENTITY else None
@@ -143,6 +116,7 @@ def _forward(
         keep(y, not memory_efficient)
     if projected is not None:
         keep(projected, block.keep_projection)
+    kept += activations
     return out, mask, kept, _in_order(s.statistics), _in_order(new_running)
 
 
@@ -163,6 +137,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.save_for_backward(*(t for group in groups for t in group))
     ctx.scalars = (code, numbers, training, memory_efficient)
     ctx.running_count = len(running)
+    _conv_dgrad.open_node(ctx, "residual_block")
+
+
+def _groups(ctx: Any) -> list[Tensors]:
+    """x, convs, norms, running, kept, statistics and mask of the call, lists all."""
+    saved = iter(ctx.saved_tensors)
+    return [[next(saved) for _ in range(n)] for n in ctx.counts]
+
+
+def _site(ctx: Any) -> Site | None:
+    """The BatchNorm behind which the block's output lies; None if its convolution's output is not kept."""
+    code, numbers, training, memory_efficient = ctx.scalars
+    block = decode(code, numbers)
+    if block.preact or not training or memory_efficient:
+        return None
+    _, _, norms, _, kept, statistics, (mask,) = _groups(ctx)
+    norm = block.convs[-1].norm
+    weight, bias = (norms[place] if place >= 0 else None for place in (norm.weight, norm.bias))
+    mean, rstd = statistics[2 * norm.index : 2 * norm.index + 2]
+    y = kept[len(block.convs) - 1]
+    bits = mask if mask.numel() else None
+    if bits is None and block.shortcut and block.activation:
+        return None  # the side of the kink depends on what was added
+    return Site(y, weight, bias, mean, rstd, bits, norm.eps, norm.eps_std, block.activation, block.negative_slope)
+
+
+_conv_dgrad.offers_site("residual_block", _site)
 
 
 def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -170,158 +171,24 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
     none: tuple[Any, ...] = ([None] * ctx.running_count, *(None,) * 5)
     if dout is None:
         return (None, [None] * len(need_convs), [None] * len(need_norms), *none)
-    saved = iter(ctx.saved_tensors)
-    (x,), convs, norms, running, kept, statistics, (mask,) = ([next(saved) for _ in range(n)] for n in ctx.counts)
-    grads = op("residual_block_bwd", namespace)(
+    (x,), convs, norms, running, kept, statistics, (mask,) = _groups(ctx)
+    found = _conv_dgrad.site_of(ctx) if need_x and _conv_dgrad.has_dgrad(namespace, x) else None
+    known = _conv_dgrad.known_sums(ctx, dout)
+    given_to = (
         dout, mask, x, convs, norms, running, kept, statistics, *ctx.scalars, [need_x, *need_convs, *need_norms]
-    )
+    )  # fmt: skip
+    if found is None and known is None:
+        grads = op("residual_block_bwd", namespace)(*given_to)
+    else:
+        front = ([], [], []) if found is None else pack_site(found[1])
+        grads = op("residual_block_chained_bwd", namespace)(*given_to, list(known or ()), *front)
     rest = iter(grads)
     given = [next(rest) if need else None for need in (need_x, *need_convs, *need_norms)]
+    sums = tuple(rest)
+    if found is not None and sums:
+        _conv_dgrad.hand_over(found[0], given[0], sums)
     count = 1 + len(need_convs)
     return (given[0], given[1:count], given[count:], *none)
-
-
-class _Gradient(_Schedule):
-    """The backward pass of one call."""
-
-    def __init__(self, needs: list[bool], statistics: Tensors, *args: Any) -> None:
-        super().__init__(*args)
-        self.needs = needs
-        self.grads: dict[int, Tensor] = {}  # by place among (x, *convs, *norms)
-        if self.training:
-            self.statistics = dict(enumerate(zip(statistics[::2], statistics[1::2], strict=True)))
-
-    def normalise(
-        self, dz: Tensor, y: Tensor, norm: Norm, activation: int, residual: Tensor | None, mask: Tensor | None,
-        need_y: bool, need_residual: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``(dy, dresidual)`` of ``act(bn(y) [+ residual])``; the gradients of the BatchNorm's vectors are noted."""
-        weight, bias = self.vectors(norm)
-        mean, rstd = (
-            self.statistics[norm.index] if self.training else eval_statistics(y, *self.running(norm), norm.eps, norm.eps_std)
-        )
-        first = 1 + len(self._convs)
-        places = [first + place if place >= 0 else -1 for place in (norm.weight, norm.bias)]
-        wanted = [place >= 0 and self.needs[place] for place in places]
-        dy, dweight, dbias, dresidual = op("bn_act_bwd", self.namespace)(
-            dz, y, weight, bias, mean, rstd, residual, mask, self.training, norm.eps, norm.eps_std, activation,
-            self.block.negative_slope, need_y, any(wanted), need_residual,
-        )  # fmt: skip
-        for place, want, grad, vector in zip(places, wanted, (dweight, dbias), (weight, bias), strict=True):
-            if want:
-                self.grads[place] = grad.to(vector.dtype)
-        return dy, dresidual
-
-    def convolve_back(self, dy: Tensor, z: Tensor, conv: Conv, need_z: bool) -> Tensor | None:
-        """dz (None if not needed) of ``y = conv(z)``; the gradients of weight and bias are noted."""
-        places = [1 + conv.weight, 1 + conv.bias if conv.bias >= 0 else -1]
-        wanted = [need_z, *(place >= 0 and self.needs[place] for place in places)]
-        if not any(wanted):
-            return None
-        weight = self._convs[conv.weight]
-        dz, *parameters = convolve_back(dy, z, weight, conv.bias >= 0, conv.geometry, wanted)
-        for place, want, grad in zip(places, wanted[1:], parameters, strict=True):
-            if want:
-                self.grads[place] = grad
-        return dz if need_z else None
-
-
-def _gradients(
-    namespace: str,
-    dout: Tensor,
-    mask: Tensor,
-    x: Tensor,
-    convs: Tensors,
-    norms: Tensors,
-    running: Tensors,
-    kept: Tensors,
-    statistics: Tensors,
-    code: list[int],
-    numbers: list[float],
-    training: bool,
-    memory_efficient: bool,
-    needs: list[bool],
-) -> Tensors:
-    """The gradients that are needed of x, convs and norms, in this order."""
-    block = decode(code, numbers)
-    g = _Gradient(needs, statistics, namespace, x, convs, norms, running, block, training)
-    act, last = block.activation, len(block.convs) - 1
-    outputs = list(kept)  # of the branch's convolutions, in order; then of the projection
-    projection = block.projection
-    has_projected = projection is not None and projection.norm is not None
-    projected = outputs.pop() if has_projected and block.keep_projection else None
-    need_x = needs[0]
-
-    def before(i: int) -> Tensor:
-        """The input of convolution i."""
-        norm = block.convs[i].norm if block.preact else block.convs[i - 1].norm if i > 0 else None
-        if norm is None:  # a convolution that reads x, or the output of the one before it
-            return x if i == 0 else outputs[i - 1]
-        return g.again(x if i == 0 else outputs[i - 1], norm, act)
-
-    # The end of the block.
-    z = source = None
-    if block.preact and block.projection is not None:
-        source = before(0)
-    elif projection is not None:
-        source = x
-    if block.preact:
-        dy = dout if block.alpha == 1.0 else dout * block.alpha
-        dresidual = dy
-    else:
-        if memory_efficient:
-            z = before(last)
-            outputs.append(g.convolve(z, block.convs[last]))
-        residual = None
-        if has_projected and projected is None:
-            projected = g.convolve(source, projection)
-        if act not in MASK_CODES and act != 0 and block.shortcut:  # neither mask nor sign: the residual itself is needed
-            residual = x
-            if projection is not None:
-                residual = projected if has_projected else g.convolve(source, projection)
-                residual = g.again(residual, projection.norm, 0) if has_projected else residual
-        dy, dresidual = g.normalise(
-            dout, outputs.pop(), block.convs[last].norm, act, residual, mask if mask.numel() else None, True,
-            block.shortcut != 0 and act != 0,
-        )  # fmt: skip
-        if act == 0:
-            dresidual = dout
-    # The shortcut.
-    shortcut_dx: Tensor | None = None
-    need_source = need_x or (block.preact and _any_needed(block.convs[0].norm, len(convs), needs))
-    if block.shortcut == IDENTITY:
-        shortcut_dx = dresidual if need_x else None
-    elif projection is not None:
-        if has_projected:
-            dresidual, _ = g.normalise(dresidual, projected, projection.norm, 0, None, None, True, False)
-            del projected
-        shortcut_dx = g.convolve_back(dresidual, source, projection, need_source)
-    del dresidual
-    # The branch, from its end.
-    for i in range(last, -1, -1):
-        conv = block.convs[i]
-        if z is None:
-            z = source if i == 0 and source is not None else before(i)
-        need_z = i > 0 or need_source
-        dz = g.convolve_back(dy, z, conv, need_z)
-        z = None
-        norm = conv.norm if block.preact else block.convs[i - 1].norm if i > 0 else None
-        if i == 0 and projection is not None and need_source:
-            dz.add_(shortcut_dx)
-            shortcut_dx = None
-        if norm is None:
-            dy = dz
-        elif i > 0 or need_source:
-            dy, _ = g.normalise(dz, outputs.pop() if i > 0 else x, norm, act, None, None, i > 0 or need_x, False)
-    if need_x:
-        g.grads[0] = dy if shortcut_dx is None else dy.add_(shortcut_dx)
-    return [g.grads[place] for place, need in enumerate(needs) if need]
-
-
-def _any_needed(norm: Norm | None, conv_tensors: int, needs: list[bool]) -> bool:
-    """Whether a vector of this BatchNorm needs a gradient."""
-    places = () if norm is None else (norm.weight, norm.bias)
-    return any(place >= 0 and needs[1 + conv_tensors + place] for place in places)
 
 
 def _autocast(dtype: torch.dtype, x: Tensor, convs: Tensors, *rest: Any) -> tuple[Any, ...]:
@@ -348,7 +215,18 @@ define_op(
     "residual_block_bwd",
     "(Tensor dout, Tensor mask, Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, Tensor[] kept, "
     "Tensor[] statistics, int[] code, float[] numbers, bool training, bool memory_efficient, bool[] needs) -> Tensor[]",
-    fake=partial(_gradients, CPP),
+    fake=partial(gradients, CPP),
     composed_of="bn_act",
-    compose=_gradients,
+    compose=gradients,
+)
+# The same between blocks on CUDA, never in a graph that is traced: `known`, `front` (see gradients).
+define_op(
+    "residual_block_chained_bwd",
+    "(Tensor dout, Tensor mask, Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, Tensor[] kept, "
+    "Tensor[] statistics, int[] code, float[] numbers, bool training, bool memory_efficient, bool[] needs, "
+    "Tensor[] known, Tensor[] front, int[] front_code, float[] front_numbers) -> Tensor[]",
+    fake=partial(gradients, CPP),
+    stem="residual_block",
+    composed_of="bn_act",
+    compose=gradients,
 )

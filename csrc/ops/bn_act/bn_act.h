@@ -36,6 +36,8 @@ struct BnActFwdParams {
     void* workspace = nullptr;  // bn_act_fwd_workspace() bytes, 16-byte aligned
 };
 
+enum class BnActBwdSteps : int { kAll = 0, kSums = 1, kElements = 2 };
+
 struct BnActBwdParams {
     DType dtype = DType::kFloat32;
     bool channels_last = false;  // layout of dx and dresidual, and the order of the mask's bits
@@ -57,6 +59,13 @@ struct BnActBwdParams {
     void* dweight = nullptr;  // (C,) in the accumulator type, both or none
     void* dbias = nullptr;
     void* workspace = nullptr;  // bn_act_bwd_workspace() bytes, 16-byte aligned
+    // For a convolution that takes the sums itself, in two calls. kSums: from its partial sums (fp32,
+    // [sums_parts][2][C]) only the table and dweight, dbias; kElements: from the table only dx and dresidual.
+    // In both the same sizes, layout and alignment of the maps.
+    BnActBwdSteps steps = BnActBwdSteps::kAll;
+    const float* sums = nullptr;
+    int64_t sums_parts = 0;
+    void* table = nullptr;  // bn_act_bwd_table() accumulators, 16-byte aligned
 };
 
 /// True if the kernels can read the operands as they lie; otherwise the caller passes dense copies.
@@ -66,6 +75,9 @@ bool bn_act_bwd_reads(const BnActBwdParams& params);
 /// Bytes of workspace for these sizes and flags (0: none); pointers are not looked at, save for null.
 int64_t bn_act_fwd_workspace(const BnActFwdParams& params);
 int64_t bn_act_bwd_workspace(const BnActBwdParams& params);
+
+/// Values of BnActBwdParams::table.
+constexpr int64_t bn_act_bwd_table(int64_t channels) { return 4 * ((channels + 3) / 4 * 4); }
 
 /// Enqueues the kernels on a cudaStream_t and returns a cudaError_t as int (0: success). Nothing to do is
 /// fine.

@@ -87,7 +87,12 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
                          aligned16(p.dx) && aligned16(p.dresidual);
     const BwdWorkspace workspace(p, walk, vectors);
     const bool empty = p.size.numel() == 0;
-    const bool sums = !empty && (p.dweight != nullptr || (p.training && p.dx != nullptr));
+    const bool given = p.steps == BnActBwdSteps::kSums, table_only = p.steps == BnActBwdSteps::kElements;
+    if (p.steps != BnActBwdSteps::kAll && (p.table == nullptr || p.dtype == DType::kFloat64)) {
+        return static_cast<int>(cudaErrorInvalidValue);
+    }
+    void* const table = p.steps == BnActBwdSteps::kAll ? p.workspace : p.table;
+    const bool sums = !empty && (given || p.dweight != nullptr || (p.training && p.dx != nullptr));
     const bool elements = !empty && (p.dx != nullptr || p.dresidual != nullptr);
 
     BnActReduceArgs reduce{};
@@ -99,7 +104,8 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(vec)::value;
         reduce.in.row_vecs = p.size.c / kVec;
-        const int64_t blocks = sums ? reduce.plan.tiles * reduce.plan.parts : 0;
+        const int64_t blocks =
+            sums && p.steps == BnActBwdSteps::kAll ? reduce.plan.tiles * reduce.plan.parts : 0;
         return walk.use_rows
                    ? launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce)
                    : launch(bn_act_bwd_reduce_kernel_nchw<T, kVec>, blocks, kThreads, stream, reduce);
@@ -110,30 +116,30 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
 
     BnActBwdFinalizeArgs final{};
     final.channels = p.size.c;
-    final.parts = sums ? reduce.plan.parts : 0;
+    final.parts = given ? p.sums_parts : sums ? reduce.plan.parts : 0;
     final.count = static_cast<double>(empty ? 1 : p.size.n * p.size.plane());
-    final.partial = reduce.partial;
+    final.partial = given ? p.sums : reduce.partial;
     final.affine = reduce.affine;
     final.rstd = p.rstd;
     final.training = p.training;
     final.eps_std = p.eps_std;
     final.eps = p.eps;
-    final.table = p.workspace;
+    final.table = table;
     final.table_stride = workspace.table_stride;
     final.grouped = walk.use_rows && vectors && vector_width(p.dtype) == 8;
     final.dweight = p.dweight;
     final.dbias = p.dbias;
     const auto kernel =
         p.dtype == DType::kFloat64 ? bn_act_bwd_finalize_kernel<double> : bn_act_bwd_finalize_kernel<float>;
-    error = launch(kernel, ceil_div(p.size.c, kFinalizeChannels), kFinalizeChannels * kFinalizeGroups, stream,
-                   final);
-    if (error != 0 || !elements) {
+    error = launch(kernel, table_only ? 0 : ceil_div(p.size.c, kFinalizeChannels),
+                   kFinalizeChannels * kFinalizeGroups, stream, final);
+    if (error != 0 || !elements || given) {
         return error;
     }
 
     BnActBwdArgs args{};
     args.in = reduce.in;
-    args.table = p.workspace;
+    args.table = table;
     args.table_stride = workspace.table_stride;
     args.training = p.training;
     args.dx = p.dx;

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .survivor import Argument
 
-_KERNEL = "conv_bn_act_(fwd|stats|finish|prologue|tail)_kernel"
+_KERNEL = "conv_bn_act_(fwd|stats|finish|prologue|tail|dgrad)_kernel"
+_DGRAD = "conv_bn_act_dgrad_kernel"
 ARGUMENTS = (
     Argument(
         "nan_losing_max|swapped_operands",
@@ -18,7 +19,8 @@ ARGUMENTS = (
     Argument(
         "nan_losing_max|swapped_operands", r"^(cmath: \{ return __builtin_isfinite|tfloat32\.h: if \(::isfinite)",
         "the calls with moments hold whole numbers, which both ways of rounding to TF32 leave as they are; "
-        "conv_bn_act_fwd_kernel runs the same lines on NaN and infinity", kernel="conv_bn_act_stats_kernel", equal=False,
+        "conv_bn_act_fwd_kernel runs the same lines on NaN and infinity", kernel="conv_bn_act_(stats|dgrad)_kernel",
+        equal=False,
     ),
     Argument(
         "loose_comparison|unsigned_wrap|missing_mask|off_by_one", r"^vec\.cuh: (pack\.v\[k\] = k < count|if \(k < count\))",
@@ -65,5 +67,47 @@ ARGUMENTS = (
     Argument(
         "unsigned_wrap", r"^conv_bn_act_tail_kernel\.cuh: const int ahead = min", "a number of chunks: never negative",
         kernel="conv_bn_act_tail_kernel",
+    ),
+    Argument(
+        "nan_losing_max", r"^conv_bn_act_dgrad_kernel\.cuh: (const bool below|return !\(below)",
+        "no NaN comes to this copy of the activation's side in a simulated call", kernel=_DGRAD, equal=False,
+    ),
+    Argument(
+        "unsigned_wrap|missing_mask|wrong_predicate|loose_comparison",
+        r"^conv_bn_act_dgrad_kernel\.cuh: (return left > 0|const int64_t from|if \(k < left|if \(whole\)|const int left)",
+        "no tile of a simulated call ends at just this copy's row or column, or both ways of reading give the same there",
+        kernel=_DGRAD, equal=False,
+    ),
+    Argument(
+        "unsigned_wrap|missing_mask", r"^conv_bn_act_dgrad_kernel\.cuh: if \(args\.partial == nullptr",
+        "rows and columns outside the output add zeros, and without sums nobody reads them", kernel=_DGRAD,
+    ),
+    Argument(
+        "loose_comparison", r"^conv_bn_act_dgrad_kernel\.cuh: \} else if \(left > 0",
+        "whole vectors: one channel is never left", kernel=_DGRAD,
+    ),
+    Argument(
+        "forgotten_addend|wrong_sign", r"^conv_bn_act_dgrad_kernel\.cuh: own\[c\]\[g \+ k\]",
+        "a thread's first row, where the addend is zero, or a copy whose rows or columns lie outside the output in every "
+        "simulated call", kernel=_DGRAD, equal=False,
+    ),
+    Argument(
+        "wrong_thread", r"^conv_bn_act_dgrad_kernel\.cuh: const int thread",
+        "128 threads for 64 channels: with numbers lower by one every channel is still worked out, the first one twice",
+        kernel=f"{_DGRAD}.*Li64E",
+    ),
+    Argument(
+        "loose_comparison", r"^cuda_fp16\.hpp: ",
+        "the bit of a row or column that lies outside the output in every simulated call", kernel=_DGRAD,
+        before=r"^setp\.(eq|ne)\.s16", equal=False,
+    ),
+    Argument(
+        "unsigned_wrap", r"^reduce\.cuh: for \(int row = group",
+        "a bound of the compiler's for merges that are left, more than none in every tile", kernel=_DGRAD, equal=False,
+    ),
+    Argument(
+        "loose_comparison", r"^conv_bn_act_turn_kernel\.cuh: for \(int i = y",
+        "the loop's end: the place is 8 rows behind it or more", kernel="conv_bn_act_turn_kernel",
+        before=r"setp\.gt\.u32 .*, 31",
     ),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..report import Report
+from . import conv_dgrad
 from .limits import Limits
 from .truth_bn_act import EPS, per_channel, rstd_of
 from .workload import SLOPE, Case, Results, Truth, activation, random, size_of
@@ -56,6 +57,7 @@ LIMITS += [
         "conv_bn_act_finish_kernel", "cuda", ("residual", "out"), small=20.0, load=1.0, store=1.0, waves=1.4, again=1.1,
         instructions=150, registers=128, wide_stores=False,
     ),
+    *conv_dgrad.LIMITS,
 ]  # fmt: skip
 # Of the fused kernel: x, output channels, kernel size, stride, padding, dilation; residual; the tiles, or the slices of 64x64.
 FUSED = [
@@ -111,6 +113,8 @@ def cuda(case: Case, options: dict[str, int]) -> tuple[Results, list[Report]]:
     import _cuda_conv as launcher
 
     t = case.arguments
+    if case.way == "dgrad":
+        return conv_dgrad.cuda(case, options)
     geometry = (t["stride"], t["padding"], t["dilation"])
     if case.way == "stats":
         y, partial, counts, reports = launcher.conv_stats(
@@ -189,7 +193,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         label = f"fwd-{'x'.join(map(str, shape))}-{k}-{size}x{size}-s{stride}-p{padding}-d{dilation}-{layout}-act{i % 6}"
         call = functools.partial(truth, arguments)
         found.append(Case("conv_bn_act", "fwd", label, arguments, call, even=geometry in LARGE))
-    return [*found, *fused_cases(dtype), *stats_cases(dtype), *prologue_cases(dtype)]
+    return [*found, *fused_cases(dtype), *stats_cases(dtype), *prologue_cases(dtype), *conv_dgrad.cases(dtype)]
 
 
 def stats_truth(t: dict[str, Any]) -> Truth:
