@@ -100,9 +100,13 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         constexpr int kVec = decltype(vec)::value;
         reduce.in.row_vecs = p.size.c / kVec;
         const int64_t blocks = sums ? reduce.plan.tiles * reduce.plan.parts : 0;
-        return walk.use_rows
-                   ? launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce)
-                   : launch(bn_act_bwd_reduce_kernel_nchw<T, kVec>, blocks, kThreads, stream, reduce);
+        if (walk.use_rows) {
+            return launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce);
+        }
+        return dispatch_whole<kVec, true>(reduce.plan.planes.whole, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_bwd_reduce_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, reduce);
+        });
     });
     if (error != 0) {
         return error;
@@ -142,13 +146,22 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(vec)::value;
         args.vecs = ceil_div(args.in.numel, kVec);
-        const int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.in.row_vecs : 1);
+        int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.in.row_vecs : 1);
         if (walk.use_rows) {
             args.row_step = blocks * kThreads / args.in.row_vecs;
             return launch(bn_act_bwd_kernel_nhwc<T, kVec>, blocks, kThreads, stream, args);
         }
-        args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
-        return launch(bn_act_bwd_kernel_nchw<T, kVec>, blocks, kThreads, stream, args);
+        const bool channels = by_channel(walk, kVec, p.mask != nullptr);
+        if (channels) {
+            args.windows = deal_windows(walk.planes, kVec, channel_parts(walk.planes, kVec));
+            blocks = args.windows.parts * p.size.c;
+        } else {
+            args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
+        }
+        return dispatch_whole<kVec, false>(channels, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_bwd_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, args);
+        });
     });
 }
 

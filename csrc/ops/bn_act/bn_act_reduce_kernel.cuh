@@ -1,0 +1,271 @@
+// First backward pass of bn_act: per-channel sums of dz and dz * (x - mean), in both layouts.
+#pragma once
+
+#include "ops/bn_act/bn_act_kernel.cuh"
+
+namespace dl4ds {
+
+/// What both passes read. z is recomputed from x (and residual) unless there is a mask or no activation.
+struct BnActGradientArgs {
+    const void *dout, *x, *residual;
+    const uint8_t* mask;
+    Activation activation;
+    double slope;
+    Rows rows;
+    RowStrides dout_rows, x_rows, residual_rows;
+    Planes planes;
+    PlaneStrides dout_planes, x_planes, residual_planes;
+    int64_t channels, row_vecs, numel;
+
+    __host__ __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
+    __host__ __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
+};
+
+struct BnActReduceArgs {
+    BnActGradientArgs in;
+    Affine affine;  // without a table
+    ReducePlan plan;
+    void* partial;  // [parts][2][channels]: sum of dz, sum of dz * (x - mean)
+};
+
+/// dz = dout * act'(z) for kCount neighbouring values, in place.
+template <typename T, int kVec, int kCount>
+__device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (&dz)[kCount],
+                                      const acc_type<T> (&x)[kCount], const RawPack<T, kVec>& residual,
+                                      int first, const acc_type<T> (&scale)[kCount],
+                                      const acc_type<T> (&shift)[kCount], unsigned bits) {
+    using acc_t = acc_type<T>;
+    const acc_t slope = static_cast<acc_t>(in.slope);
+    if (in.mask != nullptr) {
+        masked_gradient(dz, bits, in.activation, slope);
+    } else if (in.activation != Activation::kNone) {
+        acc_t z[kCount];
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            z[k] = fma(x[k], scale[k], shift[k]);
+        }
+        if (in.residual != nullptr) {
+            acc_t added[kCount];
+            get_values<T, kVec, kCount>(residual, first, added);
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) {
+                z[k] += added[k];
+            }
+        }
+        rounded_gradient<T, kCount>(dz, z, in.activation, slope);
+    }
+}
+
+/// Where a table of `channels` entries keeps channel c: groups of four, first those that begin a vector of
+/// eight, then the others, so that neighbouring threads read neighbouring groups.
+template <int kVec>
+__host__ __device__ __forceinline__ int64_t group_index(int64_t c, int64_t channels) {
+    return kVec == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
+}
+
+/// Blocks and rows as in bn_act_stats_kernel_nhwc.
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(const BnActReduceArgs a) {
+    using acc_t = acc_type<T>;
+    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    __shared__ alignas(16) acc_t shared[Sums<acc_t>::kFields * kThreads * kVec];
+    __shared__ alignas(16) acc_t table[3][kThreads];  // mean, scale, shift of the tile's channels
+    const BnActGradientArgs& in = a.in;
+    const int width = a.plan.width, height = a.plan.height, tile_channels = width * kVec;
+    const int tx = threadIdx.x % width, ty = threadIdx.x / width;
+    const int64_t tile = blockIdx.x % a.plan.tiles, part = blockIdx.x / a.plan.tiles;
+    const int column = static_cast<int>(tile) * width + tx, c = column * kVec;
+    if (threadIdx.x < tile_channels && tile * tile_channels + threadIdx.x < in.channels) {
+        const int64_t channel = tile * tile_channels + threadIdx.x;
+        acc_t scale[1], shift[1];
+        load_affine<acc_t, 1>(a.affine, channel, scale, shift);
+        const int64_t place = group_index<kVec>(threadIdx.x, tile_channels);
+        table[0][place] = load_channel<acc_t>(a.affine.mean, channel);
+        table[1][place] = scale[0];
+        table[2][place] = shift[0];
+    }
+    __syncthreads();
+    Sums<acc_t> own[kVec];
+    if (ty < height && c < in.channels) {
+        const T* x = static_cast<const T*>(in.x) + c;
+        const T* dout = static_cast<const T*>(in.dout) + c;
+        // kRows rows at once: all are loaded before the first is looked at.
+        const auto take = [&](int64_t row, auto rows) {
+            constexpr int kRows = decltype(rows)::value;
+            RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
+            unsigned bits[kRows];
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                const int64_t r = row + u * a.plan.row_step;
+                value[u] = load_raw<T, kVec>(x + row_offset(in.rows, in.x_rows, r));
+                gradient[u] = load_raw<T, kVec>(dout + row_offset(in.rows, in.dout_rows, r));
+            }
+            if (in.reads_residual()) {
+#pragma unroll
+                for (int u = 0; u < kRows; ++u) {
+                    added[u] =
+                        load_raw<T, kVec>(static_cast<const T*>(in.residual) + c +
+                                          row_offset(in.rows, in.residual_rows, row + u * a.plan.row_step));
+                }
+            }
+            if (in.mask != nullptr) {
+#pragma unroll
+                for (int u = 0; u < kRows; ++u) {
+                    bits[u] = load_mask<kVec>(in.mask, (row + u * a.plan.row_step) * in.row_vecs + column);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                pin<T, kVec>(value[u]);
+                pin<T, kVec>(gradient[u]);
+            }
+#pragma unroll
+            for (int g = 0; g < kVec; g += kGroup) {
+                acc_t scale[kGroup], shift[kGroup], mean[kGroup];
+                const int64_t place = group_index<kVec>(tx * kVec + g, tile_channels);
+                if (in.recomputes()) {
+                    reload_shared(&table[1][place], scale);
+                    reload_shared(&table[2][place], shift);
+                }
+                reload_shared(&table[0][place], mean);
+#pragma unroll
+                for (int u = 0; u < kRows; ++u) {
+                    acc_t v[kGroup], dz[kGroup];
+                    get_values<T, kVec, kGroup>(value[u], g, v);
+                    get_values<T, kVec, kGroup>(gradient[u], g, dz);
+                    to_dz<T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
+#pragma unroll
+                    for (int k = 0; k < kGroup; ++k) {
+                        own[g + k].v[0] += dz[k];
+                        own[g + k].v[1] += dz[k] * (v[k] - mean[k]);
+                    }
+                }
+            }
+        };
+        constexpr int kUnroll = sizeof(acc_t) == 8 ? 1 : 2;
+        int64_t row = part * height + ty;
+        for (; row + (kUnroll - 1) * a.plan.row_step < in.rows.count; row += kUnroll * a.plan.row_step) {
+            take(row, std::integral_constant<int, kUnroll>{});
+        }
+        if (kUnroll > 1 && row < in.rows.count) {
+            take(row, std::integral_constant<int, 1>{});
+        }
+    }
+    const Sums<acc_t> merged = column_merge<Sums<acc_t>, acc_t, kVec>(own, width, height, shared);
+    const int64_t channel = tile * tile_channels + threadIdx.x;
+    if (threadIdx.x < tile_channels && channel < in.channels) {
+        acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * in.channels + channel;
+        partial[0] = merged.v[0];
+        partial[in.channels] = merged.v[1];
+    }
+}
+
+/// Blocks and windows as in bn_act_stats_kernel_nchw.
+template <typename T, int kVec, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(const BnActReduceArgs a) {
+    using acc_t = acc_type<T>;
+    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kWhole && kVec > 1 ? 3 : 2;
+    __shared__ Sums<acc_t> shared[kThreads / 32];
+    const BnActGradientArgs& in = a.in;
+    const ChannelWindows& w = a.plan.planes;
+    const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
+    const int index = part * kThreads + threadIdx.x, length = static_cast<int>(in.planes.length);
+    acc_t scale[kGroup], shift[kGroup];
+    {
+        acc_t one_scale[1], one_shift[1];
+        load_affine<acc_t, 1>(a.affine, c, one_scale, one_shift);
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+            scale[k] = one_scale[0];
+            shift[k] = one_shift[0];
+        }
+    }
+    const acc_t mean = load_channel<acc_t>(a.affine.mean, c);
+    Sums<acc_t> own;
+    const auto place = [&](const PlaneStrides& s, int64_t n, int pos) {
+        return n * s.n + c * s.c + plane_place(in.planes, s, pos);
+    };
+    const T *x = static_cast<const T*>(in.x), *dout = static_cast<const T*>(in.dout),
+            *residual = static_cast<const T*>(in.residual);
+    int left = static_cast<int>(w.full) + (index < w.rest);
+    WindowCursor at(w, index);
+    int64_t cut = -1;  // place of the tensor's last vector if that is cut short; its values are of one plane
+    for (; left > 0; left -= kUnroll) {
+        RawPack<T, kVec> value[kUnroll], gradient[kUnroll], added[kUnroll];
+        unsigned bits[kUnroll], inside[kUnroll];
+        int64_t vec[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t start = (at.n * in.planes.channels + c) * length;  // in a dense tensor
+            int pos = at.window * kVec;
+            if constexpr (kWhole) {
+                inside[u] = u < left;
+            } else {
+                pos -= static_cast<int>(start & (kVec - 1));
+                inside[u] = u < left ? window_bits<kVec>(pos, length) : 0;
+                if (inside[u] != 0 && start + pos + kVec > in.numel) {
+                    cut = start + pos;
+                    inside[u] = 0;
+                }
+            }
+            if (inside[u] != 0) {
+                value[u] = load_raw<T, kVec>(x + place(in.x_planes, at.n, pos));
+                gradient[u] = load_raw<T, kVec>(dout + place(in.dout_planes, at.n, pos));
+                if (in.reads_residual()) {
+                    added[u] = load_raw<T, kVec>(residual + place(in.residual_planes, at.n, pos));
+                }
+                vec[u] = (start + pos) / kVec;
+            }
+            at.forward(w, w.step_n, w.step_window);
+        }
+        if (in.mask != nullptr) {
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                bits[u] = inside[u] != 0 ? load_mask<kVec>(in.mask, vec[u]) : 0;
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            if (inside[u] == 0) {
+                continue;
+            }
+            pin<T, kVec>(value[u]);
+            pin<T, kVec>(gradient[u]);
+#pragma unroll
+            for (int g = 0; g < kVec; g += kGroup) {
+                acc_t v[kGroup], dz[kGroup];
+                get_values<T, kVec, kGroup>(value[u], g, v);
+                get_values<T, kVec, kGroup>(gradient[u], g, dz);
+                to_dz<T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
+#pragma unroll
+                for (int k = 0; k < kGroup; ++k) {
+                    const bool ours = kWhole || (inside[u] >> (g + k)) & 1;
+                    own.v[0] += ours ? dz[k] : acc_t(0);
+                    own.v[1] += ours ? dz[k] * (v[k] - mean) : acc_t(0);
+                }
+            }
+        }
+    }
+    if constexpr (!kWhole) {
+        for (int64_t i = cut; cut >= 0 && i < in.numel; ++i) {
+            acc_t v[1] = {to_acc(x[i])}, dz[1] = {to_acc(dout[i])};
+            const acc_t one_scale[1] = {scale[0]}, one_shift[1] = {shift[0]};
+            RawPack<T, 1> add;
+            if (in.reads_residual()) {
+                add.v[0] = residual[i];
+            }
+            to_dz<T, 1, 1>(in, dz, v, add, 0, one_scale, one_shift,
+                           in.mask != nullptr ? load_mask<1>(in.mask, i) : 0);
+            own.v[0] += dz[0];
+            own.v[1] += dz[0] * (v[0] - mean);
+        }
+    }
+    const Sums<acc_t> merged = block_merge(own, shared);
+    if (threadIdx.x == 0) {
+        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(part) * 2 * in.channels + c;
+        partial[0] = merged.v[0];
+        partial[in.channels] = merged.v[1];
+    }
+}
+
+}  // namespace dl4ds
