@@ -72,7 +72,10 @@ struct BnActBwdArgs {
     PlaneStep plane_step;    // planes in order: the grid's stride
     ChannelWindows windows;  // planes by channel
 
-    __host__ __device__ bool reads_x() const { return in.recomputes() || (training && dx != nullptr); }
+    template <From kFrom>
+    __device__ bool reads_x() const {
+        return recomputes<kFrom>(in) || (training && dx != nullptr);
+    }
 };
 
 /// What a gradient needs of kCount channels.
@@ -82,7 +85,7 @@ struct GradientTable {
 };
 
 /// dx and dz of kCount neighbouring values from `first` on, in place of x and dout.
-template <typename T, int kVec, int kCount>
+template <From kFrom, typename T, int kVec, int kCount>
 __device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
                                                 RawPack<T, kVec>& gradient, const RawPack<T, kVec>& added,
                                                 int first, const GradientTable<acc_type<T>, kCount>& table,
@@ -91,7 +94,7 @@ __device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T
     acc_t v[kCount], dz[kCount];
     get_values<T, kVec, kCount>(value, first, v);
     get_values<T, kVec, kCount>(gradient, first, dz);
-    to_dz<T, kVec, kCount>(a.in, dz, v, added, first, table.scale, table.shift, bits >> first);
+    to_dz<kFrom, T, kVec, kCount>(a.in, dz, v, added, first, table.scale, table.shift, bits >> first);
     if (a.dresidual != nullptr) {
         put_values<T, kVec, kCount>(gradient, first, dz);
     }
@@ -107,44 +110,46 @@ __device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = sizeof(acc_t) == 8 ? 1 : 2;
+    constexpr int kGroup = kVec < 4 ? kVec : 4;
     const BnActGradientArgs& in = a.in;
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
     int64_t row = (base + threadIdx.x) / in.row_vecs;
-    const int column = static_cast<int>(base + threadIdx.x - row * in.row_vecs), c = column * kVec;
+    const int column = static_cast<int>(base + threadIdx.x - row * in.row_vecs);
     row += step * a.row_step;
     if (row >= in.rows.count) {  // only a thread's first row can lie behind the last
         row -= a.row_step;
         --step;
     }
-    const auto take = [&](auto rows) {
+    const auto take = [&](auto rows, auto from) {
         constexpr int kRows = decltype(rows)::value;
+        constexpr From kFrom = decltype(from)::value;
+        // Offsets are computed where they are needed, not kept for every operand.
+        int place = column;
+        asm volatile("" : "+l"(row), "+r"(place));
+        const auto load = [&](const void* p, const RowStrides& s, int u) {
+            return load_raw<T, kVec>(static_cast<const T*>(p) + place * kVec +
+                                     row_place<kFrom != From::kAny>(in.rows, s, row - u * a.row_step));
+        };
         RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
         unsigned bits[kRows];
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-            gradient[u] = load_raw<T, kVec>(static_cast<const T*>(in.dout) + c +
-                                            row_offset(in.rows, in.dout_rows, row - u * a.row_step));
+            gradient[u] = load(in.dout, in.dout_rows, u);
         }
-        if (a.reads_x()) {
+        if (a.reads_x<kFrom>()) {
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
-                value[u] = load_raw<T, kVec>(static_cast<const T*>(in.x) + c +
-                                             row_offset(in.rows, in.x_rows, row - u * a.row_step));
+                value[u] = load(in.x, in.x_rows, u);
             }
         }
-        if (in.reads_residual()) {
 #pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                added[u] = load_raw<T, kVec>(static_cast<const T*>(in.residual) + c +
-                                             row_offset(in.rows, in.residual_rows, row - u * a.row_step));
+        for (int u = 0; u < kRows; ++u) {
+            if (adds<kFrom>(in)) {
+                added[u] = load(in.residual, in.residual_rows, u);
             }
-        }
-        if (in.mask != nullptr) {
-#pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                bits[u] = load_mask<kVec>(in.mask, (row - u * a.row_step) * in.row_vecs + column);
+            if (masked<kFrom>(in)) {
+                bits[u] = load_mask<kVec>(in.mask, (row - u * a.row_step) * in.row_vecs + place);
             }
         }
 #pragma unroll
@@ -155,9 +160,11 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
             GradientTable<acc_t, kGroup> own;
-            const acc_t* table = static_cast<const acc_t*>(a.table) + group_index<kVec>(c + g, in.channels);
+            // group_index(c + g)
+            const acc_t* table = static_cast<const acc_t*>(a.table) + place * kGroup +
+                                 g / kGroup * (in.channels * kGroup / kVec);
             reload_global(table, own.scale);
-            if (in.recomputes()) {
+            if (recomputes<kFrom>(in)) {
                 reload_global(table + 3 * a.table_stride, own.shift);
             }
             if (a.training) {
@@ -166,12 +173,12 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
             }
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
-                gradient_values<T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
             }
         }
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-            const int64_t first = ((row - u * a.row_step) * in.row_vecs + column) * kVec;
+            const int64_t first = ((row - u * a.row_step) * in.row_vecs + place) * kVec;
             if (a.dx != nullptr) {
                 store_raw<T, kVec>(static_cast<T*>(a.dx) + first, value[u]);
             }
@@ -180,27 +187,32 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
             }
         }
     };
-    for (; step >= kUnroll - 1; step -= kUnroll, row -= kUnroll * a.row_step) {
-        take(std::integral_constant<int, kUnroll>{});
-    }
-    if (kUnroll > 1 && step >= 0) {
-        take(std::integral_constant<int, 1>{});
-    }
+    switch_from<kVec>(in, in.rows.sliced, [&](auto from) {
+        constexpr bool kWide = sizeof(acc_t) == 8 || decltype(from)::value == From::kAny;
+        constexpr int kUnroll = kWide ? 1 : 2;
+        for (; step >= kUnroll - 1; step -= kUnroll, row -= kUnroll * a.row_step) {
+            take(std::integral_constant<int, kUnroll>{}, from);
+        }
+        if (kUnroll > 1 && step >= 0) {
+            take(std::integral_constant<int, 1>{}, from);
+        }
+    });
 }
 
 /// The walk of apply_channel: one channel a block, its table in registers.
-template <typename T, int kVec>
+template <From kFrom, typename T, int kVec>
 __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = 2;
+    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kFrom == From::kAny ? 1 : 2;
     const BnActGradientArgs& in = a.in;
     const ChannelWindows& w = a.windows;
     const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
     const int index = part * kThreads + threadIdx.x;
     const int64_t count = w.full + (index < w.rest);
-    const T *dout = static_cast<const T*>(in.dout) + c * in.dout_planes.c,
-            *x = static_cast<const T*>(in.x) + c * in.x_planes.c,
-            *residual = static_cast<const T*>(in.residual) + c * in.residual_planes.c;
+    const auto load = [&](const void* p, const PlaneStrides& s, int64_t n, int pos) {
+        return load_raw<T, kVec>(static_cast<const T*>(p) + c * s.c + n * s.n +
+                                 plane_place<kFrom != From::kAny>(in.planes, s, pos));
+    };
     const acc_t* table = static_cast<const acc_t*>(a.table) + c;
     GradientTable<acc_t, kGroup> own;
 #pragma unroll
@@ -221,24 +233,18 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
             f[u] = (at.n * in.planes.channels + c) * w.windows + at.window;
             if (step >= u && step - u < count) {
                 const int pos = at.window * kVec;
-                gradient[u] = load_raw<T, kVec>(dout + at.n * in.dout_planes.n +
-                                                plane_place(in.planes, in.dout_planes, pos));
-                if (a.reads_x()) {
-                    value[u] = load_raw<T, kVec>(x + at.n * in.x_planes.n +
-                                                 plane_place(in.planes, in.x_planes, pos));
+                gradient[u] = load(in.dout, in.dout_planes, at.n, pos);
+                if (a.reads_x<kFrom>()) {
+                    value[u] = load(in.x, in.x_planes, at.n, pos);
                 }
-                if (in.reads_residual()) {
-                    added[u] = load_raw<T, kVec>(residual + at.n * in.residual_planes.n +
-                                                 plane_place(in.planes, in.residual_planes, pos));
+                if (adds<kFrom>(in)) {
+                    added[u] = load(in.residual, in.residual_planes, at.n, pos);
+                }
+                if (masked<kFrom>(in)) {
+                    bits[u] = load_mask<kVec>(in.mask, f[u]);
                 }
             }
             at.back(w);
-        }
-        if (in.mask != nullptr) {
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                bits[u] = step >= u && step - u < count ? load_mask<kVec>(in.mask, f[u]) : 0;
-            }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -249,7 +255,7 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
             pin<T, kVec>(value[u]);
 #pragma unroll
             for (int g = 0; g < kVec; g += kGroup) {
-                gradient_values<T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
             }
             if (a.dx != nullptr) {
                 store_raw<T, kVec>(static_cast<T*>(a.dx) + f[u] * kVec, value[u]);
@@ -262,10 +268,10 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
 }
 
 /// The walk of apply_in_order: a vector may end in the next plane.
-template <typename T, int kVec>
+template <From kFrom, typename T, int kVec>
 __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kVec == 1 ? 1 : 2;
+    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kVec == 1 || kFrom == From::kAny ? 1 : 2;
     const BnActGradientArgs& in = a.in;
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
@@ -282,19 +288,19 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
             c[u] = at.c;
             here[u] = static_cast<int>(in.planes.length) - at.pos;
             const auto load = [&](const void* p, const PlaneStrides& s) {
-                const T* from = static_cast<const T*>(p) +
-                                (kVec > 1 ? first : plane_offset(in.planes, s, at.n, at.c, at.pos));
-                return u > 0 ? load_raw<T, kVec>(from) : load_raw_upto<T, kVec>(from, in.numel - first);
+                const T* place = static_cast<const T*>(p) +
+                                 (kVec > 1 ? first : plane_offset(in.planes, s, at.n, at.c, at.pos));
+                return u > 0 ? load_raw<T, kVec>(place) : load_raw_upto<T, kVec>(place, in.numel - first);
             };
             if (step >= u && first < in.numel) {
                 gradient[u] = load(in.dout, in.dout_planes);
-                if (a.reads_x()) {
+                if (a.reads_x<kFrom>()) {
                     value[u] = load(in.x, in.x_planes);
                 }
-                if (in.reads_residual()) {
+                if (adds<kFrom>(in)) {
                     added[u] = load(in.residual, in.residual_planes);
                 }
-                if (in.mask != nullptr) {
+                if (masked<kFrom>(in)) {
                     bits[u] = load_mask<kVec>(in.mask, vec);
                 }
             }
@@ -331,7 +337,8 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
                     mixed.offset[k] = first_plane ? own[2] : next[2];
                     mixed.shift[k] = first_plane ? own[3] : next[3];
                 }
-                gradient_values<T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, mixed, bits[u]);
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, mixed,
+                                                        bits[u]);
             }
             if (a.dx != nullptr) {
                 store_raw_upto<T, kVec>(static_cast<T*>(a.dx) + first, value[u], left);
@@ -346,11 +353,13 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
 /// kWhole: by_channel().
 template <typename T, int kVec, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnActBwdArgs a) {
-    if constexpr (kWhole) {
-        gradient_channel<T, kVec>(a);
-    } else {
-        gradient_in_order<T, kVec>(a);
-    }
+    switch_from<kVec>(a.in, a.in.planes.pitched, [&](auto from) {
+        if constexpr (kWhole) {
+            gradient_channel<decltype(from)::value, T, kVec>(a);
+        } else {
+            gradient_in_order<decltype(from)::value, T, kVec>(a);
+        }
+    });
 }
 
 }  // namespace dl4ds

@@ -43,6 +43,16 @@ __device__ __forceinline__ int64_t row_offset(const Rows& rows, const RowStrides
            (r - line * rows.inner.divisor) * s.inner;
 }
 
+/// The same of rows that are known not to be sliced, or not known to.
+template <bool kDense>
+__device__ __forceinline__ int64_t row_place(const Rows& rows, const RowStrides& s, int64_t row) {
+    if constexpr (kDense) {
+        return row * s.inner;
+    } else {
+        return row_offset(rows, s, row);
+    }
+}
+
 /// Of a place in a plane, from the plane's first value on.
 __device__ __forceinline__ int64_t plane_place(const Planes& planes, const PlaneStrides& s, int pos) {
     if (!planes.pitched) {
@@ -50,6 +60,11 @@ __device__ __forceinline__ int64_t plane_place(const Planes& planes, const Plane
     }
     const uint32_t p = static_cast<uint32_t>(pos), line = divide(p, planes.width);
     return line * s.line + (p - line * planes.width.divisor);
+}
+
+template <bool kDense>
+__device__ __forceinline__ int64_t plane_place(const Planes& planes, const PlaneStrides& s, int pos) {
+    return kDense ? pos : plane_place(planes, s, pos);
 }
 
 __device__ __forceinline__ int64_t plane_offset(const Planes& planes, const PlaneStrides& s, int64_t n, int c,

@@ -5,7 +5,12 @@
 
 namespace dl4ds {
 
-/// What both passes read. z is recomputed from x (and residual) unless there is a mask or no activation.
+/// What dz follows from, in the quick loop that the kernels have for it: dout alone (no activation), dout and
+/// the mask, or dout and z, recomputed from x. kAny is the loop for everything: any activation, with a
+/// residual added to z, slices.
+enum class From : int { kDout, kMask, kRelu, kLeakyRelu, kAny };
+
+/// What both passes read.
 struct BnActGradientArgs {
     const void *dout, *x, *residual;
     const uint8_t* mask;
@@ -17,9 +22,46 @@ struct BnActGradientArgs {
     PlaneStrides dout_planes, x_planes, residual_planes;
     int64_t channels, row_vecs, numel;
 
-    __host__ __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
-    __host__ __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
+    __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
+    __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
 };
+
+/// Calls fn(std::integral_constant<From, ...>{}), the same in all threads. slices: rows or lines have a
+/// pitch. Single accesses have one loop only.
+template <int kVec, typename Fn>
+__device__ __forceinline__ void switch_from(const BnActGradientArgs& in, bool slices, Fn&& fn) {
+    if constexpr (kVec == 1) {
+        fn(std::integral_constant<From, From::kAny>{});
+    } else {
+        const bool quick = in.mask != nullptr || in.activation <= Activation::kLeakyRelu;
+        if (!quick || slices || in.reads_residual()) {
+            fn(std::integral_constant<From, From::kAny>{});
+        } else if (in.mask != nullptr) {
+            fn(std::integral_constant<From, From::kMask>{});
+        } else if (in.activation == Activation::kNone) {
+            fn(std::integral_constant<From, From::kDout>{});
+        } else if (in.activation == Activation::kRelu) {
+            fn(std::integral_constant<From, From::kRelu>{});
+        } else {
+            static_assert(Activation::kLeakyRelu == Activation{2}, "the codes up to 2 have loops");
+            fn(std::integral_constant<From, From::kLeakyRelu>{});
+        }
+    }
+}
+
+/// Whether the loop reads the mask, recomputes z, adds the residual to it.
+template <From kFrom>
+__device__ __forceinline__ bool masked(const BnActGradientArgs& in) {
+    return kFrom == From::kMask || (kFrom == From::kAny && in.mask != nullptr);
+}
+template <From kFrom>
+__device__ __forceinline__ bool recomputes(const BnActGradientArgs& in) {
+    return kFrom == From::kRelu || kFrom == From::kLeakyRelu || (kFrom == From::kAny && in.recomputes());
+}
+template <From kFrom>
+__device__ __forceinline__ bool adds(const BnActGradientArgs& in) {
+    return kFrom == From::kAny && in.reads_residual();
+}
 
 struct BnActReduceArgs {
     BnActGradientArgs in;
@@ -29,22 +71,22 @@ struct BnActReduceArgs {
 };
 
 /// dz = dout * act'(z) for kCount neighbouring values, in place.
-template <typename T, int kVec, int kCount>
+template <From kFrom, typename T, int kVec, int kCount>
 __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (&dz)[kCount],
                                       const acc_type<T> (&x)[kCount], const RawPack<T, kVec>& residual,
                                       int first, const acc_type<T> (&scale)[kCount],
                                       const acc_type<T> (&shift)[kCount], unsigned bits) {
     using acc_t = acc_type<T>;
     const acc_t slope = static_cast<acc_t>(in.slope);
-    if (in.mask != nullptr) {
+    if (masked<kFrom>(in)) {
         masked_gradient(dz, bits, in.activation, slope);
-    } else if (in.activation != Activation::kNone) {
+    } else if (recomputes<kFrom>(in)) {
         acc_t z[kCount];
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
             z[k] = fma(x[k], scale[k], shift[k]);
         }
-        if (in.residual != nullptr) {
+        if (adds<kFrom>(in)) {
             acc_t added[kCount];
             get_values<T, kVec, kCount>(residual, first, added);
 #pragma unroll
@@ -52,7 +94,15 @@ __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (
                 z[k] += added[k];
             }
         }
-        rounded_gradient<T, kCount>(dz, z, in.activation, slope);
+        if constexpr (kFrom == From::kAny) {
+            rounded_gradient<T, kCount>(dz, z, in.activation, slope);
+        } else {
+            constexpr Activation kAct = kFrom == From::kRelu ? Activation::kRelu : Activation::kLeakyRelu;
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) {
+                dz[k] = activation_bwd_masked<kAct>(dz[k], rounded_positive<kAct, T>(z[k]), slope);
+            }
+        }
     }
 }
 
@@ -73,10 +123,11 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
     const BnActGradientArgs& in = a.in;
     const int width = a.plan.width, height = a.plan.height, tile_channels = width * kVec;
     const int tx = threadIdx.x % width, ty = threadIdx.x / width;
-    const int64_t tile = blockIdx.x % a.plan.tiles, part = blockIdx.x / a.plan.tiles;
+    const unsigned tiles = static_cast<unsigned>(a.plan.tiles), tile = blockIdx.x % tiles,
+                   part = blockIdx.x / tiles;
     const int column = static_cast<int>(tile) * width + tx, c = column * kVec;
-    if (threadIdx.x < tile_channels && tile * tile_channels + threadIdx.x < in.channels) {
-        const int64_t channel = tile * tile_channels + threadIdx.x;
+    if (threadIdx.x < tile_channels && int64_t(tile) * tile_channels + threadIdx.x < in.channels) {
+        const int64_t channel = int64_t(tile) * tile_channels + threadIdx.x;
         acc_t scale[1], shift[1];
         load_affine<acc_t, 1>(a.affine, channel, scale, shift);
         const int64_t place = group_index<kVec>(threadIdx.x, tile_channels);
@@ -86,89 +137,88 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
     }
     __syncthreads();
     Sums<acc_t> own[kVec];
+    const int64_t step = a.plan.row_step;
+    const T *x = static_cast<const T*>(in.x) + c, *dout = static_cast<const T*>(in.dout) + c;
+    // kRows rows from `row` on: all are loaded before the first is looked at.
+    const auto take = [&](int64_t row, auto rows, auto from) {
+        constexpr int kRows = decltype(rows)::value;
+        constexpr From kFrom = decltype(from)::value;
+        asm("" : "+l"(row));  // offsets are computed from it, not kept for every operand
+        RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
+        unsigned bits[kRows];
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            value[u] =
+                load_raw<T, kVec>(x + row_place<kFrom != From::kAny>(in.rows, in.x_rows, row + u * step));
+            gradient[u] = load_raw<T, kVec>(
+                dout + row_place<kFrom != From::kAny>(in.rows, in.dout_rows, row + u * step));
+            if (adds<kFrom>(in)) {
+                added[u] = load_raw<T, kVec>(
+                    static_cast<const T*>(in.residual) + c +
+                    row_place<kFrom != From::kAny>(in.rows, in.residual_rows, row + u * step));
+            }
+            if (masked<kFrom>(in)) {
+                bits[u] = load_mask<kVec>(in.mask, (row + u * step) * in.row_vecs + column);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            pin<T, kVec>(value[u]);
+            pin<T, kVec>(gradient[u]);
+        }
+#pragma unroll
+        for (int g = 0; g < kVec; g += kGroup) {
+            acc_t scale[kGroup], shift[kGroup], mean[kGroup];
+            const int place = tx * kGroup + g * width;  // group_index(tx * kVec + g)
+            if (recomputes<kFrom>(in)) {
+                reload_shared(&table[1][place], scale);
+                reload_shared(&table[2][place], shift);
+            }
+            reload_shared(&table[0][place], mean);
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                acc_t v[kGroup], dz[kGroup];
+                get_values<T, kVec, kGroup>(value[u], g, v);
+                get_values<T, kVec, kGroup>(gradient[u], g, dz);
+                to_dz<kFrom, T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
+#pragma unroll
+                for (int k = 0; k < kGroup; ++k) {
+                    own[g + k].v[0] += dz[k];
+                    own[g + k].v[1] += dz[k] * (v[k] - mean[k]);
+                }
+            }
+        }
+    };
     if (ty < height && c < in.channels) {
-        const T* x = static_cast<const T*>(in.x) + c;
-        const T* dout = static_cast<const T*>(in.dout) + c;
-        // kRows rows at once: all are loaded before the first is looked at.
-        const auto take = [&](int64_t row, auto rows) {
-            constexpr int kRows = decltype(rows)::value;
-            RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
-            unsigned bits[kRows];
-#pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                const int64_t r = row + u * a.plan.row_step;
-                value[u] = load_raw<T, kVec>(x + row_offset(in.rows, in.x_rows, r));
-                gradient[u] = load_raw<T, kVec>(dout + row_offset(in.rows, in.dout_rows, r));
+        switch_from<kVec>(in, in.rows.sliced, [&](auto from) {
+            constexpr bool kWide = sizeof(acc_t) == 8 || decltype(from)::value == From::kAny;
+            constexpr int kUnroll = kWide ? 1 : 2;
+            int64_t row = int64_t(part) * height + ty;
+            for (; row + (kUnroll - 1) * step < in.rows.count; row += kUnroll * step) {
+                take(row, std::integral_constant<int, kUnroll>{}, from);
             }
-            if (in.reads_residual()) {
-#pragma unroll
-                for (int u = 0; u < kRows; ++u) {
-                    added[u] =
-                        load_raw<T, kVec>(static_cast<const T*>(in.residual) + c +
-                                          row_offset(in.rows, in.residual_rows, row + u * a.plan.row_step));
-                }
+            if (kUnroll > 1 && row < in.rows.count) {
+                take(row, std::integral_constant<int, 1>{}, from);
             }
-            if (in.mask != nullptr) {
-#pragma unroll
-                for (int u = 0; u < kRows; ++u) {
-                    bits[u] = load_mask<kVec>(in.mask, (row + u * a.plan.row_step) * in.row_vecs + column);
-                }
-            }
-#pragma unroll
-            for (int u = 0; u < kRows; ++u) {
-                pin<T, kVec>(value[u]);
-                pin<T, kVec>(gradient[u]);
-            }
-#pragma unroll
-            for (int g = 0; g < kVec; g += kGroup) {
-                acc_t scale[kGroup], shift[kGroup], mean[kGroup];
-                const int64_t place = group_index<kVec>(tx * kVec + g, tile_channels);
-                if (in.recomputes()) {
-                    reload_shared(&table[1][place], scale);
-                    reload_shared(&table[2][place], shift);
-                }
-                reload_shared(&table[0][place], mean);
-#pragma unroll
-                for (int u = 0; u < kRows; ++u) {
-                    acc_t v[kGroup], dz[kGroup];
-                    get_values<T, kVec, kGroup>(value[u], g, v);
-                    get_values<T, kVec, kGroup>(gradient[u], g, dz);
-                    to_dz<T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
-#pragma unroll
-                    for (int k = 0; k < kGroup; ++k) {
-                        own[g + k].v[0] += dz[k];
-                        own[g + k].v[1] += dz[k] * (v[k] - mean[k]);
-                    }
-                }
-            }
-        };
-        constexpr int kUnroll = sizeof(acc_t) == 8 ? 1 : 2;
-        int64_t row = part * height + ty;
-        for (; row + (kUnroll - 1) * a.plan.row_step < in.rows.count; row += kUnroll * a.plan.row_step) {
-            take(row, std::integral_constant<int, kUnroll>{});
-        }
-        if (kUnroll > 1 && row < in.rows.count) {
-            take(row, std::integral_constant<int, 1>{});
-        }
+        });
     }
     const Sums<acc_t> merged = column_merge<Sums<acc_t>, acc_t, kVec>(own, width, height, shared);
-    const int64_t channel = tile * tile_channels + threadIdx.x;
+    const int64_t channel = int64_t(tile) * tile_channels + threadIdx.x;
     if (threadIdx.x < tile_channels && channel < in.channels) {
-        acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * in.channels + channel;
+        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(part) * 2 * in.channels + channel;
         partial[0] = merged.v[0];
         partial[in.channels] = merged.v[1];
     }
 }
 
-/// Blocks and windows as in bn_act_stats_kernel_nchw.
-template <typename T, int kVec, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(const BnActReduceArgs a) {
+/// The sums of one thread of bn_act_bwd_reduce_kernel_nchw.
+template <From kFrom, typename T, int kVec, bool kWhole>
+__device__ __forceinline__ Sums<acc_type<T>> reduce_windows(const BnActReduceArgs& a, int part, int c) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kWhole && kVec > 1 ? 3 : 2;
-    __shared__ Sums<acc_t> shared[kThreads / 32];
+    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kUnroll = sizeof(acc_t) == 8 || kFrom == From::kAny ? 1 : kWhole && kVec > 1 ? 3 : 2;
     const BnActGradientArgs& in = a.in;
     const ChannelWindows& w = a.plan.planes;
-    const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
     const int index = part * kThreads + threadIdx.x, length = static_cast<int>(in.planes.length);
     acc_t scale[kGroup], shift[kGroup];
     {
@@ -182,18 +232,16 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(con
     }
     const acc_t mean = load_channel<acc_t>(a.affine.mean, c);
     Sums<acc_t> own;
-    const auto place = [&](const PlaneStrides& s, int64_t n, int pos) {
-        return n * s.n + c * s.c + plane_place(in.planes, s, pos);
+    const auto load = [&](const void* p, const PlaneStrides& s, int64_t n, int pos) {
+        return load_raw<T, kVec>(static_cast<const T*>(p) + c * s.c + n * s.n +
+                                 plane_place<kFrom != From::kAny>(in.planes, s, pos));
     };
-    const T *x = static_cast<const T*>(in.x), *dout = static_cast<const T*>(in.dout),
-            *residual = static_cast<const T*>(in.residual);
     int left = static_cast<int>(w.full) + (index < w.rest);
     WindowCursor at(w, index);
     int64_t cut = -1;  // place of the tensor's last vector if that is cut short; its values are of one plane
     for (; left > 0; left -= kUnroll) {
         RawPack<T, kVec> value[kUnroll], gradient[kUnroll], added[kUnroll];
         unsigned bits[kUnroll], inside[kUnroll];
-        int64_t vec[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t start = (at.n * in.planes.channels + c) * length;  // in a dense tensor
@@ -209,20 +257,16 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(con
                 }
             }
             if (inside[u] != 0) {
-                value[u] = load_raw<T, kVec>(x + place(in.x_planes, at.n, pos));
-                gradient[u] = load_raw<T, kVec>(dout + place(in.dout_planes, at.n, pos));
-                if (in.reads_residual()) {
-                    added[u] = load_raw<T, kVec>(residual + place(in.residual_planes, at.n, pos));
+                value[u] = load(in.x, in.x_planes, at.n, pos);
+                gradient[u] = load(in.dout, in.dout_planes, at.n, pos);
+                if (adds<kFrom>(in)) {
+                    added[u] = load(in.residual, in.residual_planes, at.n, pos);
                 }
-                vec[u] = (start + pos) / kVec;
+                if (masked<kFrom>(in)) {
+                    bits[u] = load_mask<kVec>(in.mask, (start + pos) / kVec);
+                }
             }
             at.forward(w, w.step_n, w.step_window);
-        }
-        if (in.mask != nullptr) {
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                bits[u] = inside[u] != 0 ? load_mask<kVec>(in.mask, vec[u]) : 0;
-            }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -236,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(con
                 acc_t v[kGroup], dz[kGroup];
                 get_values<T, kVec, kGroup>(value[u], g, v);
                 get_values<T, kVec, kGroup>(gradient[u], g, dz);
-                to_dz<T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
+                to_dz<kFrom, T, kVec, kGroup>(in, dz, v, added[u], g, scale, shift, bits[u] >> g);
 #pragma unroll
                 for (int k = 0; k < kGroup; ++k) {
                     const bool ours = kWhole || (inside[u] >> (g + k)) & 1;
@@ -248,23 +292,41 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(con
     }
     if constexpr (!kWhole) {
         for (int64_t i = cut; cut >= 0 && i < in.numel; ++i) {
-            acc_t v[1] = {to_acc(x[i])}, dz[1] = {to_acc(dout[i])};
+            const acc_t v[1] = {to_acc(static_cast<const T*>(in.x)[i])};
+            acc_t dz[1] = {to_acc(static_cast<const T*>(in.dout)[i])};
             const acc_t one_scale[1] = {scale[0]}, one_shift[1] = {shift[0]};
             RawPack<T, 1> add;
-            if (in.reads_residual()) {
-                add.v[0] = residual[i];
+            unsigned bit = 0;
+            if (adds<kFrom>(in)) {
+                add.v[0] = static_cast<const T*>(in.residual)[i];
             }
-            to_dz<T, 1, 1>(in, dz, v, add, 0, one_scale, one_shift,
-                           in.mask != nullptr ? load_mask<1>(in.mask, i) : 0);
+            if (masked<kFrom>(in)) {
+                bit = load_mask<1>(in.mask, i);
+            }
+            to_dz<kFrom, T, 1, 1>(in, dz, v, add, 0, one_scale, one_shift, bit);
             own.v[0] += dz[0];
             own.v[1] += dz[0] * (v[0] - mean);
         }
     }
+    return own;
+}
+
+/// Blocks and windows as in bn_act_stats_kernel_nchw.
+template <typename T, int kVec, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(const BnActReduceArgs a) {
+    using acc_t = acc_type<T>;
+    __shared__ Sums<acc_t> shared[kThreads / 32];
+    const ChannelWindows& w = a.plan.planes;
+    const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
+    Sums<acc_t> own;
+    switch_from<kVec>(a.in, a.in.planes.pitched, [&](auto from) {
+        own = reduce_windows<decltype(from)::value, T, kVec, kWhole>(a, part, c);
+    });
     const Sums<acc_t> merged = block_merge(own, shared);
     if (threadIdx.x == 0) {
-        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(part) * 2 * in.channels + c;
+        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(part) * 2 * a.in.channels + c;
         partial[0] = merged.v[0];
-        partial[in.channels] = merged.v[1];
+        partial[a.in.channels] = merged.v[1];
     }
 }
 

@@ -43,9 +43,10 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
     __shared__ alignas(16) acc_t shared[Moments<acc_t>::kFields * kThreads * kVec];
     const int width = a.plan.width, height = a.plan.height;
     const int tx = threadIdx.x % width, ty = threadIdx.x / width;
-    const int64_t tile = blockIdx.x % a.plan.tiles, part = blockIdx.x / a.plan.tiles;
-    const int64_t c = (tile * width + tx) * kVec;
-    const int64_t first = part * height + ty, step = a.plan.row_step;
+    const unsigned tiles = static_cast<unsigned>(a.plan.tiles), tile = blockIdx.x % tiles,
+                   part = blockIdx.x / tiles;
+    const int64_t c = (int64_t(tile) * width + tx) * kVec;
+    const int64_t first = int64_t(part) * height + ty, step = a.plan.row_step;
     Moments<acc_t> own[kVec];
     if (ty < height && c < a.channels && first < a.rows.count) {
         const T* x = static_cast<const T*>(a.x) + c;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
         }
     }
     const Moments<acc_t> merged = column_merge<Moments<acc_t>, acc_t, kVec>(own, width, height, shared);
-    const int64_t channel = tile * width * kVec + threadIdx.x;
+    const int64_t channel = int64_t(tile) * width * kVec + threadIdx.x;
     if (threadIdx.x < width * kVec && channel < a.channels) {
         store_moments(a, part, channel, to_acc(static_cast<const T*>(a.x)[channel]), merged);
     }
