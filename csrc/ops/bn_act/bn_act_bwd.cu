@@ -18,13 +18,12 @@ Walk walk_of(const BnActBwdParams& p, bool& readable) {
 /// The table of the elementwise pass, then the partial sums.
 struct BwdWorkspace {
     ReducePlan plan;
-    int64_t table_stride, partial_offset, bytes;
+    int64_t partial_offset, bytes;
 
     BwdWorkspace(const BnActBwdParams& p, const Walk& walk, bool vectors)
         : plan(plan_reduce(walk, p.size.c, vectors ? vector_width(p.dtype) : 1)) {
         const int64_t acc_size = dtype_size(acc_dtype(p.dtype));
-        table_stride = round_up(p.size.c, 4);
-        partial_offset = 4 * table_stride * acc_size;
+        partial_offset = 4 * p.size.c * acc_size;
         bytes = partial_offset + round_up(plan.parts * 2 * p.size.c * acc_size, 16);
     }
 };
@@ -123,8 +122,7 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
     final.eps_std = p.eps_std;
     final.eps = p.eps;
     final.table = p.workspace;
-    final.table_stride = workspace.table_stride;
-    final.grouped = walk.use_rows && vectors && vector_width(p.dtype) == 8;
+    final.vec = walk.use_rows && vectors ? vector_width(p.dtype) : 1;
     final.dweight = p.dweight;
     final.dbias = p.dbias;
     const auto kernel =
@@ -138,7 +136,6 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
     BnActBwdArgs args{};
     args.in = reduce.in;
     args.table = p.workspace;
-    args.table_stride = workspace.table_stride;
     args.training = p.training;
     args.dx = p.dx;
     args.dresidual = p.dresidual;

@@ -13,9 +13,8 @@ struct BnActBwdFinalizeArgs {
     const void* rstd;
     bool training, eps_std;
     double eps;
-    void* table;  // [4][table_stride]: what bn_act_bwd_kernel_* read
-    int64_t table_stride;
-    bool grouped;  // by group_index<8>
+    void* table;  // what bn_act_bwd_kernel_* read: records (scale, factor, offset, shift)
+    int vec;      // of record_index()
     void *dweight, *dbias;
 };
 
@@ -55,67 +54,73 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
         factor = static_cast<acc_t>(-scale[0] * k * sum[1] / a.count);
         offset = static_cast<acc_t>(-scale[0] * sum[0] / a.count - double(factor) * mean);
     }
-    acc_t* table = static_cast<acc_t*>(a.table) + (a.grouped ? group_index<8>(c, a.channels) : c);
-    table[0] = scale[0];
-    table[a.table_stride] = factor;
-    table[2 * a.table_stride] = offset;
-    table[3 * a.table_stride] = shift[0];
+    acc_t* record = static_cast<acc_t*>(a.table) + record_index(c, a.channels, a.vec) * 4;
+    record[0] = scale[0];
+    record[1] = factor;
+    record[2] = offset;
+    record[3] = shift[0];
 }
 
 struct BnActBwdArgs {
     BnActGradientArgs in;
     const void* table;
-    int64_t table_stride;
     bool training;
     void *dx, *dresidual;
     int64_t row_step, vecs;
     PlaneStep plane_step;    // planes in order: the grid's stride
     ChannelWindows windows;  // planes by channel
 
+    /// The quick loops are for batch statistics.
+    __device__ bool general() const { return !training || dx == nullptr; }
+    template <From kFrom>
+    __device__ bool trains() const {
+        return kFrom != From::kAny || training;
+    }
+    template <From kFrom>
+    __device__ bool makes_dx() const {
+        return kFrom != From::kAny || dx != nullptr;
+    }
     template <From kFrom>
     __device__ bool reads_x() const {
-        return recomputes<kFrom>(in) || (training && dx != nullptr);
+        return recomputes<kFrom>(in) || (trains<kFrom>() && makes_dx<kFrom>());
     }
 };
 
-/// What a gradient needs of kCount channels.
-template <typename acc_t, int kCount>
-struct GradientTable {
-    acc_t scale[kCount], factor[kCount], offset[kCount], shift[kCount];
-};
-
-/// dx and dz of kCount neighbouring values from `first` on, in place of x and dout.
+/// dx and dz of kCount neighbouring values from `first` on, in place of x and dout; returns the last dx.
 template <From kFrom, typename T, int kVec, int kCount>
-__device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
-                                                RawPack<T, kVec>& gradient, const RawPack<T, kVec>& added,
-                                                int first, const GradientTable<acc_type<T>, kCount>& table,
-                                                unsigned bits) {
+__device__ __forceinline__ acc_type<T> gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
+                                                       RawPack<T, kVec>& gradient,
+                                                       const RawPack<T, kVec>& added, int first,
+                                                       const acc_type<T> (&record)[4][kCount],
+                                                       unsigned bits) {
     using acc_t = acc_type<T>;
+    const auto& [scale, factor, offset, shift] = record;
     acc_t v[kCount], dz[kCount];
     get_values<T, kVec, kCount>(value, first, v);
     get_values<T, kVec, kCount>(gradient, first, dz);
-    to_dz<kFrom, T, kVec, kCount>(a.in, dz, v, added, first, table.scale, table.shift, bits >> first);
+    to_dz<kFrom, T, kVec, kCount>(a.in, dz, v, added, first, scale, shift, bits >> first);
     if (a.dresidual != nullptr) {
         put_values<T, kVec, kCount>(gradient, first, dz);
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-        dz[k] =
-            table.scale[k] * dz[k] + (a.training ? fma(table.factor[k], v[k], table.offset[k]) : acc_t(0));
+        dz[k] = a.trains<kFrom>() ? fma(scale[k], dz[k], fma(factor[k], v[k], offset[k])) : scale[k] * dz[k];
     }
     put_values<T, kVec, kCount>(value, first, dz);
+    return dz[kCount - 1];
 }
 
 /// The walk of bn_act_fwd_kernel_nhwc: from the end of the reduction backwards, channels fixed per thread.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kGroup = kVec < 2 ? kVec : 2;
     const BnActGradientArgs& in = a.in;
+    const int row_vecs = static_cast<int>(in.row_vecs);
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
-    int64_t row = (base + threadIdx.x) / in.row_vecs;
-    const int column = static_cast<int>(base + threadIdx.x - row * in.row_vecs);
+    int64_t row = (base + threadIdx.x) / row_vecs;
+    const int column = static_cast<int>(base + threadIdx.x - row * row_vecs);
     row += step * a.row_step;
     if (row >= in.rows.count) {  // only a thread's first row can lie behind the last
         row -= a.row_step;
@@ -149,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
                 added[u] = load(in.residual, in.residual_rows, u);
             }
             if (masked<kFrom>(in)) {
-                bits[u] = load_mask<kVec>(in.mask, (row - u * a.row_step) * in.row_vecs + place);
+                bits[u] = load_mask<kVec>(in.mask, (row - u * a.row_step) * row_vecs + place);
             }
         }
 #pragma unroll
@@ -157,29 +162,23 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
             pin<T, kVec>(gradient[u]);
             pin<T, kVec>(value[u]);
         }
+        acc_t done = 0;
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
-            GradientTable<acc_t, kGroup> own;
-            // group_index(c + g)
-            const acc_t* table = static_cast<const acc_t*>(a.table) + place * kGroup +
-                                 g / kGroup * (in.channels * kGroup / kVec);
-            reload_global(table, own.scale);
-            if (recomputes<kFrom>(in)) {
-                reload_global(table + 3 * a.table_stride, own.shift);
-            }
-            if (a.training) {
-                reload_global(table + a.table_stride, own.factor);
-                reload_global(table + 2 * a.table_stride, own.offset);
-            }
+            acc_t own[4][kGroup];
+            // The second half's records are not read before the first half is done.
+            place += g > 0 && g == kVec / 2 ? zero_after(done, in.word_bits) : 0;
+            load_records<false>(static_cast<const acc_t*>(a.table), place + g * row_vecs, row_vecs, own);
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
-                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
+                done = gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own,
+                                                               bits[u]);
             }
         }
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-            const int64_t first = ((row - u * a.row_step) * in.row_vecs + place) * kVec;
-            if (a.dx != nullptr) {
+            const int64_t first = ((row - u * a.row_step) * row_vecs + place) * kVec;
+            if (a.makes_dx<kFrom>()) {
                 store_raw<T, kVec>(static_cast<T*>(a.dx) + first, value[u]);
             }
             if (a.dresidual != nullptr) {
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
             }
         }
     };
-    switch_from<kVec>(in, in.rows.sliced, [&](auto from) {
+    switch_from<kVec>(in, in.rows.sliced || a.general(), [&](auto from) {
         constexpr bool kWide = sizeof(acc_t) == 8 || decltype(from)::value == From::kAny;
         constexpr int kUnroll = kWide ? 1 : 2;
         for (; step >= kUnroll - 1; step -= kUnroll, row -= kUnroll * a.row_step) {
@@ -213,14 +212,14 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
         return load_raw<T, kVec>(static_cast<const T*>(p) + c * s.c + n * s.n +
                                  plane_place<kFrom != From::kAny>(in.planes, s, pos));
     };
-    const acc_t* table = static_cast<const acc_t*>(a.table) + c;
-    GradientTable<acc_t, kGroup> own;
+    acc_t one[4][1], own[4][kGroup];
+    load_records<false>(static_cast<const acc_t*>(a.table), c, 0, one);
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-        own.scale[k] = table[0];
-        own.factor[k] = table[a.table_stride];
-        own.offset[k] = table[2 * a.table_stride];
-        own.shift[k] = table[3 * a.table_stride];
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+            own[i][k] = one[i][0];
+        }
     }
     WindowCursor at(w, index);
     at.forward(w, w.last_n, w.last_window);
@@ -257,7 +256,7 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
             for (int g = 0; g < kVec; g += kGroup) {
                 gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
             }
-            if (a.dx != nullptr) {
+            if (a.makes_dx<kFrom>()) {
                 store_raw<T, kVec>(static_cast<T*>(a.dx) + f[u] * kVec, value[u]);
             }
             if (a.dresidual != nullptr) {
@@ -312,35 +311,31 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
             if (step < u || left <= 0) {
                 continue;
             }
-            acc_t own[4], next[4];
+            acc_t own[4][1], next[4][1];
+            load_records<false>(table, c[u], 0, own);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                own[k] = next[k] = table[k * a.table_stride + c[u]];
+            for (int i = 0; i < 4; ++i) {
+                next[i][0] = own[i][0];
             }
             if (here[u] < kVec) {
-                const int behind = c[u] + 1 < in.planes.channels ? c[u] + 1 : 0;
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    next[k] = table[k * a.table_stride + behind];
-                }
+                load_records<false>(table, c[u] + 1 < in.planes.channels ? c[u] + 1 : 0, 0, next);
             }
             pin<T, kVec>(gradient[u]);
             pin<T, kVec>(value[u]);
 #pragma unroll
             for (int g = 0; g < kVec; g += kGroup) {
-                GradientTable<acc_t, kGroup> mixed;
+                acc_t mixed[4][kGroup];
 #pragma unroll
-                for (int k = 0; k < kGroup; ++k) {
-                    const bool first_plane = g + k < here[u];
-                    mixed.scale[k] = first_plane ? own[0] : next[0];
-                    mixed.factor[k] = first_plane ? own[1] : next[1];
-                    mixed.offset[k] = first_plane ? own[2] : next[2];
-                    mixed.shift[k] = first_plane ? own[3] : next[3];
+                for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                    for (int k = 0; k < kGroup; ++k) {
+                        mixed[i][k] = g + k < here[u] ? own[i][0] : next[i][0];
+                    }
                 }
                 gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, mixed,
                                                         bits[u]);
             }
-            if (a.dx != nullptr) {
+            if (a.makes_dx<kFrom>()) {
                 store_raw_upto<T, kVec>(static_cast<T*>(a.dx) + first, value[u], left);
             }
             if (a.dresidual != nullptr) {
@@ -353,7 +348,7 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
 /// kWhole: by_channel().
 template <typename T, int kVec, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnActBwdArgs a) {
-    switch_from<kVec>(a.in, a.in.planes.pitched, [&](auto from) {
+    switch_from<kVec>(a.in, a.in.planes.pitched || a.general(), [&](auto from) {
         if constexpr (kWhole) {
             gradient_channel<decltype(from)::value, T, kVec>(a);
         } else {

@@ -6,8 +6,8 @@
 namespace dl4ds {
 
 /// What dz follows from, in the quick loop that the kernels have for it: dout alone (no activation), dout and
-/// the mask, or dout and z, recomputed from x. kAny is the loop for everything: any activation, with a
-/// residual added to z, slices.
+/// the mask of relu or relu6, or dout and z, recomputed from x. kAny is the loop for everything: any
+/// activation, with a residual added to z, slices, running statistics.
 enum class From : int { kDout, kMask, kRelu, kLeakyRelu, kAny };
 
 /// What both passes read.
@@ -21,30 +21,32 @@ struct BnActGradientArgs {
     Planes planes;
     PlaneStrides dout_planes, x_planes, residual_planes;
     int64_t channels, row_vecs, numel;
+    uint32_t word_bits = 32;  // of zero_after()
 
     __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
     __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
 };
 
-/// Calls fn(std::integral_constant<From, ...>{}), the same in all threads. slices: rows or lines have a
-/// pitch. Single accesses have one loop only.
+/// Calls fn(std::integral_constant<From, ...>{}), the same in all threads; kAny if `general`. Single accesses
+/// have one loop only.
 template <int kVec, typename Fn>
-__device__ __forceinline__ void switch_from(const BnActGradientArgs& in, bool slices, Fn&& fn) {
+__device__ __forceinline__ void switch_from(const BnActGradientArgs& in, bool general, Fn&& fn) {
     if constexpr (kVec == 1) {
         fn(std::integral_constant<From, From::kAny>{});
     } else {
-        const bool quick = in.mask != nullptr || in.activation <= Activation::kLeakyRelu;
-        if (!quick || slices || in.reads_residual()) {
+        const bool leaky = in.activation == Activation::kLeakyRelu;
+        const bool known = in.mask != nullptr ? !leaky : in.activation <= Activation::kLeakyRelu;
+        if (general || !known || in.reads_residual()) {
             fn(std::integral_constant<From, From::kAny>{});
         } else if (in.mask != nullptr) {
             fn(std::integral_constant<From, From::kMask>{});
-        } else if (in.activation == Activation::kNone) {
-            fn(std::integral_constant<From, From::kDout>{});
+        } else if (leaky) {
+            static_assert(Activation::kLeakyRelu == Activation{2}, "there are loops for codes up to 2");
+            fn(std::integral_constant<From, From::kLeakyRelu>{});
         } else if (in.activation == Activation::kRelu) {
             fn(std::integral_constant<From, From::kRelu>{});
         } else {
-            static_assert(Activation::kLeakyRelu == Activation{2}, "the codes up to 2 have loops");
-            fn(std::integral_constant<From, From::kLeakyRelu>{});
+            fn(std::integral_constant<From, From::kDout>{});
         }
     }
 }
@@ -78,7 +80,12 @@ __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (
                                       const acc_type<T> (&shift)[kCount], unsigned bits) {
     using acc_t = acc_type<T>;
     const acc_t slope = static_cast<acc_t>(in.slope);
-    if (masked<kFrom>(in)) {
+    if constexpr (kFrom == From::kMask) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            dz[k] = (bits >> k) & 1 ? dz[k] : acc_t(0);
+        }
+    } else if (masked<kFrom>(in)) {
         masked_gradient(dz, bits, in.activation, slope);
     } else if (recomputes<kFrom>(in)) {
         acc_t z[kCount];
@@ -106,20 +113,46 @@ __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (
     }
 }
 
-/// Where a table of `channels` entries keeps channel c: groups of four, first those that begin a vector of
-/// eight, then the others, so that neighbouring threads read neighbouring groups.
-template <int kVec>
-__host__ __device__ __forceinline__ int64_t group_index(int64_t c, int64_t channels) {
-    return kVec == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
+/// Tables hold a record of four values a channel. Threads with neighbouring vectors of `vec` channels read
+/// neighbouring records: first come those of the channels that begin a vector, then those of the second ones,
+/// ...
+__host__ __device__ __forceinline__ int64_t record_index(int64_t c, int64_t channels, int vec) {
+    return c % vec * (channels / vec) + c / vec;
+}
+
+/// kCount records from `first` on, `stride` records apart; read again whenever they are needed, as there is
+/// no room for them in registers.
+template <bool kShared, typename acc_t, int kCount>
+__device__ __forceinline__ void load_records(const acc_t* table, int first, int stride,
+                                             acc_t (&out)[4][kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        acc_t record[4];
+        const acc_t* p = table + int64_t(first + k * stride) * 4;
+        if constexpr (sizeof(acc_t) == 8) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                record[i] = p[i];
+            }
+        } else if constexpr (kShared) {
+            reload_shared(p, record);
+        } else {
+            reload_global(p, record);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            out[i][k] = record[i];
+        }
+    }
 }
 
 /// Blocks and rows as in bn_act_stats_kernel_nhwc.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(const BnActReduceArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kGroup = kVec < 2 ? kVec : 2;
     __shared__ alignas(16) acc_t shared[Sums<acc_t>::kFields * kThreads * kVec];
-    __shared__ alignas(16) acc_t table[3][kThreads];  // mean, scale, shift of the tile's channels
+    __shared__ alignas(16) acc_t table[kThreads * 4];  // mean, scale, shift of the tile's channels
     const BnActGradientArgs& in = a.in;
     const int width = a.plan.width, height = a.plan.height, tile_channels = width * kVec;
     const int tx = threadIdx.x % width, ty = threadIdx.x / width;
@@ -130,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         const int64_t channel = int64_t(tile) * tile_channels + threadIdx.x;
         acc_t scale[1], shift[1];
         load_affine<acc_t, 1>(a.affine, channel, scale, shift);
-        const int64_t place = group_index<kVec>(threadIdx.x, tile_channels);
-        table[0][place] = load_channel<acc_t>(a.affine.mean, channel);
-        table[1][place] = scale[0];
-        table[2][place] = shift[0];
+        acc_t* record = table + record_index(threadIdx.x, tile_channels, kVec) * 4;
+        record[0] = load_channel<acc_t>(a.affine.mean, channel);
+        record[1] = scale[0];
+        record[2] = shift[0];
     }
     __syncthreads();
     Sums<acc_t> own[kVec];
@@ -168,13 +201,11 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         }
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
-            acc_t scale[kGroup], shift[kGroup], mean[kGroup];
-            const int place = tx * kGroup + g * width;  // group_index(tx * kVec + g)
-            if (recomputes<kFrom>(in)) {
-                reload_shared(&table[1][place], scale);
-                reload_shared(&table[2][place], shift);
-            }
-            reload_shared(&table[0][place], mean);
+            acc_t record[4][kGroup];
+            // The second half's records are not read before the first half is done.
+            const int late = g > 0 && g == kVec / 2 ? zero_after(own[g - 1].v[1], in.word_bits) : 0;
+            load_records<true>(table, tx + late + g * width, width, record);
+            const auto& [mean, scale, shift, unused] = record;
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
                 acc_t v[kGroup], dz[kGroup];
