@@ -17,12 +17,11 @@ __device__ __forceinline__ void pin(RawPack<T, kVec>& raw) {
 
 /// Zero, once `value` is known, by a shift of `width` = 32 places that the compiler knows nothing of: what is
 /// read from an address with this added is not read before, when there is no room for it in registers yet.
-__device__ __forceinline__ uint32_t zero_after(float value, uint32_t width) {
+__device__ __forceinline__ uint32_t zero_after(uint32_t value, uint32_t width) {
     uint32_t zero;
-    asm("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(__float_as_uint(value)), "r"(width));
+    asm("shr.u32 %0, %1, %2;" : "=r"(zero) : "r"(value), "r"(width));
     return zero;
 }
-__device__ __forceinline__ uint32_t zero_after(double, uint32_t) { return 0; }
 
 template <typename T, int kVec>
 __device__ __forceinline__ void store_raw(T* p, const RawPack<T, kVec>& raw) {

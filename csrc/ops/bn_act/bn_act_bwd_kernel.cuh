@@ -5,6 +5,37 @@
 
 namespace dl4ds {
 
+/// Tables hold a record of four values a channel. Threads with neighbouring vectors of `vec` channels read
+/// neighbouring records: first come those of the channels that begin a vector, then those of the second ones,
+/// ...
+__host__ __device__ __forceinline__ int64_t record_index(int64_t c, int64_t channels, int vec) {
+    return c % vec * (channels / vec) + c / vec;
+}
+
+/// kCount records from `first` on, `stride` records apart; read again whenever they are needed, as there is
+/// no room for them in registers.
+template <typename acc_t, int kCount>
+__device__ __forceinline__ void load_records(const acc_t* table, int first, int stride,
+                                             acc_t (&out)[4][kCount]) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        acc_t record[4];
+        const acc_t* p = table + int64_t(first + k * stride) * 4;
+        if constexpr (sizeof(acc_t) == 8) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                record[i] = p[i];
+            }
+        } else {
+            reload_global(p, record);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            out[i][k] = record[i];
+        }
+    }
+}
+
 struct BnActBwdFinalizeArgs {
     int64_t channels, parts;  // parts 0: no sums were taken
     double count;             // values per channel
@@ -66,6 +97,7 @@ struct BnActBwdArgs {
     const void* table;
     bool training;
     void *dx, *dresidual;
+    uint32_t word_bits = 32;  // of zero_after()
     int64_t row_step, vecs;
     PlaneStep plane_step;    // planes in order: the grid's stride
     ChannelWindows windows;  // planes by channel
@@ -86,13 +118,12 @@ struct BnActBwdArgs {
     }
 };
 
-/// dx and dz of kCount neighbouring values from `first` on, in place of x and dout; returns the last dx.
+/// dx and dz of kCount neighbouring values from `first` on, in place of x and dout.
 template <From kFrom, typename T, int kVec, int kCount>
-__device__ __forceinline__ acc_type<T> gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
-                                                       RawPack<T, kVec>& gradient,
-                                                       const RawPack<T, kVec>& added, int first,
-                                                       const acc_type<T> (&record)[4][kCount],
-                                                       unsigned bits) {
+__device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
+                                                RawPack<T, kVec>& gradient, const RawPack<T, kVec>& added,
+                                                int first, const acc_type<T> (&record)[4][kCount],
+                                                unsigned bits) {
     using acc_t = acc_type<T>;
     const auto& [scale, factor, offset, shift] = record;
     acc_t v[kCount], dz[kCount];
@@ -107,12 +138,11 @@ __device__ __forceinline__ acc_type<T> gradient_values(const BnActBwdArgs& a, Ra
         dz[k] = a.trains<kFrom>() ? fma(scale[k], dz[k], fma(factor[k], v[k], offset[k])) : scale[k] * dz[k];
     }
     put_values<T, kVec, kCount>(value, first, dz);
-    return dz[kCount - 1];
 }
 
 /// The walk of bn_act_fwd_kernel_nhwc: from the end of the reduction backwards, channels fixed per thread.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
     using acc_t = acc_type<T>;
     constexpr int kGroup = kVec < 2 ? kVec : 2;
     const BnActGradientArgs& in = a.in;
@@ -130,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
         constexpr int kRows = decltype(rows)::value;
         constexpr From kFrom = decltype(from)::value;
         // Offsets are computed where they are needed, not kept for every operand.
-        int place = column;
-        asm volatile("" : "+l"(row), "+r"(place));
+        asm volatile("" : "+l"(row));
+        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(row), a.word_bits));
         const auto load = [&](const void* p, const RowStrides& s, int u) {
             return load_raw<T, kVec>(static_cast<const T*>(p) + place * kVec +
                                      row_place<kFrom != From::kAny>(in.rows, s, row - u * a.row_step));
@@ -162,17 +192,21 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
             pin<T, kVec>(gradient[u]);
             pin<T, kVec>(value[u]);
         }
-        acc_t done = 0;
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
             acc_t own[4][kGroup];
-            // The second half's records are not read before the first half is done.
-            place += g > 0 && g == kVec / 2 ? zero_after(done, in.word_bits) : 0;
-            load_records<false>(static_cast<const acc_t*>(a.table), place + g * row_vecs, row_vecs, own);
+            if constexpr (kVec == 8) {
+                if (g > 0) {  // no record is read before the ones before are done with: there is no room
+                    const uint32_t zero = zero_after(word(value[0], g / 2 - 1), a.word_bits);
+                    place += zero;
+                    set_word(value[0], g / 2, word(value[0], g / 2) + zero);
+                    set_word(gradient[0], g / 2, word(gradient[0], g / 2) + zero);
+                }
+            }
+            load_records(static_cast<const acc_t*>(a.table), place + g * row_vecs, row_vecs, own);
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
-                done = gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own,
-                                                               bits[u]);
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
             }
         }
 #pragma unroll
@@ -188,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnAc
     };
     switch_from<kVec>(in, in.rows.sliced || a.general(), [&](auto from) {
         constexpr bool kWide = sizeof(acc_t) == 8 || decltype(from)::value == From::kAny;
-        constexpr int kUnroll = kWide ? 1 : 2;
+        constexpr int kUnroll = kWide || sizeof(T) == 2 ? 1 : 2;
         for (; step >= kUnroll - 1; step -= kUnroll, row -= kUnroll * a.row_step) {
             take(std::integral_constant<int, kUnroll>{}, from);
         }
@@ -213,7 +247,7 @@ __device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
                                  plane_place<kFrom != From::kAny>(in.planes, s, pos));
     };
     acc_t one[4][1], own[4][kGroup];
-    load_records<false>(static_cast<const acc_t*>(a.table), c, 0, one);
+    load_records(static_cast<const acc_t*>(a.table), c, 0, one);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -312,13 +346,13 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
                 continue;
             }
             acc_t own[4][1], next[4][1];
-            load_records<false>(table, c[u], 0, own);
+            load_records(table, c[u], 0, own);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 next[i][0] = own[i][0];
             }
             if (here[u] < kVec) {
-                load_records<false>(table, c[u] + 1 < in.planes.channels ? c[u] + 1 : 0, 0, next);
+                load_records(table, c[u] + 1 < in.planes.channels ? c[u] + 1 : 0, 0, next);
             }
             pin<T, kVec>(gradient[u]);
             pin<T, kVec>(value[u]);

@@ -215,6 +215,7 @@ struct WindowCursor {
 /// How a reduction over all but channels is cut into blocks: from the shape alone.
 struct ReducePlan {
     int width = 0, height = 0;  // rows: threads of a block that share a row, and rows of threads
+    int tile_channels = 0;      // rows: width vectors
     int64_t tiles = 0;          // rows: channel tiles; planes: channels
     int64_t parts = 0;          // partial results per channel
     int64_t row_step = 0;       // rows that the blocks of a tile cover together
@@ -352,6 +353,7 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
         plan.tiles = ceil_div(vecs, widest);
         plan.width = static_cast<int>(ceil_div(vecs, plan.tiles));
         plan.height = kThreads / plan.width;
+        plan.tile_channels = plan.width * vec;
         steps = ceil_div(walk.rows.count, plan.height);
     } else {
         plan.tiles = channels;

@@ -21,7 +21,6 @@ struct BnActGradientArgs {
     Planes planes;
     PlaneStrides dout_planes, x_planes, residual_planes;
     int64_t channels, row_vecs, numel;
-    uint32_t word_bits = 32;  // of zero_after()
 
     __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
     __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
@@ -113,48 +112,18 @@ __device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (
     }
 }
 
-/// Tables hold a record of four values a channel. Threads with neighbouring vectors of `vec` channels read
-/// neighbouring records: first come those of the channels that begin a vector, then those of the second ones,
-/// ...
-__host__ __device__ __forceinline__ int64_t record_index(int64_t c, int64_t channels, int vec) {
-    return c % vec * (channels / vec) + c / vec;
-}
-
-/// kCount records from `first` on, `stride` records apart; read again whenever they are needed, as there is
-/// no room for them in registers.
-template <bool kShared, typename acc_t, int kCount>
-__device__ __forceinline__ void load_records(const acc_t* table, int first, int stride,
-                                             acc_t (&out)[4][kCount]) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-        acc_t record[4];
-        const acc_t* p = table + int64_t(first + k * stride) * 4;
-        if constexpr (sizeof(acc_t) == 8) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                record[i] = p[i];
-            }
-        } else if constexpr (kShared) {
-            reload_shared(p, record);
-        } else {
-            reload_global(p, record);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            out[i][k] = record[i];
-        }
-    }
-}
-
 /// Blocks and rows as in bn_act_stats_kernel_nhwc.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(const BnActReduceArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 2 ? kVec : 2;
+    constexpr int kGroup = kVec < 4 ? kVec : 4;
     __shared__ alignas(16) acc_t shared[Sums<acc_t>::kFields * kThreads * kVec];
-    __shared__ alignas(16) acc_t table[kThreads * 4];  // mean, scale, shift of the tile's channels
+    // Mean, scale and shift of the tile's channels: first those of the groups of four that begin a vector of
+    // eight, then the others, so that neighbouring threads read neighbouring groups.
+    __shared__ alignas(16) acc_t table[3][kThreads];
     const BnActGradientArgs& in = a.in;
-    const int width = a.plan.width, height = a.plan.height, tile_channels = width * kVec;
+    const int row_vecs = static_cast<int>(in.row_vecs);
+    const int width = a.plan.width, height = a.plan.height, tile_channels = a.plan.tile_channels;
     const int tx = threadIdx.x % width, ty = threadIdx.x / width;
     const unsigned tiles = static_cast<unsigned>(a.plan.tiles), tile = blockIdx.x % tiles,
                    part = blockIdx.x / tiles;
@@ -163,35 +132,37 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         const int64_t channel = int64_t(tile) * tile_channels + threadIdx.x;
         acc_t scale[1], shift[1];
         load_affine<acc_t, 1>(a.affine, channel, scale, shift);
-        acc_t* record = table + record_index(threadIdx.x, tile_channels, kVec) * 4;
-        record[0] = load_channel<acc_t>(a.affine.mean, channel);
-        record[1] = scale[0];
-        record[2] = shift[0];
+        const int vector = threadIdx.x / kVec, value = threadIdx.x % kVec;
+        const int place = value / kGroup * (width * kGroup) + vector * kGroup + value % kGroup;
+        table[0][place] = load_channel<acc_t>(a.affine.mean, channel);
+        table[1][place] = scale[0];
+        table[2][place] = shift[0];
     }
     __syncthreads();
     Sums<acc_t> own[kVec];
     const int64_t step = a.plan.row_step;
-    const T *x = static_cast<const T*>(in.x) + c, *dout = static_cast<const T*>(in.dout) + c;
     // kRows rows from `row` on: all are loaded before the first is looked at.
     const auto take = [&](int64_t row, auto rows, auto from) {
         constexpr int kRows = decltype(rows)::value;
         constexpr From kFrom = decltype(from)::value;
-        asm("" : "+l"(row));  // offsets are computed from it, not kept for every operand
+        // Offsets are computed where they are needed, not kept for every operand.
+        int first = c;
+        asm volatile("" : "+l"(row), "+r"(first));
         RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
         unsigned bits[kRows];
+        const auto load = [&](const void* p, const RowStrides& s, int u) {
+            return load_raw<T, kVec>(static_cast<const T*>(p) + first +
+                                     row_place<kFrom != From::kAny>(in.rows, s, row + u * step));
+        };
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
-            value[u] =
-                load_raw<T, kVec>(x + row_place<kFrom != From::kAny>(in.rows, in.x_rows, row + u * step));
-            gradient[u] = load_raw<T, kVec>(
-                dout + row_place<kFrom != From::kAny>(in.rows, in.dout_rows, row + u * step));
+            value[u] = load(in.x, in.x_rows, u);
+            gradient[u] = load(in.dout, in.dout_rows, u);
             if (adds<kFrom>(in)) {
-                added[u] = load_raw<T, kVec>(
-                    static_cast<const T*>(in.residual) + c +
-                    row_place<kFrom != From::kAny>(in.rows, in.residual_rows, row + u * step));
+                added[u] = load(in.residual, in.residual_rows, u);
             }
             if (masked<kFrom>(in)) {
-                bits[u] = load_mask<kVec>(in.mask, (row + u * step) * in.row_vecs + column);
+                bits[u] = load_mask<kVec>(in.mask, (row + u * step) * row_vecs + first / kVec);
             }
         }
 #pragma unroll
@@ -201,11 +172,13 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         }
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
-            acc_t record[4][kGroup];
-            // The second half's records are not read before the first half is done.
-            const int late = g > 0 && g == kVec / 2 ? zero_after(own[g - 1].v[1], in.word_bits) : 0;
-            load_records<true>(table, tx + late + g * width, width, record);
-            const auto& [mean, scale, shift, unused] = record;
+            acc_t scale[kGroup], shift[kGroup], mean[kGroup];
+            const int place = tx * kGroup + g * width;
+            if (recomputes<kFrom>(in)) {
+                reload_shared(&table[1][place], scale);
+                reload_shared(&table[2][place], shift);
+            }
+            reload_shared(&table[0][place], mean);
 #pragma unroll
             for (int u = 0; u < kRows; ++u) {
                 acc_t v[kGroup], dz[kGroup];
@@ -234,9 +207,11 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         });
     }
     const Sums<acc_t> merged = column_merge<Sums<acc_t>, acc_t, kVec>(own, width, height, shared);
-    const int64_t channel = int64_t(tile) * tile_channels + threadIdx.x;
+    unsigned block;  // (tile and part are not kept through the loop)
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const int64_t channel = int64_t(block % tiles) * tile_channels + threadIdx.x;
     if (threadIdx.x < tile_channels && channel < in.channels) {
-        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(part) * 2 * in.channels + channel;
+        acc_t* partial = static_cast<acc_t*>(a.partial) + int64_t(block / tiles) * 2 * in.channels + channel;
         partial[0] = merged.v[0];
         partial[in.channels] = merged.v[1];
     }
