@@ -142,7 +142,8 @@ __device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T
 
 /// The walk of bn_act_fwd_kernel_nhwc: from the end of the reduction backwards, channels fixed per thread.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4)
+    bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
     using acc_t = acc_type<T>;
     constexpr int kGroup = kVec < 2 ? kVec : 2;
     const BnActGradientArgs& in = a.in;

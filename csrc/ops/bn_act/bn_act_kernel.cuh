@@ -342,10 +342,10 @@ int dispatch_whole(bool whole, Fn&& fn) {
 }
 
 inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
-    // 1,584 blocks are three whole waves of an H100's 132 multiprocessors with four blocks each, and of an
-    // A100's 108 three and two thirds: no wave is short of loads in flight. At least five steps a thread: a
-    // first value to subtract and one round of the statistics' unrolled loop.
-    constexpr int64_t kBlocks = 1584, kMinSteps = 5, kMaxSteps = 256;
+    // Whole waves of four blocks on each of an H100's 132 multiprocessors, so that none is short of loads in
+    // flight (an A100's last is two thirds full). At least five steps a thread: a first value to subtract and
+    // one round of the statistics' unrolled loop.
+    constexpr int64_t kWave = 4 * 132, kBlocks = 3 * kWave, kMinSteps = 5, kMaxSteps = 256;
     ReducePlan plan;
     int64_t steps;  // of all threads together that work on one channel tile
     if (walk.use_rows) {
@@ -361,6 +361,9 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
     }
     const int64_t wanted = kBlocks / plan.tiles;
     plan.parts = wanted < steps / kMinSteps ? wanted : steps / kMinSteps;
+    if (walk.use_rows && plan.parts * plan.tiles > kWave) {
+        plan.parts = plan.parts * plan.tiles / kWave * kWave / plan.tiles;
+    }
     plan.parts = plan.parts > ceil_div(steps, kMaxSteps) ? plan.parts : ceil_div(steps, kMaxSteps);
     plan.parts = plan.parts > 1 ? plan.parts : 1;
     plan.row_step = plan.parts * plan.height;

@@ -154,15 +154,18 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
             return load_raw<T, kVec>(static_cast<const T*>(p) + first +
                                      row_place<kFrom != From::kAny>(in.rows, s, row + u * step));
         };
+        if (masked<kFrom>(in)) {
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                bits[u] = load_mask<kVec>(in.mask, (row + u * step) * row_vecs + first / kVec);
+            }
+        }
 #pragma unroll
         for (int u = 0; u < kRows; ++u) {
             value[u] = load(in.x, in.x_rows, u);
             gradient[u] = load(in.dout, in.dout_rows, u);
             if (adds<kFrom>(in)) {
                 added[u] = load(in.residual, in.residual_rows, u);
-            }
-            if (masked<kFrom>(in)) {
-                bits[u] = load_mask<kVec>(in.mask, (row + u * step) * row_vecs + first / kVec);
             }
         }
 #pragma unroll
