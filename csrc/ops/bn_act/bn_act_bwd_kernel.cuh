@@ -97,7 +97,6 @@ struct BnActBwdArgs {
     const void* table;
     bool training;
     void *dx, *dresidual;
-    uint32_t word_bits = 32;  // of zero_after()
     int64_t row_step, vecs;
     PlaneStep plane_step;    // planes in order: the grid's stride
     ChannelWindows windows;  // planes by channel
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4)
         constexpr From kFrom = decltype(from)::value;
         // Offsets are computed where they are needed, not kept for every operand.
         asm volatile("" : "+l"(row));
-        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(row), a.word_bits));
+        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(row), in.word_bits));
         const auto load = [&](const void* p, const RowStrides& s, int u) {
             return load_raw<T, kVec>(static_cast<const T*>(p) + place * kVec +
                                      row_place<kFrom != From::kAny>(in.rows, s, row - u * a.row_step));
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4)
             acc_t own[4][kGroup];
             if constexpr (kVec == 8) {
                 if (g > 0) {  // no record is read before the ones before are done with: there is no room
-                    const uint32_t zero = zero_after(word(value[0], g / 2 - 1), a.word_bits);
+                    const uint32_t zero = zero_after(word(value[0], g / 2 - 1), in.word_bits);
                     place += zero;
                     set_word(value[0], g / 2, word(value[0], g / 2) + zero);
                     set_word(gradient[0], g / 2, word(gradient[0], g / 2) + zero);

@@ -21,6 +21,7 @@ struct BnActGradientArgs {
     Planes planes;
     PlaneStrides dout_planes, x_planes, residual_planes;
     int64_t channels, row_vecs, numel;
+    uint32_t word_bits = 32;  // of zero_after()
 
     __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
     __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
@@ -146,8 +147,9 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
         constexpr int kRows = decltype(rows)::value;
         constexpr From kFrom = decltype(from)::value;
         // Offsets are computed where they are needed, not kept for every operand.
-        int first = c;
-        asm volatile("" : "+l"(row), "+r"(first));
+        asm volatile("" : "+l"(row));
+        const int zero = static_cast<int>(zero_after(static_cast<uint32_t>(row), in.word_bits));
+        const int first = c + zero;
         RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
         unsigned bits[kRows];
         const auto load = [&](const void* p, const RowStrides& s, int u) {
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(con
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
             acc_t scale[kGroup], shift[kGroup], mean[kGroup];
-            const int place = tx * kGroup + g * width;
+            const int place = (tx + zero) * kGroup + g * width;
             if (recomputes<kFrom>(in)) {
                 reload_shared(&table[1][place], scale);
                 reload_shared(&table[2][place], shift);
