@@ -282,9 +282,9 @@ def test_traffic(dtype: torch.dtype, layout: str) -> None:
         assert touched("written") == {tensor: sizes.get(tensor, size) for tensor in writes}, name
         assert report.counters["atomics"] == 0
         assert report.efficiency("store") == 1.0, name
-        # 512 bytes a request but for the mask's bytes and the per-channel vectors.
+        # 512 bytes a request but for the mask's bytes and the per-channel vectors (gradients: a record of 16 bytes a channel).
         vectors = len(reads - {"mask"}) * size / 512
-        assert report.counters["load_requests"] < 2.2 * vectors + 40 * report.counters["blocks"], f"{name}: narrow loads"
+        assert report.counters["load_requests"] < 2.2 * vectors + 56 * report.counters["blocks"], f"{name}: narrow loads"
 
 
 RESOURCES = re.compile(
