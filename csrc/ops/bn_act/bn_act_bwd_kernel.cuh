@@ -86,10 +86,14 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
         offset = static_cast<acc_t>(-scale[0] * sum[0] / a.count - double(factor) * mean);
     }
     acc_t* record = static_cast<acc_t*>(a.table) + record_index(c, a.channels, a.vec) * 4;
-    record[0] = scale[0];
-    record[1] = factor;
-    record[2] = offset;
-    record[3] = shift[0];
+    constexpr int kPack = 16 / sizeof(acc_t);
+    const Pack<acc_t, 4> values{{scale[0], factor, offset, shift[0]}};
+#pragma unroll
+    for (int k = 0; k < 4; k += kPack) {
+        uint4 raw;
+        memcpy(&raw, &values.v[k], sizeof(raw));
+        *reinterpret_cast<uint4*>(record + k) = raw;
+    }
 }
 
 struct BnActBwdArgs {
@@ -351,7 +355,7 @@ __device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
             for (int i = 0; i < 4; ++i) {
                 next[i][0] = own[i][0];
             }
-            if (here[u] < kVec) {
+            if (kVec > 1 && here[u] < kVec) {
                 load_records(table, c[u] + 1 < in.planes.channels ? c[u] + 1 : 0, 0, next);
             }
             pin<T, kVec>(gradient[u]);

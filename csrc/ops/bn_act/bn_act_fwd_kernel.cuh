@@ -88,17 +88,18 @@ struct BnActApplyArgs {
 };
 
 /// Normalises and activates a vector in place, four values at a time: whole vectors of fp16 would not leave
-/// enough registers. scale(k) and shift(k): of value k. Returns the mask's bits.
-template <typename T, int kVec, bool kResidual, typename Scale, typename Shift>
-__device__ __forceinline__ unsigned apply_vector(const BnActApplyArgs& a, RawPack<T, kVec>& value,
-                                                 RawPack<T, kVec>& add, const Scale& scale,
-                                                 const Shift& shift) {
+/// enough registers. residual: whether `add` is added; scale(k) and shift(k): of value k. Returns the mask's
+/// bits.
+template <typename T, int kVec, typename Residual, typename Scale, typename Shift>
+__device__ __forceinline__ unsigned apply_vector(const BnActApplyArgs& a, Residual residual,
+                                                 RawPack<T, kVec>& value, RawPack<T, kVec>& add,
+                                                 const Scale& scale, const Shift& shift) {
     using acc_t = acc_type<T>;
     constexpr int kGroup = kVec < 4 ? kVec : 4;
     const acc_t slope = static_cast<acc_t>(a.slope);
     unsigned bits = 0;
     pin<T, kVec>(value);
-    if constexpr (kResidual) {
+    if (residual) {
         pin<T, kVec>(add);
     }
 #pragma unroll
@@ -109,7 +110,7 @@ __device__ __forceinline__ unsigned apply_vector(const BnActApplyArgs& a, RawPac
         for (int k = 0; k < kGroup; ++k) {
             z[k] = fma(v[k], scale(g + k), shift(g + k));
         }
-        if constexpr (kResidual) {
+        if (residual) {
             get_values<T, kVec, kGroup>(add, g, v);
 #pragma unroll
             for (int k = 0; k < kGroup; ++k) {
@@ -158,8 +159,9 @@ __device__ __forceinline__ void apply_rows(const BnActApplyArgs& a) {
             const bool valid = step >= u && r < a.rows.count;
             unsigned bits = 0;
             if (valid) {
-                bits = apply_vector<T, kVec, kResidual>(
-                    a, value[u], add[u], [&](int k) { return scale[k]; }, [&](int k) { return shift[k]; });
+                bits = apply_vector<T, kVec>(
+                    a, std::bool_constant<kResidual>{}, value[u], add[u], [&](int k) { return scale[k]; },
+                    [&](int k) { return shift[k]; });
                 store_raw<T, kVec>(static_cast<T*>(a.out) + f * kVec, value[u]);
             }
             if (a.mask != nullptr && step >= u) {
@@ -215,8 +217,9 @@ __device__ __forceinline__ void apply_channel(const BnActApplyArgs& a) {
             const bool valid = step >= u && step - u < count;
             unsigned bits = 0;
             if (valid) {
-                bits = apply_vector<T, kVec, kResidual>(
-                    a, value[u], add[u], [&](int) { return scale[0]; }, [&](int) { return shift[0]; });
+                bits = apply_vector<T, kVec>(
+                    a, std::bool_constant<kResidual>{}, value[u], add[u], [&](int) { return scale[0]; },
+                    [&](int) { return shift[0]; });
                 store_raw<T, kVec>(static_cast<T*>(a.out) + f[u] * kVec, value[u]);
             }
             if (a.mask != nullptr && step >= u) {
@@ -228,7 +231,7 @@ __device__ __forceinline__ void apply_channel(const BnActApplyArgs& a) {
 
 /// Vector by vector in the order of memory. A vector of a dense tensor may begin in one plane and end in the
 /// next (a plane is never shorter than a vector, except for single elements).
-template <typename T, int kVec, bool kResidual>
+template <typename T, int kVec>
 __device__ __forceinline__ void apply_in_order(const BnActApplyArgs& a) {
     using acc_t = acc_type<T>;
     constexpr int kUnroll = kVec == 1 ? 1 : 2;
@@ -250,7 +253,7 @@ __device__ __forceinline__ void apply_in_order(const BnActApplyArgs& a) {
                 const T* x = static_cast<const T*>(a.x) +
                              (kVec > 1 ? first : plane_offset(a.planes, a.x_planes, at.n, at.c, at.pos));
                 value[u] = u > 0 ? load_raw<T, kVec>(x) : load_raw_upto<T, kVec>(x, a.numel - first);
-                if constexpr (kResidual) {
+                if (a.residual != nullptr) {
                     const T* r =
                         static_cast<const T*>(a.residual) +
                         (kVec > 1 ? first : plane_offset(a.planes, a.residual_planes, at.n, at.c, at.pos));
@@ -267,12 +270,13 @@ __device__ __forceinline__ void apply_in_order(const BnActApplyArgs& a) {
             if (valid) {
                 acc_t scale[1], shift[1], next_scale[1], next_shift[1];
                 load_affine<acc_t, 1>(a.affine, c[u], scale, shift);
-                if (here[u] < kVec) {
+                if (kVec > 1 && here[u] < kVec) {
                     const int next = c[u] + 1 < a.planes.channels ? c[u] + 1 : 0;
                     load_affine<acc_t, 1>(a.affine, next, next_scale, next_shift);
                 }
-                bits = apply_vector<T, kVec, kResidual>(
-                    a, value[u], add[u], [&](int k) { return k < here[u] ? scale[0] : next_scale[0]; },
+                bits = apply_vector<T, kVec>(
+                    a, a.residual != nullptr, value[u], add[u],
+                    [&](int k) { return k < here[u] ? scale[0] : next_scale[0]; },
                     [&](int k) { return k < here[u] ? shift[0] : next_shift[0]; });
                 store_raw_upto<T, kVec>(static_cast<T*>(a.out) + vec * kVec, value[u], left);
                 if (left < kVec) {
@@ -296,11 +300,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nchw(const BnAc
             apply_channel<T, kVec, false>(a);
         }
     } else {
-        if (a.residual != nullptr) {
-            apply_in_order<T, kVec, true>(a);
-        } else {
-            apply_in_order<T, kVec, false>(a);
-        }
+        apply_in_order<T, kVec>(a);
     }
 }
 
