@@ -282,9 +282,9 @@ def test_traffic(dtype: torch.dtype, layout: str) -> None:
         assert touched("written") == {tensor: sizes.get(tensor, size) for tensor in writes}, name
         assert report.counters["atomics"] == 0
         assert report.efficiency("store") == 1.0, name
-        # 512 bytes a request but for the mask's bytes and the per-channel vectors.
+        # 512 bytes a request but for the mask's bytes and the per-channel vectors (gradients: a record of 16 bytes a channel).
         vectors = len(reads - {"mask"}) * size / 512
-        assert report.counters["load_requests"] < 2.2 * vectors + 40 * report.counters["blocks"], f"{name}: narrow loads"
+        assert report.counters["load_requests"] < 2.2 * vectors + 56 * report.counters["blocks"], f"{name}: narrow loads"
 
 
 RESOURCES = re.compile(
@@ -303,6 +303,6 @@ def test_registers(arch: str) -> None:
         sources = [s for s in cuda.SOURCES if s.parent.name not in ("nms", "conv_bn_act")]
         logs = list(pool.map(lambda s: compile_cuda(s, "cubin", arch, [cuda.CSRC], cuda.FLAGS)[1], sources))
     kernels = [(name, *map(int, counts)) for log in logs for name, *counts in RESOURCES.findall(log)]
-    assert len(kernels) == 30 + 30 + 7 + 7
+    assert len(kernels) == 36 + 36 + 7 + 7
     wrong = [kernel for kernel in kernels if any(kernel[1:4]) or kernel[4] > 64]
     assert not wrong, f"(kernel, stack, spill stores, spill loads, registers): {wrong}"

@@ -150,9 +150,7 @@ def tail(place: Place, dtype: str) -> str:
                 if not torch.equal(captured, results[-1]):
                     return f"{channels} channels, DL4DS_CUDA_TAIL={wish}: a CUDA graph gives something else"
         if not torch.equal(*results):
-            return (
-                f"{channels} channels: one kernel and two layers differ by {float((results[0] - results[1]).abs().max()):.1e}"
-            )
+            return f"{channels} channels: one kernel and two differ by {float((results[0] - results[1]).abs().max()):.1e}"
         truth = x.cpu().double()
         for i, w in enumerate(weights):
             y = TF.conv2d(truth, w.cpu().double(), None, 1, w.shape[2] // 2) / (1 + 1e-5) ** 0.5

@@ -87,13 +87,12 @@ __global__ void __launch_bounds__(kThreads) add_act_fwd_kernel(const AddActFwdPa
     }
 }
 
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdParams a) {
+/// kRecompute: z is recomputed from x (and residual), as neither a mask says its sign nor is its gradient 1.
+template <typename T, int kVec, int kUnroll, bool kRecompute>
+__device__ __forceinline__ void add_act_gradient(const AddActBwdParams& a) {
     using acc_t = acc_type<T>;
     const int64_t vecs = (a.numel + kVec - 1) / kVec, stride = int64_t(gridDim.x) * kThreads;
     const acc_t alpha = static_cast<acc_t>(a.alpha), slope = static_cast<acc_t>(a.negative_slope);
-    const bool recompute = a.mask == nullptr && a.activation != Activation::kNone;
-    constexpr int kUnroll = 2;
     for (int64_t base = int64_t(blockIdx.x) * kThreads; base < vecs; base += kUnroll * stride) {
         RawPack<T, kVec> gradient[kUnroll], value[kUnroll], add[kUnroll];
         unsigned bits[kUnroll];
@@ -103,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdPa
             for (int u = 0; u < kUnroll; ++u) {
                 gradient[u] = load_raw<T, kVec>(static_cast<const T*>(a.dout) + at(u) * kVec);
             }
-            if (a.mask != nullptr) {
+            if (!kRecompute && a.mask != nullptr) {
 #pragma unroll
                 for (int u = 0; u < kUnroll; ++u) {
                     bits[u] = load_mask<kVec>(a.mask, at(u));
                 }
-            } else if (recompute) {
+            } else if constexpr (kRecompute) {
 #pragma unroll
                 for (int u = 0; u < kUnroll; ++u) {
                     value[u] = load_raw<T, kVec>(static_cast<const T*>(a.x) + at(u) * kVec);
@@ -128,9 +127,9 @@ __global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdPa
                     continue;
                 }
                 gradient[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.dout) + f * kVec, left);
-                if (a.mask != nullptr) {
+                if (!kRecompute && a.mask != nullptr) {
                     bits[u] = load_mask<kVec>(a.mask, f);
-                } else if (recompute) {
+                } else if constexpr (kRecompute) {
                     value[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.x) + f * kVec, left);
                     if (a.residual != nullptr) {
                         add[u] = load_raw_upto<T, kVec>(static_cast<const T*>(a.residual) + f * kVec, left);
@@ -150,9 +149,9 @@ __global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdPa
             for (int k = 0; k < kVec; ++k) {
                 dz[k] = to_acc(given.v[k]);
             }
-            if (a.mask != nullptr) {
+            if (!kRecompute && a.mask != nullptr) {
                 masked_gradient(dz, bits[u], a.activation, slope);
-            } else if (recompute) {
+            } else if constexpr (kRecompute) {
                 acc_t z[kVec];
                 scaled_sum<T, kVec>(z, value[u], add[u], a.residual != nullptr, alpha);
                 activation_gradient<T, kVec>(dz, z, a.activation, slope);
@@ -164,6 +163,15 @@ __global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdPa
             store_upto<T, kVec>(static_cast<T*>(a.dx) + f * kVec, round_pack<T, kVec>(dz),
                                 a.numel - f * kVec);
         }
+    }
+}
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kThreads) add_act_bwd_kernel(const AddActBwdParams a) {
+    if (a.mask == nullptr && a.activation != Activation::kNone) {
+        add_act_gradient<T, kVec, 2, true>(a);
+    } else {
+        add_act_gradient<T, kVec, 4, false>(a);
     }
 }
 

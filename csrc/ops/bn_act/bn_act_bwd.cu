@@ -18,13 +18,12 @@ Walk walk_of(const BnActBwdParams& p, bool& readable) {
 /// The table of the elementwise pass, then the partial sums.
 struct BwdWorkspace {
     ReducePlan plan;
-    int64_t table_stride, partial_offset, bytes;
+    int64_t partial_offset, bytes;
 
     BwdWorkspace(const BnActBwdParams& p, const Walk& walk, bool vectors)
         : plan(plan_reduce(walk, p.size.c, vectors ? vector_width(p.dtype) : 1)) {
         const int64_t acc_size = dtype_size(acc_dtype(p.dtype));
-        table_stride = round_up(p.size.c, 4);
-        partial_offset = 4 * table_stride * acc_size;
+        partial_offset = 4 * p.size.c * acc_size;
         bytes = partial_offset + round_up(plan.parts * 2 * p.size.c * acc_size, 16);
     }
 };
@@ -106,9 +105,13 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         reduce.in.row_vecs = p.size.c / kVec;
         const int64_t blocks =
             sums && p.steps == BnActBwdSteps::kAll ? reduce.plan.tiles * reduce.plan.parts : 0;
-        return walk.use_rows
-                   ? launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce)
-                   : launch(bn_act_bwd_reduce_kernel_nchw<T, kVec>, blocks, kThreads, stream, reduce);
+        if (walk.use_rows) {
+            return launch(bn_act_bwd_reduce_kernel_nhwc<T, kVec>, blocks, kThreads, stream, reduce);
+        }
+        return dispatch_whole<kVec, true>(reduce.plan.planes.whole, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_bwd_reduce_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, reduce);
+        });
     });
     if (error != 0) {
         return error;
@@ -125,8 +128,7 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
     final.eps_std = p.eps_std;
     final.eps = p.eps;
     final.table = table;
-    final.table_stride = workspace.table_stride;
-    final.grouped = walk.use_rows && vectors && vector_width(p.dtype) == 8;
+    final.vec = walk.use_rows && vectors ? vector_width(p.dtype) : 1;
     final.dweight = p.dweight;
     final.dbias = p.dbias;
     const auto kernel =
@@ -140,7 +142,6 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
     BnActBwdArgs args{};
     args.in = reduce.in;
     args.table = table;
-    args.table_stride = workspace.table_stride;
     args.training = p.training;
     args.dx = p.dx;
     args.dresidual = p.dresidual;
@@ -148,13 +149,22 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(vec)::value;
         args.vecs = ceil_div(args.in.numel, kVec);
-        const int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.in.row_vecs : 1);
+        int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.in.row_vecs : 1);
         if (walk.use_rows) {
             args.row_step = blocks * kThreads / args.in.row_vecs;
             return launch(bn_act_bwd_kernel_nhwc<T, kVec>, blocks, kThreads, stream, args);
         }
-        args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
-        return launch(bn_act_bwd_kernel_nchw<T, kVec>, blocks, kThreads, stream, args);
+        const bool channels = by_channel(walk, kVec, p.mask != nullptr);
+        if (channels) {
+            args.windows = deal_windows(walk.planes, kVec, channel_parts(walk.planes, kVec));
+            blocks = args.windows.parts * p.size.c;
+        } else {
+            args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
+        }
+        return dispatch_whole<kVec, false>(channels, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_bwd_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, args);
+        });
     });
 }
 

@@ -1,199 +1,38 @@
-// Backward kernels of bn_act: per-channel sums of dz and dz * (x - mean), and the elementwise pass.
+// Backward kernels of bn_act behind the sums: their merge, and the elementwise pass.
 #pragma once
 
-#include "ops/bn_act/bn_act_kernel.cuh"
+#include "ops/bn_act/bn_act_reduce_kernel.cuh"
 
 namespace dl4ds {
 
-/// What both passes read. z is recomputed from x (and residual) unless there is a mask or no activation.
-struct BnActGradientArgs {
-    const void *dout, *x, *residual;
-    const uint8_t* mask;
-    Activation activation;
-    double slope;
-    Rows rows;
-    RowStrides dout_rows, x_rows, residual_rows;
-    Planes planes;
-    PlaneStrides dout_planes, x_planes, residual_planes;
-    int64_t channels, row_vecs, numel;
-
-    __host__ __device__ bool recomputes() const { return mask == nullptr && activation != Activation::kNone; }
-    __host__ __device__ bool reads_residual() const { return recomputes() && residual != nullptr; }
-};
-
-struct BnActReduceArgs {
-    BnActGradientArgs in;
-    Affine affine;  // without a table
-    ReducePlan plan;
-    void* partial;  // [parts][2][channels]: sum of dz, sum of dz * (x - mean)
-};
-
-/// dz = dout * act'(z) for kCount neighbouring values, in place.
-template <typename T, int kVec, int kCount>
-__device__ __forceinline__ void to_dz(const BnActGradientArgs& in, acc_type<T> (&dz)[kCount],
-                                      const acc_type<T> (&x)[kCount], const Pack<T, kVec>& residual,
-                                      int first, const acc_type<T> (&scale)[kCount],
-                                      const acc_type<T> (&shift)[kCount], unsigned bits) {
-    using acc_t = acc_type<T>;
-    const acc_t slope = static_cast<acc_t>(in.slope);
-    if (in.mask != nullptr) {
-        masked_gradient(dz, bits, in.activation, slope);
-    } else if (in.activation != Activation::kNone) {
-        acc_t z[kCount];
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            z[k] = fma(x[k], scale[k], shift[k]);
-        }
-        if (in.residual != nullptr) {
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) {
-                z[k] += to_acc(residual.v[first + k]);
-            }
-        }
-        activation_gradient<T, kCount>(dz, z, in.activation, slope);
-    }
+/// Tables hold a record of four values a channel. Threads with neighbouring vectors of `vec` channels read
+/// neighbouring records: first come those of the channels that begin a vector, then those of the second ones,
+/// ...
+__host__ __device__ __forceinline__ int64_t record_index(int64_t c, int64_t channels, int vec) {
+    return c % vec * (channels / vec) + c / vec;
 }
 
-/// Where a table of `channels` entries keeps channel c: groups of four, first those that begin a vector of
-/// eight, then the others, so that neighbouring threads read neighbouring groups.
-template <int kVec>
-__host__ __device__ __forceinline__ int64_t group_index(int64_t c, int64_t channels) {
-    return kVec == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
-}
-
-template <typename T, int kVec, int kCount>
-__device__ __forceinline__ void get_values(const Pack<T, kVec>& pack, int first, acc_type<T> (&out)[kCount]) {
+/// kCount records from `first` on, `stride` records apart; read again whenever they are needed, as there is
+/// no room for them in registers.
+template <typename acc_t, int kCount>
+__device__ __forceinline__ void load_records(const acc_t* table, int first, int stride,
+                                             acc_t (&out)[4][kCount]) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-        out[k] = to_acc(pack.v[first + k]);
-    }
-}
-
-/// Blocks and rows as in bn_act_stats_kernel_nhwc.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nhwc(const BnActReduceArgs a) {
-    using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4;
-    __shared__ alignas(16) acc_t shared[Sums<acc_t>::kFields * kThreads * kVec];
-    __shared__ alignas(16) acc_t table[3][kThreads];  // mean, scale, shift of the tile's channels
-    const BnActGradientArgs& in = a.in;
-    const int width = a.plan.width, height = a.plan.height, tile_channels = width * kVec;
-    const int tx = threadIdx.x % width, ty = threadIdx.x / width;
-    const int64_t tile = blockIdx.x % a.plan.tiles, part = blockIdx.x / a.plan.tiles;
-    const int column = static_cast<int>(tile) * width + tx, c = column * kVec;
-    if (threadIdx.x < tile_channels && tile * tile_channels + threadIdx.x < in.channels) {
-        const int64_t channel = tile * tile_channels + threadIdx.x;
-        acc_t scale[1], shift[1];
-        load_affine<acc_t, 1>(a.affine, channel, scale, shift);
-        const int64_t place = group_index<kVec>(threadIdx.x, tile_channels);
-        table[0][place] = load_channel<acc_t>(a.affine.mean, channel);
-        table[1][place] = scale[0];
-        table[2][place] = shift[0];
-    }
-    __syncthreads();
-    Sums<acc_t> own[kVec];
-    if (ty < height && c < in.channels) {
-        for (int64_t row = part * height + ty; row < in.rows.count; row += a.plan.row_step) {
-            const auto value =
-                load_pack<T, kVec>(static_cast<const T*>(in.x) + c + row_offset(in.rows, in.x_rows, row));
-            const auto gradient = load_pack<T, kVec>(static_cast<const T*>(in.dout) + c +
-                                                     row_offset(in.rows, in.dout_rows, row));
-            Pack<T, kVec> add;
-            if (in.reads_residual()) {
-                add = load_pack<T, kVec>(static_cast<const T*>(in.residual) + c +
-                                         row_offset(in.rows, in.residual_rows, row));
-            }
-            const unsigned bits =
-                in.mask != nullptr ? load_mask<kVec>(in.mask, row * in.row_vecs + column) : 0;
+        acc_t record[4];
+        const acc_t* p = table + int64_t(first + k * stride) * 4;
+        if constexpr (sizeof(acc_t) == 8) {
 #pragma unroll
-            for (int g = 0; g < kVec; g += kGroup) {
-                acc_t v[kGroup], dz[kGroup], scale[kGroup], shift[kGroup], mean[kGroup];
-                const int64_t place = group_index<kVec>(tx * kVec + g, tile_channels);
-                if (in.recomputes()) {
-                    reload_shared(&table[1][place], scale);
-                    reload_shared(&table[2][place], shift);
-                }
-                get_values<T, kVec, kGroup>(value, g, v);
-                get_values<T, kVec, kGroup>(gradient, g, dz);
-                to_dz<T, kVec, kGroup>(in, dz, v, add, g, scale, shift, bits >> g);
-                reload_shared(&table[0][place], mean);
-#pragma unroll
-                for (int k = 0; k < kGroup; ++k) {
-                    own[g + k].v[0] += dz[k];
-                    own[g + k].v[1] += dz[k] * (v[k] - mean[k]);
-                }
+            for (int i = 0; i < 4; ++i) {
+                record[i] = p[i];
             }
+        } else {
+            reload_global(p, record);
         }
-    }
-    const Sums<acc_t> merged = column_merge<Sums<acc_t>, acc_t, kVec>(own, width, height, shared);
-    const int64_t channel = tile * tile_channels + threadIdx.x;
-    if (threadIdx.x < tile_channels && channel < in.channels) {
-        acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * in.channels + channel;
-        partial[0] = merged.v[0];
-        partial[in.channels] = merged.v[1];
-    }
-}
-
-/// Blocks and windows as in bn_act_stats_kernel_nchw.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_reduce_kernel_nchw(const BnActReduceArgs a) {
-    using acc_t = acc_type<T>;
-    __shared__ Sums<acc_t> shared[kThreads / 32];
-    const BnActGradientArgs& in = a.in;
-    const int64_t part = blockIdx.x % a.plan.parts, length = in.planes.length;
-    const int c = static_cast<int>(blockIdx.x / a.plan.parts);
-    const int64_t item = part * kThreads + threadIdx.x;
-    int64_t n = item / a.plan.windows;
-    int64_t window = item - n * a.plan.windows;
-    acc_t scale[1], shift[1];
-    load_affine<acc_t, 1>(a.affine, c, scale, shift);
-    const acc_t mean = load_channel<acc_t>(a.affine.mean, c);
-    Sums<acc_t> own;
-    while (n < in.planes.batch) {
-        const int64_t start = (n * in.planes.channels + c) * length;
-        const int pos = static_cast<int>(window * kVec - start % kVec);
-        const int64_t left = in.numel - start - pos;
-        if (pos < length) {
-            const auto value = load_upto<T, kVec>(
-                static_cast<const T*>(in.x) + plane_offset(in.planes, in.x_planes, n, c, pos), left);
-            const auto gradient = load_upto<T, kVec>(
-                static_cast<const T*>(in.dout) + plane_offset(in.planes, in.dout_planes, n, c, pos), left);
-            Pack<T, kVec> add;
-            if (in.reads_residual()) {
-                add = load_upto<T, kVec>(static_cast<const T*>(in.residual) +
-                                             plane_offset(in.planes, in.residual_planes, n, c, pos),
-                                         left);
-            }
-            const unsigned bits = in.mask != nullptr ? load_mask<kVec>(in.mask, (start + pos) / kVec) : 0;
-            acc_t v[kVec], dz[kVec], scales[kVec], shifts[kVec];
-            get_values<T, kVec, kVec>(value, 0, v);
-            get_values<T, kVec, kVec>(gradient, 0, dz);
 #pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                scales[k] = scale[0];
-                shifts[k] = shift[0];
-            }
-            to_dz<T, kVec, kVec>(in, dz, v, add, 0, scales, shifts, bits);
-#pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                if (pos + k >= 0 && pos + k < length) {
-                    own.v[0] += dz[k];
-                    own.v[1] += dz[k] * (v[k] - mean);
-                }
-            }
+        for (int i = 0; i < 4; ++i) {
+            out[i][k] = record[i];
         }
-        n += a.plan.step_n;
-        window += a.plan.step_window;
-        if (window >= a.plan.windows) {
-            window -= a.plan.windows;
-            ++n;
-        }
-    }
-    const Sums<acc_t> merged = block_merge(own, shared);
-    if (threadIdx.x == 0) {
-        acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * in.channels + c;
-        partial[0] = merged.v[0];
-        partial[in.channels] = merged.v[1];
     }
 }
 
@@ -205,9 +44,8 @@ struct BnActBwdFinalizeArgs {
     const void* rstd;
     bool training, eps_std;
     double eps;
-    void* table;  // [4][table_stride]: what bn_act_bwd_kernel_* read
-    int64_t table_stride;
-    bool grouped;  // by group_index<8>
+    void* table;  // what bn_act_bwd_kernel_* read: records (scale, factor, offset, shift)
+    int vec;      // of record_index()
     void *dweight, *dbias;
 };
 
@@ -247,153 +85,314 @@ __global__ void __launch_bounds__(kFinalizeChannels* kFinalizeGroups, 2)
         factor = static_cast<acc_t>(-scale[0] * k * sum[1] / a.count);
         offset = static_cast<acc_t>(-scale[0] * sum[0] / a.count - double(factor) * mean);
     }
-    acc_t* table = static_cast<acc_t*>(a.table) + (a.grouped ? group_index<8>(c, a.channels) : c);
-    table[0] = scale[0];
-    table[a.table_stride] = factor;
-    table[2 * a.table_stride] = offset;
-    table[3 * a.table_stride] = shift[0];
+    acc_t* record = static_cast<acc_t*>(a.table) + record_index(c, a.channels, a.vec) * 4;
+    constexpr int kPack = 16 / sizeof(acc_t);
+    const Pack<acc_t, 4> values{{scale[0], factor, offset, shift[0]}};
+#pragma unroll
+    for (int k = 0; k < 4; k += kPack) {
+        uint4 raw;
+        memcpy(&raw, &values.v[k], sizeof(raw));
+        *reinterpret_cast<uint4*>(record + k) = raw;
+    }
 }
 
 struct BnActBwdArgs {
     BnActGradientArgs in;
     const void* table;
-    int64_t table_stride;
     bool training;
     void *dx, *dresidual;
     int64_t row_step, vecs;
-    PlaneStep plane_step;
+    PlaneStep plane_step;    // planes in order: the grid's stride
+    ChannelWindows windows;  // planes by channel
 
-    __host__ __device__ bool reads_x() const { return in.recomputes() || (training && dx != nullptr); }
+    /// The quick loops are for batch statistics.
+    __device__ bool general() const { return !training || dx == nullptr; }
+    template <From kFrom>
+    __device__ bool trains() const {
+        return kFrom != From::kAny || training;
+    }
+    template <From kFrom>
+    __device__ bool makes_dx() const {
+        return kFrom != From::kAny || dx != nullptr;
+    }
+    template <From kFrom>
+    __device__ bool reads_x() const {
+        return recomputes<kFrom>(in) || (trains<kFrom>() && makes_dx<kFrom>());
+    }
 };
+
+/// dx and dz of kCount neighbouring values from `first` on, in place of x and dout.
+template <From kFrom, typename T, int kVec, int kCount>
+__device__ __forceinline__ void gradient_values(const BnActBwdArgs& a, RawPack<T, kVec>& value,
+                                                RawPack<T, kVec>& gradient, const RawPack<T, kVec>& added,
+                                                int first, const acc_type<T> (&record)[4][kCount],
+                                                unsigned bits) {
+    using acc_t = acc_type<T>;
+    const auto& [scale, factor, offset, shift] = record;
+    acc_t v[kCount], dz[kCount];
+    get_values<T, kVec, kCount>(value, first, v);
+    get_values<T, kVec, kCount>(gradient, first, dz);
+    to_dz<kFrom, T, kVec, kCount>(a.in, dz, v, added, first, scale, shift, bits >> first);
+    if (a.dresidual != nullptr) {
+        put_values<T, kVec, kCount>(gradient, first, dz);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        dz[k] = a.trains<kFrom>() ? fma(scale[k], dz[k], fma(factor[k], v[k], offset[k])) : scale[k] * dz[k];
+    }
+    put_values<T, kVec, kCount>(value, first, dz);
+}
 
 /// The walk of bn_act_fwd_kernel_nhwc: from the end of the reduction backwards, channels fixed per thread.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 6 : 4)
+    bn_act_bwd_kernel_nhwc(const BnActBwdArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kGroup = kVec < 2 ? kVec : 2;
     const BnActGradientArgs& in = a.in;
+    const int row_vecs = static_cast<int>(in.row_vecs);
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
-    int64_t row = (base + threadIdx.x) / in.row_vecs;
-    const int column = static_cast<int>(base + threadIdx.x - row * in.row_vecs), c = column * kVec;
+    int64_t row = (base + threadIdx.x) / row_vecs;
+    const int column = static_cast<int>(base + threadIdx.x - row * row_vecs);
     row += step * a.row_step;
-    for (; step >= 0; --step, row -= a.row_step) {
-        if (row >= in.rows.count) {
-            continue;
+    if (row >= in.rows.count) {  // only a thread's first row can lie behind the last
+        row -= a.row_step;
+        --step;
+    }
+    const auto take = [&](auto rows, auto from) {
+        constexpr int kRows = decltype(rows)::value;
+        constexpr From kFrom = decltype(from)::value;
+        // Offsets are computed where they are needed, not kept for every operand.
+        asm volatile("" : "+l"(row));
+        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(row), in.word_bits));
+        const auto load = [&](const void* p, const RowStrides& s, int u) {
+            return load_raw<T, kVec>(static_cast<const T*>(p) + place * kVec +
+                                     row_place<kFrom != From::kAny>(in.rows, s, row - u * a.row_step));
+        };
+        RawPack<T, kVec> value[kRows], gradient[kRows], added[kRows];
+        unsigned bits[kRows];
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            gradient[u] = load(in.dout, in.dout_rows, u);
         }
-        auto gradient =
-            load_pack<T, kVec>(static_cast<const T*>(in.dout) + c + row_offset(in.rows, in.dout_rows, row));
-        Pack<T, kVec> value, add;
-        if (a.reads_x()) {
-            value = load_pack<T, kVec>(static_cast<const T*>(in.x) + c + row_offset(in.rows, in.x_rows, row));
+        if (a.reads_x<kFrom>()) {
+#pragma unroll
+            for (int u = 0; u < kRows; ++u) {
+                value[u] = load(in.x, in.x_rows, u);
+            }
         }
-        if (in.reads_residual()) {
-            add = load_pack<T, kVec>(static_cast<const T*>(in.residual) + c +
-                                     row_offset(in.rows, in.residual_rows, row));
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            if (adds<kFrom>(in)) {
+                added[u] = load(in.residual, in.residual_rows, u);
+            }
+            if (masked<kFrom>(in)) {
+                bits[u] = load_mask<kVec>(in.mask, (row - u * a.row_step) * row_vecs + place);
+            }
         }
-        const int64_t f = row * in.row_vecs + column;
-        const unsigned bits = in.mask != nullptr ? load_mask<kVec>(in.mask, f) : 0;
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            pin<T, kVec>(gradient[u]);
+            pin<T, kVec>(value[u]);
+        }
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
-            acc_t scale[kGroup], shift[kGroup], factor[kGroup], offset[kGroup], v[kGroup], dz[kGroup];
-            const acc_t* table = static_cast<const acc_t*>(a.table) + group_index<kVec>(c + g, in.channels);
-            reload_global(table, scale);
-            if (in.recomputes()) {
-                reload_global(table + 3 * a.table_stride, shift);
+            acc_t own[4][kGroup];
+            if constexpr (kVec == 8) {
+                if (g > 0) {  // no record is read before the ones before are done with: there is no room
+                    const uint32_t zero = zero_after(word(value[0], g / 2 - 1), in.word_bits);
+                    place += zero;
+                    set_word(value[0], g / 2, word(value[0], g / 2) + zero);
+                    set_word(gradient[0], g / 2, word(gradient[0], g / 2) + zero);
+                }
             }
-            get_values<T, kVec, kGroup>(value, g, v);
-            get_values<T, kVec, kGroup>(gradient, g, dz);
-            to_dz<T, kVec, kGroup>(in, dz, v, add, g, scale, shift, bits >> g);
-            set_values<T, kVec, kGroup>(gradient, g, dz);
-            if (a.training) {
-                reload_global(table + a.table_stride, factor);
-                reload_global(table + 2 * a.table_stride, offset);
-            }
+            load_records(static_cast<const acc_t*>(a.table), place + g * row_vecs, row_vecs, own);
 #pragma unroll
-            for (int k = 0; k < kGroup; ++k) {
-                dz[k] = scale[k] * dz[k] + (a.training ? fma(factor[k], v[k], offset[k]) : acc_t(0));
+            for (int u = 0; u < kRows; ++u) {
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
             }
-            set_values<T, kVec, kGroup>(value, g, dz);
         }
-        if (a.dx != nullptr) {
-            store_pack<T, kVec>(static_cast<T*>(a.dx) + f * kVec, value);
+#pragma unroll
+        for (int u = 0; u < kRows; ++u) {
+            const int64_t first = ((row - u * a.row_step) * row_vecs + place) * kVec;
+            if (a.makes_dx<kFrom>()) {
+                store_raw<T, kVec>(static_cast<T*>(a.dx) + first, value[u]);
+            }
+            if (a.dresidual != nullptr) {
+                store_raw<T, kVec>(static_cast<T*>(a.dresidual) + first, gradient[u]);
+            }
         }
-        if (a.dresidual != nullptr) {
-            store_pack<T, kVec>(static_cast<T*>(a.dresidual) + f * kVec, gradient);
+    };
+    switch_from<kVec>(in, in.rows.sliced || a.general(), [&](auto from) {
+        constexpr bool kWide = sizeof(acc_t) == 8 || decltype(from)::value == From::kAny;
+        constexpr int kUnroll = kWide || sizeof(T) == 2 ? 1 : 2;
+        for (; step >= kUnroll - 1; step -= kUnroll, row -= kUnroll * a.row_step) {
+            take(std::integral_constant<int, kUnroll>{}, from);
+        }
+        if (kUnroll > 1 && step >= 0) {
+            take(std::integral_constant<int, 1>{}, from);
+        }
+    });
+}
+
+/// The walk of apply_channel: one channel a block, its table in registers.
+template <From kFrom, typename T, int kVec>
+__device__ __forceinline__ void gradient_channel(const BnActBwdArgs& a) {
+    using acc_t = acc_type<T>;
+    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kFrom == From::kAny ? 1 : 2;
+    const BnActGradientArgs& in = a.in;
+    const ChannelWindows& w = a.windows;
+    const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
+    const int index = part * kThreads + threadIdx.x;
+    const int64_t count = w.full + (index < w.rest);
+    const auto load = [&](const void* p, const PlaneStrides& s, int64_t n, int pos) {
+        return load_raw<T, kVec>(static_cast<const T*>(p) + c * s.c + n * s.n +
+                                 plane_place<kFrom != From::kAny>(in.planes, s, pos));
+    };
+    acc_t one[4][1], own[4][kGroup];
+    load_records(static_cast<const acc_t*>(a.table), c, 0, one);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+            own[i][k] = one[i][0];
+        }
+    }
+    WindowCursor at(w, index);
+    at.forward(w, w.last_n, w.last_window);
+    for (int64_t step = w.steps() - 1; step >= 0; step -= kUnroll) {
+        RawPack<T, kVec> value[kUnroll], gradient[kUnroll], added[kUnroll];
+        unsigned bits[kUnroll];
+        int64_t f[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            f[u] = (at.n * in.planes.channels + c) * w.windows + at.window;
+            if (step >= u && step - u < count) {
+                const int pos = at.window * kVec;
+                gradient[u] = load(in.dout, in.dout_planes, at.n, pos);
+                if (a.reads_x<kFrom>()) {
+                    value[u] = load(in.x, in.x_planes, at.n, pos);
+                }
+                if (adds<kFrom>(in)) {
+                    added[u] = load(in.residual, in.residual_planes, at.n, pos);
+                }
+                if (masked<kFrom>(in)) {
+                    bits[u] = load_mask<kVec>(in.mask, f[u]);
+                }
+            }
+            at.back(w);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            if (step < u || step - u >= count) {
+                continue;
+            }
+            pin<T, kVec>(gradient[u]);
+            pin<T, kVec>(value[u]);
+#pragma unroll
+            for (int g = 0; g < kVec; g += kGroup) {
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, own, bits[u]);
+            }
+            if (a.makes_dx<kFrom>()) {
+                store_raw<T, kVec>(static_cast<T*>(a.dx) + f[u] * kVec, value[u]);
+            }
+            if (a.dresidual != nullptr) {
+                store_raw<T, kVec>(static_cast<T*>(a.dresidual) + f[u] * kVec, gradient[u]);
+            }
         }
     }
 }
 
-/// The walk of bn_act_fwd_kernel_nchw: a vector may end in the next plane.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnActBwdArgs a) {
+/// The walk of apply_in_order: a vector may end in the next plane.
+template <From kFrom, typename T, int kVec>
+__device__ __forceinline__ void gradient_in_order(const BnActBwdArgs& a) {
     using acc_t = acc_type<T>;
-    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kGroup = kVec < 4 ? kVec : 4, kUnroll = kVec == 1 || kFrom == From::kAny ? 1 : 2;
     const BnActGradientArgs& in = a.in;
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
     int64_t f = base + threadIdx.x + step * stride;
     PlaneCursor at(in.planes, f * kVec);
     const acc_t* table = static_cast<const acc_t*>(a.table);
-    for (; step >= 0; --step, f -= stride, at.back(in.planes, a.plane_step)) {
-        if (f >= a.vecs) {
-            continue;
-        }
-        const int64_t left = in.numel - f * kVec;
-        auto gradient = load_upto<T, kVec>(
-            static_cast<const T*>(in.dout) + plane_offset(in.planes, in.dout_planes, at.n, at.c, at.pos),
-            left);
-        Pack<T, kVec> value, add;
-        if (a.reads_x()) {
-            value = load_upto<T, kVec>(
-                static_cast<const T*>(in.x) + plane_offset(in.planes, in.x_planes, at.n, at.c, at.pos), left);
-        }
-        if (in.reads_residual()) {
-            add = load_upto<T, kVec>(static_cast<const T*>(in.residual) +
-                                         plane_offset(in.planes, in.residual_planes, at.n, at.c, at.pos),
-                                     left);
-        }
-        const unsigned bits = in.mask != nullptr ? load_mask<kVec>(in.mask, f) : 0;
-        const int here = static_cast<int>(in.planes.length) - at.pos;  // values of the vector in this plane
-        acc_t own[4], next[4];
+    for (; step >= 0; step -= kUnroll, f -= kUnroll * stride) {
+        RawPack<T, kVec> value[kUnroll], gradient[kUnroll], added[kUnroll];
+        unsigned bits[kUnroll];
+        int c[kUnroll], here[kUnroll];  // here: values of the vector in the first of its planes
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            own[k] = next[k] = table[k * a.table_stride + at.c];
-        }
-        if (here < kVec) {
-            const int c = at.c + 1 < in.planes.channels ? at.c + 1 : 0;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                next[k] = table[k * a.table_stride + c];
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t vec = f - u * stride, first = vec * kVec;
+            c[u] = at.c;
+            here[u] = static_cast<int>(in.planes.length) - at.pos;
+            const auto load = [&](const void* p, const PlaneStrides& s) {
+                const T* place = static_cast<const T*>(p) +
+                                 (kVec > 1 ? first : plane_offset(in.planes, s, at.n, at.c, at.pos));
+                return u > 0 ? load_raw<T, kVec>(place) : load_raw_upto<T, kVec>(place, in.numel - first);
+            };
+            if (step >= u && first < in.numel) {
+                gradient[u] = load(in.dout, in.dout_planes);
+                if (a.reads_x<kFrom>()) {
+                    value[u] = load(in.x, in.x_planes);
+                }
+                if (adds<kFrom>(in)) {
+                    added[u] = load(in.residual, in.residual_planes);
+                }
+                if (masked<kFrom>(in)) {
+                    bits[u] = load_mask<kVec>(in.mask, vec);
+                }
             }
+            at.back(in.planes, a.plane_step);
         }
 #pragma unroll
-        for (int g = 0; g < kVec; g += kGroup) {
-            acc_t v[kGroup], dz[kGroup], scale[kGroup], shift[kGroup];
-            get_values<T, kVec, kGroup>(value, g, v);
-            get_values<T, kVec, kGroup>(gradient, g, dz);
-#pragma unroll
-            for (int k = 0; k < kGroup; ++k) {
-                scale[k] = g + k < here ? own[0] : next[0];
-                shift[k] = g + k < here ? own[3] : next[3];
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t first = (f - u * stride) * kVec, left = in.numel - first;
+            if (step < u || left <= 0) {
+                continue;
             }
-            to_dz<T, kVec, kGroup>(in, dz, v, add, g, scale, shift, bits >> g);
-            set_values<T, kVec, kGroup>(gradient, g, dz);
+            acc_t own[4][1], next[4][1];
+            load_records(table, c[u], 0, own);
 #pragma unroll
-            for (int k = 0; k < kGroup; ++k) {
-                const acc_t factor = g + k < here ? own[1] : next[1],
-                            offset = g + k < here ? own[2] : next[2];
-                dz[k] = scale[k] * dz[k] + (a.training ? fma(factor, v[k], offset) : acc_t(0));
+            for (int i = 0; i < 4; ++i) {
+                next[i][0] = own[i][0];
             }
-            set_values<T, kVec, kGroup>(value, g, dz);
-        }
-        if (a.dx != nullptr) {
-            store_upto<T, kVec>(static_cast<T*>(a.dx) + f * kVec, value, left);
-        }
-        if (a.dresidual != nullptr) {
-            store_upto<T, kVec>(static_cast<T*>(a.dresidual) + f * kVec, gradient, left);
+            if (kVec > 1 && here[u] < kVec) {
+                load_records(table, c[u] + 1 < in.planes.channels ? c[u] + 1 : 0, 0, next);
+            }
+            pin<T, kVec>(gradient[u]);
+            pin<T, kVec>(value[u]);
+#pragma unroll
+            for (int g = 0; g < kVec; g += kGroup) {
+                acc_t mixed[4][kGroup];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                    for (int k = 0; k < kGroup; ++k) {
+                        mixed[i][k] = g + k < here[u] ? own[i][0] : next[i][0];
+                    }
+                }
+                gradient_values<kFrom, T, kVec, kGroup>(a, value[u], gradient[u], added[u], g, mixed,
+                                                        bits[u]);
+            }
+            if (a.makes_dx<kFrom>()) {
+                store_raw_upto<T, kVec>(static_cast<T*>(a.dx) + first, value[u], left);
+            }
+            if (a.dresidual != nullptr) {
+                store_raw_upto<T, kVec>(static_cast<T*>(a.dresidual) + first, gradient[u], left);
+            }
         }
     }
+}
+
+/// kWhole: by_channel().
+template <typename T, int kVec, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 4) bn_act_bwd_kernel_nchw(const BnActBwdArgs a) {
+    switch_from<kVec>(a.in, a.in.planes.pitched || a.general(), [&](auto from) {
+        if constexpr (kWhole) {
+            gradient_channel<decltype(from)::value, T, kVec>(a);
+        } else {
+            gradient_in_order<decltype(from)::value, T, kVec>(a);
+        }
+    });
 }
 
 }  // namespace dl4ds

@@ -1,6 +1,7 @@
 // Launches of bn_act's forward kernels.
 #include "ops/bn_act/bn_act.h"
 #include "ops/bn_act/bn_act_fwd_kernel.cuh"
+#include "ops/bn_act/bn_act_stats_kernel.cuh"
 
 namespace dl4ds {
 namespace {
@@ -54,8 +55,13 @@ int launch_statistics(const BnActFwdParams& p, const Walk& walk, bool vectors, v
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(vec)::value;
         const int64_t blocks = empty || p.moments != nullptr ? 0 : stats.plan.tiles * stats.plan.parts;
-        return walk.use_rows ? launch(bn_act_stats_kernel_nhwc<T, kVec>, blocks, kThreads, stream, stats)
-                             : launch(bn_act_stats_kernel_nchw<T, kVec>, blocks, kThreads, stream, stats);
+        if (walk.use_rows) {
+            return launch(bn_act_stats_kernel_nhwc<T, kVec>, blocks, kThreads, stream, stats);
+        }
+        return dispatch_whole<kVec, true>(stats.plan.planes.whole, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_stats_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, stats);
+        });
     });
     if (error != 0) {
         return error;
@@ -160,13 +166,22 @@ int launch_bn_act_fwd(const BnActFwdParams& p, void* stream) {
         constexpr int kVec = decltype(vec)::value;
         args.row_vecs = p.size.c / kVec;
         args.vecs = ceil_div(args.numel, kVec);
-        const int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.row_vecs : 1);
+        int64_t blocks = grid_blocks(args.vecs, walk.use_rows ? args.row_vecs : 1);
         if (walk.use_rows) {
             args.row_step = blocks * kThreads / args.row_vecs;
             return launch(bn_act_fwd_kernel_nhwc<T, kVec>, blocks, kThreads, stream, args);
         }
-        args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
-        return launch(bn_act_fwd_kernel_nchw<T, kVec>, blocks, kThreads, stream, args);
+        const bool channels = by_channel(walk, kVec, p.mask != nullptr);
+        if (channels) {
+            args.windows = deal_windows(walk.planes, kVec, channel_parts(walk.planes, kVec));
+            blocks = args.windows.parts * p.size.c;
+        } else {
+            args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
+        }
+        return dispatch_whole<kVec, false>(channels, [&](auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            return launch(bn_act_fwd_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, args);
+        });
     });
 }
 

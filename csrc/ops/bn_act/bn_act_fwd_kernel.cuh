@@ -1,158 +1,9 @@
-// Forward kernels of bn_act: batch statistics (partials, then one merge) and the elementwise pass.
+// Forward kernels of bn_act: the merge of the batch statistics and the elementwise pass.
 #pragma once
 
 #include "ops/bn_act/bn_act_kernel.cuh"
 
 namespace dl4ds {
-
-struct BnActStatsArgs {
-    const void* x;
-    Rows rows;
-    RowStrides x_rows;
-    Planes planes;
-    PlaneStrides x_planes;
-    int64_t channels;
-    ReducePlan plan;
-    // Means are kept relative to the channel's first value, so that rounding a partial mean costs nothing
-    // where the mean is large beside the spread.
-    void* origin;   // [channels]: that first value
-    void* partial;  // [parts][2][channels]: mean - origin, sum of squared deviations
-    void* counts;   // [parts]
-};
-
-template <typename acc_t>
-__device__ __forceinline__ void store_moments(const BnActStatsArgs& a, int64_t part, int64_t c, acc_t origin,
-                                              const Moments<acc_t>& m) {
-    if (part == 0) {
-        static_cast<acc_t*>(a.origin)[c] = origin;
-    }
-    acc_t* partial = static_cast<acc_t*>(a.partial) + part * 2 * a.channels + c;
-    partial[0] = m.v[1];
-    partial[a.channels] = m.v[2];
-    if (c == 0) {
-        static_cast<acc_t*>(a.counts)[part] = m.v[0];
-    }
-}
-
-/// A block takes one channel tile and every parts-th group of `height` rows, so that all blocks move through
-/// x together and its end is in the L2 cache when the elementwise pass begins there.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const BnActStatsArgs a) {
-    using acc_t = acc_type<T>;
-    constexpr int kUnroll = 4;
-    __shared__ alignas(16) acc_t shared[Moments<acc_t>::kFields * kThreads * kVec];
-    const int width = a.plan.width, height = a.plan.height;
-    const int tx = threadIdx.x % width, ty = threadIdx.x / width;
-    const int64_t tile = blockIdx.x % a.plan.tiles, part = blockIdx.x / a.plan.tiles;
-    const int64_t c = (tile * width + tx) * kVec;
-    const int64_t first = part * height + ty, step = a.plan.row_step;
-    Moments<acc_t> own[kVec];
-    if (ty < height && c < a.channels && first < a.rows.count) {
-        const T* x = static_cast<const T*>(a.x) + c;
-        acc_t shift[kVec], sum[kVec], squares[kVec];
-        const Pack<T, kVec> start = load_pack<T, kVec>(x + row_offset(a.rows, a.x_rows, first));
-#pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-            shift[k] = to_acc(start.v[k]);
-            sum[k] = squares[k] = 0;
-        }
-        const auto add = [&](const Pack<T, kVec>& pack) {
-#pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                const acc_t d = to_acc(pack.v[k]) - shift[k];
-                sum[k] += d;
-                squares[k] += d * d;
-            }
-        };
-        int64_t row = first + step;
-        int count = 1;
-        for (; row + (kUnroll - 1) * step < a.rows.count; row += kUnroll * step, count += kUnroll) {
-            Pack<T, kVec> packs[kUnroll];
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                packs[u] = load_pack<T, kVec>(x + row_offset(a.rows, a.x_rows, row + u * step));
-            }
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {
-                add(packs[u]);
-            }
-        }
-        for (; row < a.rows.count; row += step, ++count) {
-            add(load_pack<T, kVec>(x + row_offset(a.rows, a.x_rows, row)));
-        }
-        const Pack<T, kVec> origin = load_pack<T, kVec>(x);
-#pragma unroll
-        for (int k = 0; k < kVec; ++k) {
-            own[k] = Moments<acc_t>::from_shifted(static_cast<acc_t>(count), shift[k] - to_acc(origin.v[k]),
-                                                  sum[k], squares[k]);
-        }
-    }
-    const Moments<acc_t> merged = column_merge<Moments<acc_t>, acc_t, kVec>(own, width, height, shared);
-    const int64_t channel = tile * width * kVec + threadIdx.x;
-    if (threadIdx.x < width * kVec && channel < a.channels) {
-        store_moments(a, part, channel, to_acc(static_cast<const T*>(a.x)[channel]), merged);
-    }
-}
-
-/// A block takes one channel and every parts-th group of kThreads vectors. Planes of a dense x need not begin
-/// at a vector: aligned windows of kVec values cover each plane, and values of the neighbours are left out.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const BnActStatsArgs a) {
-    using acc_t = acc_type<T>;
-    __shared__ Moments<acc_t> shared[kThreads / 32];
-    const int64_t part = blockIdx.x % a.plan.parts;
-    const int c = static_cast<int>(blockIdx.x / a.plan.parts);
-    const T* x = static_cast<const T*>(a.x);
-    const int64_t length = a.planes.length, numel = a.planes.batch * a.planes.channels * length;
-    const int64_t item = part * kThreads + threadIdx.x;
-    int64_t n = item / a.plan.windows;
-    int64_t window = item - n * a.plan.windows;
-    const acc_t origin = to_acc(x[c * a.x_planes.c]);
-    acc_t count = 0, shift = 0, sum = 0, squares = 0;
-    while (n < a.planes.batch) {
-        const int64_t start = (n * a.planes.channels + c) * length;  // of the plane, in a dense tensor
-        const int pos = static_cast<int>(window * kVec - start % kVec);
-        if (pos < length) {
-            const T* p = x + plane_offset(a.planes, a.x_planes, n, c, pos);
-            const Pack<T, kVec> pack = load_upto<T, kVec>(p, numel - start - pos);
-            const bool whole = pos >= 0 && pos + kVec <= length;
-            if (count == 0) {
-                shift = to_acc(whole ? pack.v[0] : p[pos < 0 ? -pos : 0]);
-            }
-            const auto add = [&](int k) {
-                const acc_t d = to_acc(pack.v[k]) - shift;
-                sum += d;
-                squares += d * d;
-            };
-            if (whole) {  // nearly all windows: no test per value
-#pragma unroll
-                for (int k = 0; k < kVec; ++k) {
-                    add(k);
-                }
-                count += kVec;
-            } else {
-#pragma unroll
-                for (int k = 0; k < kVec; ++k) {
-                    if (pos + k >= 0 && pos + k < length) {
-                        add(k);
-                        count += 1;
-                    }
-                }
-            }
-        }
-        n += a.plan.step_n;
-        window += a.plan.step_window;
-        if (window >= a.plan.windows) {
-            window -= a.plan.windows;
-            ++n;
-        }
-    }
-    const auto own = Moments<acc_t>::from_shifted(count, shift - origin, sum, squares);
-    const Moments<acc_t> merged = block_merge(own, shared);
-    if (threadIdx.x == 0) {
-        store_moments(a, part, c, origin, merged);
-    }
-}
 
 struct BnActFinalizeArgs {
     int64_t channels, parts;                // parts 0: x has no elements
@@ -232,34 +83,73 @@ struct BnActApplyArgs {
     Planes planes;
     PlaneStrides x_planes, residual_planes;
     int64_t row_vecs, row_step, vecs, numel;  // rows: vectors of a row, rows that the grid's stride spans
-    PlaneStep plane_step;                     // planes: the grid's stride
+    PlaneStep plane_step;                     // planes in order: the grid's stride
+    ChannelWindows windows;                   // planes by channel
 };
+
+/// Normalises and activates a vector in place, four values at a time: whole vectors of fp16 would not leave
+/// enough registers. residual: whether `add` is added; scale(k) and shift(k): of value k. Returns the mask's
+/// bits.
+template <typename T, int kVec, typename Residual, typename Scale, typename Shift>
+__device__ __forceinline__ unsigned apply_vector(const BnActApplyArgs& a, Residual residual,
+                                                 RawPack<T, kVec>& value, RawPack<T, kVec>& add,
+                                                 const Scale& scale, const Shift& shift) {
+    using acc_t = acc_type<T>;
+    constexpr int kGroup = kVec < 4 ? kVec : 4;
+    const acc_t slope = static_cast<acc_t>(a.slope);
+    unsigned bits = 0;
+    pin<T, kVec>(value);
+    if (residual) {
+        pin<T, kVec>(add);
+    }
+#pragma unroll
+    for (int g = 0; g < kVec; g += kGroup) {
+        acc_t v[kGroup], z[kGroup];
+        get_values<T, kVec, kGroup>(value, g, v);
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+            z[k] = fma(v[k], scale(g + k), shift(g + k));
+        }
+        if (residual) {
+            get_values<T, kVec, kGroup>(add, g, v);
+#pragma unroll
+            for (int k = 0; k < kGroup; ++k) {
+                z[k] += v[k];
+            }
+        }
+        if (a.mask != nullptr) {
+            bits |= positive_bits<T, kGroup>(z, a.activation) << g;
+        }
+        activate(z, a.activation, slope);
+        put_values<T, kVec, kGroup>(value, g, z);
+    }
+    return bits;
+}
 
 /// From the statistics' end backwards (its tail is in the L2 cache). The grid's stride is a multiple of a
 /// row, so a thread keeps its channels; out may be x, hence no read-only loads.
-template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nhwc(const BnActApplyArgs a) {
+template <typename T, int kVec, bool kResidual>
+__device__ __forceinline__ void apply_rows(const BnActApplyArgs& a) {
     using acc_t = acc_type<T>;
-    constexpr int kUnroll = sizeof(acc_t) == 8 ? 1 : 2, kGroup = kVec < 4 ? kVec : 4;
+    constexpr int kUnroll = sizeof(acc_t) == 8 ? 1 : 2;
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);  // the same in all threads of a block
     int64_t row = (base + threadIdx.x) / a.row_vecs;
     const int column = static_cast<int>(base + threadIdx.x - row * a.row_vecs);
     row += step * a.row_step;
     const T* x = static_cast<const T*>(a.x) + column * kVec;
-    const acc_t slope = static_cast<acc_t>(a.slope);
     acc_t scale[kVec], shift[kVec];
     load_affine<acc_t, kVec>(a.affine, column * kVec, scale, shift);
     for (; step >= 0; step -= kUnroll, row -= kUnroll * a.row_step) {
-        Pack<T, kVec> value[kUnroll], add[kUnroll];
+        RawPack<T, kVec> value[kUnroll], add[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t r = row - u * a.row_step;
             if (step >= u && r < a.rows.count) {
-                value[u] = load_pack<T, kVec>(x + row_offset(a.rows, a.x_rows, r));
-                if (a.residual != nullptr) {
-                    add[u] = load_pack<T, kVec>(static_cast<const T*>(a.residual) + column * kVec +
-                                                row_offset(a.rows, a.residual_rows, r));
+                value[u] = load_raw<T, kVec>(x + row_offset(a.rows, a.x_rows, r));
+                if constexpr (kResidual) {
+                    add[u] = load_raw<T, kVec>(static_cast<const T*>(a.residual) + column * kVec +
+                                               row_offset(a.rows, a.residual_rows, r));
                 }
             }
         }
@@ -269,27 +159,10 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nhwc(const BnAc
             const bool valid = step >= u && r < a.rows.count;
             unsigned bits = 0;
             if (valid) {
-                // Four values at a time: whole vectors of fp16 would not leave enough registers.
-#pragma unroll
-                for (int g = 0; g < kVec; g += kGroup) {
-                    acc_t z[kGroup];
-#pragma unroll
-                    for (int k = 0; k < kGroup; ++k) {
-                        z[k] = fma(to_acc(value[u].v[g + k]), scale[g + k], shift[g + k]);
-                    }
-                    if (a.residual != nullptr) {
-#pragma unroll
-                        for (int k = 0; k < kGroup; ++k) {
-                            z[k] += to_acc(add[u].v[g + k]);
-                        }
-                    }
-                    if (a.mask != nullptr) {
-                        bits |= mask_bits<T, kGroup>(z, a.activation) << g;
-                    }
-                    activate(z, a.activation, slope);
-                    set_values<T, kVec, kGroup>(value[u], g, z);
-                }
-                store_pack<T, kVec>(static_cast<T*>(a.out) + f * kVec, value[u]);
+                bits = apply_vector<T, kVec>(
+                    a, std::bool_constant<kResidual>{}, value[u], add[u], [&](int k) { return scale[k]; },
+                    [&](int k) { return shift[k]; });
+                store_raw<T, kVec>(static_cast<T*>(a.out) + f * kVec, value[u]);
             }
             if (a.mask != nullptr && step >= u) {
                 store_mask<kVec>(a.mask, f, bits, valid);
@@ -298,62 +171,136 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nhwc(const BnAc
     }
 }
 
-/// The same in NCHW order. A vector of a dense tensor may begin in one plane and end in the next (a plane is
-/// never shorter than a vector, except for single elements).
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nchw(const BnActApplyArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nhwc(const BnActApplyArgs a) {
+    if (a.residual != nullptr) {
+        apply_rows<T, kVec, true>(a);
+    } else {
+        apply_rows<T, kVec, false>(a);
+    }
+}
+
+/// A block takes one channel and every parts-th group of kThreads windows, which are whole.
+template <typename T, int kVec, bool kResidual>
+__device__ __forceinline__ void apply_channel(const BnActApplyArgs& a) {
     using acc_t = acc_type<T>;
+    constexpr int kUnroll = kResidual ? 2 : 4;
+    const ChannelWindows& w = a.windows;
+    const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
+    const int index = part * kThreads + threadIdx.x;
+    const T* x = static_cast<const T*>(a.x) + c * a.x_planes.c;
+    const T* residual = static_cast<const T*>(a.residual) + c * a.residual_planes.c;
+    const int64_t count = w.full + (index < w.rest);
+    WindowCursor at(w, index);
+    at.forward(w, w.last_n, w.last_window);
+    acc_t scale[1], shift[1];
+    load_affine<acc_t, 1>(a.affine, c, scale, shift);
+    for (int64_t step = w.steps() - 1; step >= 0; step -= kUnroll) {
+        RawPack<T, kVec> value[kUnroll], add[kUnroll];
+        int64_t f[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            f[u] = (at.n * a.planes.channels + c) * w.windows + at.window;
+            if (step >= u && step - u < count) {
+                const int pos = at.window * kVec;
+                value[u] =
+                    load_raw<T, kVec>(x + at.n * a.x_planes.n + plane_place(a.planes, a.x_planes, pos));
+                if constexpr (kResidual) {
+                    add[u] = load_raw<T, kVec>(residual + at.n * a.residual_planes.n +
+                                               plane_place(a.planes, a.residual_planes, pos));
+                }
+            }
+            at.back(w);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const bool valid = step >= u && step - u < count;
+            unsigned bits = 0;
+            if (valid) {
+                bits = apply_vector<T, kVec>(
+                    a, std::bool_constant<kResidual>{}, value[u], add[u], [&](int) { return scale[0]; },
+                    [&](int) { return shift[0]; });
+                store_raw<T, kVec>(static_cast<T*>(a.out) + f[u] * kVec, value[u]);
+            }
+            if (a.mask != nullptr && step >= u) {
+                store_mask<kVec>(a.mask, f[u], bits, valid);
+            }
+        }
+    }
+}
+
+/// Vector by vector in the order of memory. A vector of a dense tensor may begin in one plane and end in the
+/// next (a plane is never shorter than a vector, except for single elements).
+template <typename T, int kVec>
+__device__ __forceinline__ void apply_in_order(const BnActApplyArgs& a) {
+    using acc_t = acc_type<T>;
+    constexpr int kUnroll = kVec == 1 ? 1 : 2;
     const int64_t stride = int64_t(gridDim.x) * kThreads, base = int64_t(blockIdx.x) * kThreads;
     int step = static_cast<int>((a.vecs - 1 - base) / stride);
     int64_t f = base + threadIdx.x + step * stride;
     PlaneCursor at(a.planes, f * kVec);
-    const acc_t slope = static_cast<acc_t>(a.slope);
-    for (; step >= 0; --step, f -= stride, at.back(a.planes, a.plane_step)) {
-        const bool valid = f < a.vecs;
-        unsigned bits = 0;
-        if (valid) {
-            const int64_t left = a.numel - f * kVec;
-            const auto value = load_upto<T, kVec>(
-                static_cast<const T*>(a.x) + plane_offset(a.planes, a.x_planes, at.n, at.c, at.pos), left);
-            Pack<T, kVec> add;
-            if (a.residual != nullptr) {
-                add = load_upto<T, kVec>(static_cast<const T*>(a.residual) +
-                                             plane_offset(a.planes, a.residual_planes, at.n, at.c, at.pos),
-                                         left);
-            }
-            acc_t scale[1], shift[1], next_scale[1], next_shift[1];
-            load_affine<acc_t, 1>(a.affine, at.c, scale, shift);
-            const int here =
-                static_cast<int>(a.planes.length) - at.pos;  // values of the vector in this plane
-            if (here < kVec) {
-                const int next = at.c + 1 < a.planes.channels ? at.c + 1 : 0;
-                load_affine<acc_t, 1>(a.affine, next, next_scale, next_shift);
-            }
-            acc_t z[kVec];
+    for (; step >= 0; step -= kUnroll, f -= kUnroll * stride) {
+        RawPack<T, kVec> value[kUnroll], add[kUnroll];
+        int c[kUnroll], here[kUnroll];  // here: values of the vector in the first of its planes
 #pragma unroll
-            for (int k = 0; k < kVec; ++k) {
-                const bool same = k < here;
-                z[k] =
-                    fma(to_acc(value.v[k]), same ? scale[0] : next_scale[0], same ? shift[0] : next_shift[0]);
-            }
-            if (a.residual != nullptr) {
-#pragma unroll
-                for (int k = 0; k < kVec; ++k) {
-                    z[k] += to_acc(add.v[k]);
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t first = (f - u * stride) * kVec;
+            c[u] = at.c;
+            here[u] = static_cast<int>(a.planes.length) - at.pos;
+            if (step >= u && first < a.numel) {
+                // Single elements may lie anywhere; vectors that cross planes come from dense tensors, and
+                // only a thread's first may be cut short.
+                const T* x = static_cast<const T*>(a.x) +
+                             (kVec > 1 ? first : plane_offset(a.planes, a.x_planes, at.n, at.c, at.pos));
+                value[u] = u > 0 ? load_raw<T, kVec>(x) : load_raw_upto<T, kVec>(x, a.numel - first);
+                if (a.residual != nullptr) {
+                    const T* r =
+                        static_cast<const T*>(a.residual) +
+                        (kVec > 1 ? first : plane_offset(a.planes, a.residual_planes, at.n, at.c, at.pos));
+                    add[u] = u > 0 ? load_raw<T, kVec>(r) : load_raw_upto<T, kVec>(r, a.numel - first);
                 }
             }
-            if (a.mask != nullptr) {
-                bits = mask_bits<T, kVec>(z, a.activation);
+            at.back(a.planes, a.plane_step);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t vec = f - u * stride, left = a.numel - vec * kVec;
+            const bool valid = step >= u && left > 0;
+            unsigned bits = 0;
+            if (valid) {
+                acc_t scale[1], shift[1], next_scale[1], next_shift[1];
+                load_affine<acc_t, 1>(a.affine, c[u], scale, shift);
+                if (kVec > 1 && here[u] < kVec) {
+                    const int next = c[u] + 1 < a.planes.channels ? c[u] + 1 : 0;
+                    load_affine<acc_t, 1>(a.affine, next, next_scale, next_shift);
+                }
+                bits = apply_vector<T, kVec>(
+                    a, a.residual != nullptr, value[u], add[u],
+                    [&](int k) { return k < here[u] ? scale[0] : next_scale[0]; },
+                    [&](int k) { return k < here[u] ? shift[0] : next_shift[0]; });
+                store_raw_upto<T, kVec>(static_cast<T*>(a.out) + vec * kVec, value[u], left);
+                if (left < kVec) {
+                    bits &= (1u << left) - 1;
+                }
             }
-            activate(z, a.activation, slope);
-            store_upto<T, kVec>(static_cast<T*>(a.out) + f * kVec, round_pack<T, kVec>(z), left);
-            if (left < kVec) {
-                bits &= (1u << left) - 1;
+            if (a.mask != nullptr && step >= u) {
+                store_mask<kVec>(a.mask, vec, bits, valid);
             }
         }
-        if (a.mask != nullptr) {
-            store_mask<kVec>(a.mask, f, bits, valid);
+    }
+}
+
+/// The same in NCHW order. kWhole: by_channel().
+template <typename T, int kVec, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 4) bn_act_fwd_kernel_nchw(const BnActApplyArgs a) {
+    if constexpr (kWhole) {
+        if (a.residual != nullptr) {
+            apply_channel<T, kVec, true>(a);
+        } else {
+            apply_channel<T, kVec, false>(a);
         }
+    } else {
+        apply_in_order<T, kVec>(a);
     }
 }
 

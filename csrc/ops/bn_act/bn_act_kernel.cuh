@@ -1,16 +1,17 @@
 // What the forward and backward kernels of bn_act share: how operands are walked and normalised.
 #pragma once
 
-#include "common/cuda/activation.cuh"
 #include "common/cuda/launch.cuh"
+#include "common/cuda/raw.cuh"
 #include "common/cuda/reduce.cuh"
 #include "common/geometry.h"
 
 namespace dl4ds {
 
 /// Both walks over the operands; `use_rows` says which one applies and `vectors` whether 16-byte accesses do.
+/// `dense`: the planes of all operands lie one behind the other.
 struct Walk {
-    bool use_rows = true, vectors = false;
+    bool use_rows = true, vectors = false, dense = false;
     Rows rows;
     RowStrides row_strides[kMaxOperands];
     Planes planes;
@@ -42,14 +43,41 @@ __device__ __forceinline__ int64_t row_offset(const Rows& rows, const RowStrides
            (r - line * rows.inner.divisor) * s.inner;
 }
 
-__device__ __forceinline__ int64_t plane_offset(const Planes& planes, const PlaneStrides& s, int64_t n, int c,
-                                                int pos) {
-    const int64_t start = n * s.n + c * s.c;
+/// The same of rows that are known not to be sliced, or not known to.
+template <bool kDense>
+__device__ __forceinline__ int64_t row_place(const Rows& rows, const RowStrides& s, int64_t row) {
+    if constexpr (kDense) {
+        return row * s.inner;
+    } else {
+        return row_offset(rows, s, row);
+    }
+}
+
+/// Of a place in a plane, from the plane's first value on.
+__device__ __forceinline__ int64_t plane_place(const Planes& planes, const PlaneStrides& s, int pos) {
     if (!planes.pitched) {
-        return start + pos;
+        return pos;
     }
     const uint32_t p = static_cast<uint32_t>(pos), line = divide(p, planes.width);
-    return start + line * s.line + (p - line * planes.width.divisor);
+    return line * s.line + (p - line * planes.width.divisor);
+}
+
+template <bool kDense>
+__device__ __forceinline__ int64_t plane_place(const Planes& planes, const PlaneStrides& s, int pos) {
+    return kDense ? pos : plane_place(planes, s, pos);
+}
+
+__device__ __forceinline__ int64_t plane_offset(const Planes& planes, const PlaneStrides& s, int64_t n, int c,
+                                                int pos) {
+    return n * s.n + c * s.c + plane_place(planes, s, pos);
+}
+
+/// Bit k is set where place pos + k of a window lies in its plane.
+template <int kVec>
+__device__ __forceinline__ unsigned window_bits(int pos, int length) {
+    unsigned bits = (1u << kVec) - 1;
+    bits = pos < 0 ? bits & (bits << -pos) : bits;
+    return length - pos >= kVec ? bits : length > pos ? bits & ((1u << (length - pos)) - 1) : 0;
 }
 
 /// A distance in NCHW order, split so that a walk needs no division.
@@ -142,14 +170,56 @@ __device__ __forceinline__ void load_affine(const Affine& a, int64_t c, acc_t (&
     }
 }
 
+/// The planes of one channel as vectors ("windows"), dealt out to the threads of `parts` blocks in turn. In a
+/// dense tensor planes need not begin at a vector: a window may then hold values of a neighbouring plane.
+struct ChannelWindows {
+    bool whole = false;  // every window lies in one plane
+    int parts = 1;
+    int windows = 1;                 // of a plane
+    int64_t full = 0;                // steps that every thread makes
+    int rest = 0;                    // threads, counted over all parts, that make one more
+    int64_t step_n = 0, last_n = 0;  // planes of a step, and from a thread's first step to the last
+    int step_window = 0, last_window = 0;
+
+    __host__ __device__ int64_t steps() const { return full + (rest > 0); }
+};
+
+/// A window of a channel: the planes' index and the place in the plane.
+struct WindowCursor {
+    int64_t n;
+    int window;
+
+    /// The first window of a thread, `index` counted over all parts.
+    __device__ __forceinline__ WindowCursor(const ChannelWindows& w, int index) {
+        n = index / w.windows;
+        window = index - static_cast<int>(n) * w.windows;
+    }
+    __device__ __forceinline__ void forward(const ChannelWindows& w, int64_t planes, int places) {
+        n += planes;
+        window += places;
+        if (window >= w.windows) {
+            window -= w.windows;
+            ++n;
+        }
+    }
+    __device__ __forceinline__ void back(const ChannelWindows& w) {
+        n -= w.step_n;
+        window -= w.step_window;
+        if (window < 0) {
+            window += w.windows;
+            --n;
+        }
+    }
+};
+
 /// How a reduction over all but channels is cut into blocks: from the shape alone.
 struct ReducePlan {
     int width = 0, height = 0;  // rows: threads of a block that share a row, and rows of threads
+    int tile_channels = 0;      // rows: width vectors
     int64_t tiles = 0;          // rows: channel tiles; planes: channels
     int64_t parts = 0;          // partial results per channel
-    int64_t windows = 0;        // planes: vectors that may overlap one plane
-    // What the blocks of a tile or channel cover together: rows, or planes of a channel and windows.
-    int64_t row_step = 0, step_n = 0, step_window = 0;
+    int64_t row_step = 0;       // rows that the blocks of a tile cover together
+    ChannelWindows planes;
 };
 
 constexpr int kFinalizeChannels = 8, kFinalizeGroups = 64;
@@ -207,12 +277,12 @@ inline bool plan_walk(DType dtype, bool channels_last, const Dims& size, int ope
     if (!planes || (rows_first && !either)) {
         return false;
     }
-    bool dense = !walk.planes.pitched;
+    walk.dense = !walk.planes.pitched;
     for (int k = 0; k < operands; ++k) {
         const PlaneStrides& s = walk.plane_strides[k];
-        dense = dense && s.c == size.plane() && s.n == size.c * size.plane();
+        walk.dense = walk.dense && s.c == size.plane() && s.n == size.c * size.plane();
     }
-    if (dense) {
+    if (walk.dense) {
         walk.vectors = walk.vectors && size.plane() >= vec;
         return true;
     }
@@ -224,9 +294,58 @@ inline bool plan_walk(DType dtype, bool channels_last, const Dims& size, int ope
     return true;
 }
 
+inline int64_t windows_of(const Planes& planes, int vec) {
+    // A dense plane of any length is read in aligned vectors, which may hang over at both ends.
+    return ceil_div(planes.length + (planes.length % vec ? vec - 1 : 0), vec);
+}
+
+inline ChannelWindows deal_windows(const Planes& planes, int vec, int64_t parts) {
+    ChannelWindows w;
+    w.whole = planes.length % vec == 0;
+    w.parts = static_cast<int>(parts);
+    w.windows = static_cast<int>(windows_of(planes, vec));
+    const int64_t stride = parts * kThreads, total = planes.batch * w.windows;
+    w.full = total / stride;
+    w.rest = static_cast<int>(total % stride);
+    w.step_n = stride / w.windows;
+    w.step_window = static_cast<int>(stride % w.windows);
+    const int64_t last = (w.steps() - 1) * stride;
+    w.last_n = last / w.windows;
+    w.last_window = static_cast<int>(last % w.windows);
+    return w;
+}
+
+/// Whether an elementwise pass takes channel by channel, so that a thread keeps its scale and shift: whole
+/// windows, enough of them for a block, and none of the mask's bytes shared by two planes. Single accesses
+/// and the rest go through the tensor in order.
+inline bool by_channel(const Walk& walk, int vec, bool has_mask) {
+    const int64_t length = walk.planes.length;
+    return vec > 1 && length % vec == 0 && (!has_mask || length % 8 == 0) &&
+           (!walk.dense || walk.planes.batch * (length / vec) >= kThreads / 4);
+}
+
+/// Blocks of such a pass for each channel.
+inline int64_t channel_parts(const Planes& planes, int vec) {
+    const int64_t most = ceil_div(planes.batch * windows_of(planes, vec), kThreads);
+    const int64_t wanted = kMaxBlocks / planes.channels;
+    return wanted < 1 ? 1 : wanted < most ? wanted : most;
+}
+
+/// Calls fn with std::bool_constant<whole>; of single accesses there is one kernel only, kSingle's.
+template <int kVec, bool kSingle, typename Fn>
+int dispatch_whole(bool whole, Fn&& fn) {
+    if constexpr (kVec == 1) {
+        return fn(std::bool_constant<kSingle>{});
+    } else {
+        return whole ? fn(std::true_type{}) : fn(std::false_type{});
+    }
+}
+
 inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
-    // At least five steps a thread: a first value to subtract and one round of the statistics' unrolled loop.
-    constexpr int64_t kBlocks = 1024, kMinSteps = 5, kMaxSteps = 256;
+    // Whole waves of four blocks on each of an H100's 132 multiprocessors, so that none is short of loads in
+    // flight (an A100's last is two thirds full). At least five steps a thread: a first value to subtract and
+    // one round of the statistics' unrolled loop.
+    constexpr int64_t kWave = 4 * 132, kBlocks = 3 * kWave, kMinSteps = 5, kMaxSteps = 256;
     ReducePlan plan;
     int64_t steps;  // of all threads together that work on one channel tile
     if (walk.use_rows) {
@@ -234,21 +353,22 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
         plan.tiles = ceil_div(vecs, widest);
         plan.width = static_cast<int>(ceil_div(vecs, plan.tiles));
         plan.height = kThreads / plan.width;
+        plan.tile_channels = plan.width * vec;
         steps = ceil_div(walk.rows.count, plan.height);
     } else {
         plan.tiles = channels;
-        // A dense plane of any length is read in aligned vectors, which may hang over at both ends.
-        plan.windows = ceil_div(walk.planes.length + (walk.planes.length % vec ? vec - 1 : 0), vec);
-        steps = ceil_div(walk.planes.batch * plan.windows, kThreads);
+        steps = ceil_div(walk.planes.batch * windows_of(walk.planes, vec), kThreads);
     }
     const int64_t wanted = kBlocks / plan.tiles;
     plan.parts = wanted < steps / kMinSteps ? wanted : steps / kMinSteps;
+    if (walk.use_rows && plan.parts * plan.tiles > kWave) {
+        plan.parts = plan.parts * plan.tiles / kWave * kWave / plan.tiles;
+    }
     plan.parts = plan.parts > ceil_div(steps, kMaxSteps) ? plan.parts : ceil_div(steps, kMaxSteps);
     plan.parts = plan.parts > 1 ? plan.parts : 1;
     plan.row_step = plan.parts * plan.height;
-    if (plan.windows > 0) {
-        plan.step_n = plan.parts * kThreads / plan.windows;
-        plan.step_window = plan.parts * kThreads % plan.windows;
+    if (!walk.use_rows && walk.planes.length > 0) {
+        plan.planes = deal_windows(walk.planes, vec, plan.parts);
     }
     return plan;
 }
