@@ -65,7 +65,7 @@ constexpr int64_t kChunk = 16;
 /// as libraries make them: one chain over the 25,088 values of a 7x7 convolution with 512 channels erred
 /// three times as much as oneDNN's. 512 costs the micro-kernel under 1 % and leaves most sums of a network in
 /// a handful of pieces.
-constexpr int64_t kLongestChain = 512;
+constexpr int64_t kLongestChain = 256;
 
 constexpr int64_t chunks_of(int64_t k) { return (k + kChunk - 1) / kChunk; }
 
