@@ -4,8 +4,8 @@
                                         [--json FILE] [--docs docs/cpu-engine.md]
 
 Models, batches and steps are those of ``bench/models/train.py``. Every process imports the same modules, notes its resident
-size, builds one candidate, does one step and then three more; reported is the highest resident size from the imports on, as the
-kernel counts it, less that of the imports: parameters, gradients, momentum, activations, scratch, and what an allocator holds
+size, builds one candidate, does one step and then three more; reported is the highest resident size of the steps, as the kernel
+counts it, less that of the imports: parameters, gradients, momentum, activations, scratch, and what an allocator holds
 back. Candidates alternate, the median of the repeats counts. Ours ``efficient`` is the same model with
 ``memory_efficient=True``.
 """
@@ -13,6 +13,8 @@ back. Candidates alternate, the median of the repeats counts. Ours ``efficient``
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -43,8 +45,10 @@ def status_mib(field: str) -> float:
 def child(name: str, candidate: str) -> dict[str, float]:
     """In a process of its own: peaks of the whole run and of the steps behind the first."""
     imports = status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     step = train.stepper(name, candidate)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building has left: ours is built beside the model whose weights it takes
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     step()
     first = status_mib("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")

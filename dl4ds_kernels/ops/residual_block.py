@@ -304,7 +304,7 @@ def _gradients(
             z = source if i == 0 and source is not None else before(i)
         need_z = i > 0 or need_source
         dz = g.convolve_back(dy, z, conv, need_z)
-        z = None
+        z = dy = None
         norm = conv.norm if block.preact else block.convs[i - 1].norm if i > 0 else None
         if i == 0 and projection is not None and need_source:
             dz.add_(shortcut_dx)
@@ -313,6 +313,7 @@ def _gradients(
             dy = dz
         elif i > 0 or need_source:
             dy, _ = g.normalise(dz, outputs.pop() if i > 0 else x, norm, act, None, None, i > 0 or need_x, False)
+        dz = None
     if need_x:
         g.grads[0] = dy if shortcut_dx is None else dy.add_(shortcut_dx)
     return [g.grads[place] for place, need in enumerate(needs) if need]

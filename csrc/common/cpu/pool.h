@@ -24,8 +24,10 @@ struct PoolBlock {
     uint64_t released;  // order of release, while idle
 };
 
-/// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined.
-PoolBlock* pool_acquire(size_t bytes);
+/// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined. `lasting`: for
+/// what a training step keeps for backward, gradients of weights and packs: never a much larger block, which
+/// would be missing for as long.
+PoolBlock* pool_acquire(size_t bytes, bool lasting = false);
 
 /// Gives a block back. Never throws.
 void pool_release(PoolBlock* block) noexcept;

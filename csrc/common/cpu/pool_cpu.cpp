@@ -73,9 +73,9 @@ class Pool {
         return *pool;
     }
 
-    PoolBlock* acquire(size_t asked) {
+    PoolBlock* acquire(size_t asked, bool lasting) {
         const size_t bytes = class_size(asked);
-        PoolBlock* block = take_idle(bytes);
+        PoolBlock* block = take_idle(bytes, lasting);
         if (block == nullptr) {
             block = map_block(bytes);
         }
@@ -144,14 +144,14 @@ class Pool {
     /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block
     /// its place under the peak, a much larger one will do: its pages are there already, and a model whose
     /// layers differ in size would otherwise unmap and map again in every pass. Null: map a new block.
-    PoolBlock* take_idle(size_t bytes) {
+    PoolBlock* take_idle(size_t bytes, bool lasting) {
         PoolBlock* evicted = nullptr;
         PoolBlock* block = nullptr;
         {
             const std::lock_guard lock(mutex_);
             auto found = by_size_.lower_bound({bytes, 0});
             const bool full = used_ + idle_ + static_cast<int64_t>(bytes) > peak_;
-            const size_t most = full ? kMostBorrowed * bytes : bytes + bytes / 4;
+            const size_t most = full && !lasting ? kMostBorrowed * bytes : bytes + bytes / 4;
             if (found != by_size_.end() && found->second->bytes <= most) {
                 // Of one size the youngest block is the warmest in cache.
                 found = std::prev(by_size_.upper_bound({found->second->bytes, UINT64_MAX}));
@@ -220,7 +220,7 @@ class Pool {
 
 }  // namespace
 
-PoolBlock* pool_acquire(size_t bytes) { return Pool::get().acquire(bytes); }
+PoolBlock* pool_acquire(size_t bytes, bool lasting) { return Pool::get().acquire(bytes, lasting); }
 void pool_release(PoolBlock* block) noexcept { Pool::get().release(block); }
 PoolStats pool_stats() { return Pool::get().stats(); }
 int64_t pool_trim() { return Pool::get().trim(); }
