@@ -34,6 +34,7 @@ LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed
 DIRECT = 1
 TRANSPOSED = 5  # conv_transpose_bn_act_packed
 _TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
+_TURNED = 18  # the weight of a transposed convolution with stride 1 as that of a convolution
 ALGORITHMS = {
     LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
     TRANSPOSED: "transposed 2x2", 7: "Strassen", _TRANSPOSED_PACK: "direct, transposed",
@@ -241,6 +242,33 @@ def transposed_taps(module: torch.nn.Module, weight: Tensor) -> tuple[Tensor, Te
             packed = op("conv_bn_act_pack")(taps, 1, DIRECT)
         holder.packs[_TRANSPOSED], holder.packs[_TRANSPOSED_PACK] = taps, packed
     return holder.packs[_TRANSPOSED], packed
+
+
+def turned_weight(
+    module: torch.nn.Module, weight: Tensor, x: Tensor, padding: tuple[int, int], exact: bool
+) -> tuple[int, Tensor, Tensor] | None:
+    """``weight`` (C_in, C_out, kH, kW) of a transposed convolution with stride 1 as a convolution with ``padding`` reads it.
+
+    (algorithm, the weight (C_out, C_in, kH, kW) with turned filters, its pack); None where the library is the better choice.
+    """
+    exact = exact or _EXACT in module.__dict__
+    holder = _holder(module, weight)
+    key = (x.shape, padding, exact, torch.get_num_threads())
+    algorithm = holder.choices.get(key)
+    if algorithm is None:
+        if len(holder.choices) >= 256:  # inputs of ever new sizes
+            holder.choices.clear()
+        algorithm = holder.choices[key] = choose(x, weight.transpose(0, 1), (1, 1), padding, (1, 1), 1, exact)
+    if algorithm == LIBRARY:
+        return None
+    with torch.no_grad():
+        turned = holder.packs.get(_TURNED)
+        if turned is None:
+            turned = holder.packs[_TURNED] = weight.detach().transpose(0, 1).flip(2, 3).contiguous()
+        packed = holder.packs.get(algorithm)
+        if packed is None:
+            packed = holder.packs[algorithm] = op("conv_bn_act_pack")(turned, 1, algorithm)
+    return algorithm, turned, packed
 
 
 def algorithms(module: torch.nn.Module) -> tuple[str, ...]:

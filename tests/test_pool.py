@@ -62,13 +62,26 @@ def test_live_outputs_are_never_shared(host: Any) -> None:
     assert view.data_ptr() - X[0].numel() * 4 not in {out.data_ptr() for out in later}
 
 
-def test_idle_memory_stays_under_the_peak_of_use(host: Any) -> None:
+def test_idle_memory_stays_near_the_peak_of_use(host: Any) -> None:
     sizes = [X[:n] for n in (4, 3, 2, 1)]
     for _ in range(5):
         for x in sizes:
             add_act(x, x, backend="cpu")
             stats = host.pool_stats()
-            assert stats["used_bytes"] + stats["idle_bytes"] <= stats["peak_used_bytes"] <= 2 * NBYTES
+            assert stats["used_bytes"] + stats["idle_bytes"] <= stats["peak_used_bytes"] * 19 / 16
+            assert stats["peak_used_bytes"] <= 2 * NBYTES
+
+
+def test_what_is_kept_borrows_no_much_larger_block(host: Any) -> None:
+    """Under the bound a short-lived output may take any idle block, a weight's pack only one of up to twice its size."""
+    x, weight = torch.randn(16, 64, 64, 64), torch.randn(1024, 1024, 1, 1)
+    add_act(x, x, backend="cpu")  # leaves 16 MiB idle
+    assert host.pool_stats()["idle_bytes"] >= 4 * x.numel()
+    short = add_act(x[:4], x[:4], backend="cpu")  # no room for 4 MiB more
+    assert host.pool_stats()["used_bytes"] >= 4 * x.numel()
+    del short
+    packed = torch.ops.dl4ds_kernels.conv_bn_act_pack(weight, 1, 1)
+    assert 4 * packed.numel() <= host.pool_stats()["used_bytes"] <= 8 * packed.numel()
 
 
 def test_limit_and_trim(host: Any) -> None:

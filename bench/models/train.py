@@ -1,18 +1,16 @@
 """A training step on the CPU: ours against eager NCHW, eager channels_last and torch.compile, interleaved; losses first.
 
-    python bench/models/train.py [--only resnet18,…] [--rounds 7] [--threads 2] [--compile] [--memory] [--json FILE]
+    python bench/models/train.py [--only resnet18,…] [--rounds 7] [--threads 2] [--compile] [--json FILE]
 
 Parity: the losses of ``--steps`` SGD steps from the same weights on the same batches. The largest difference to eager may be at
 most three times the largest difference between eager with one thread and with two. A model that fails gets no time. Peak memory
-(--memory) is the resident size of a process that does three steps of one candidate.
+is measured by train_memory.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +73,9 @@ def build(name: str, candidate: str) -> nn.Module:
     model = stock(name).train()
     if candidate != "eager":
         model = model.to(memory_format=torch.channels_last)
-    if candidate == "ours" and name != "unet":
-        ours = models.create(name)  # the package's own model: whole blocks as one op where they are
+    if candidate in ("ours", "efficient") and name != "unet":
+        # The package's own model: whole blocks as one op where they are.
+        ours = models.create(name, **({"memory_efficient": True} if candidate == "efficient" else {}))
         ours.load_state_dict(model.state_dict())
         return ours.to(memory_format=torch.channels_last).train()
     if candidate == "ours":
@@ -131,11 +130,6 @@ def parity(name: str, steps: int, threads: int) -> dict[str, Any]:
     return {"steps": steps, "ours": ours, "channels_last": last, "eager_threads": own, "limit": limit, "ok": ours <= limit}
 
 
-def peak_mib(name: str, candidate: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--child", f"{name},{candidate}", "--threads", str(threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "batch": ROWS[name][0], "size": ROWS[name][1]}
     found["parity"] = parity(name, options.steps, options.threads) if options.steps else None
@@ -149,8 +143,6 @@ def row(name: str, options: argparse.Namespace) -> dict[str, Any]:
         best = min(t.median for c, t in timings.items() if c != "ours")
         found["best_peer"] = min((t.median, c) for c, t in timings.items() if c != "ours")[1]
         found["speedup"] = best / timings["ours"].median
-    if options.memory:
-        found["peak_mib"] = {c: peak_mib(name, c, options.threads) for c in candidates if c != "compile"}
     return found
 
 
@@ -164,7 +156,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             [
                 f"{r['model']} b{r['batch']} {r['size']}", *times, f"{r['speedup']:.2f}x" if "speedup" in r else "wrong",
                 f"{p['ours']:.1e} / {p['channels_last']:.1e} / {p['eager_threads']:.1e}" if p else "–",
-                " / ".join(f"{v:.0f}" for v in r.get("peak_mib", {}).values()) or "–",
             ]
         )  # fmt: skip
     return markdown(
@@ -173,7 +164,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{c} ms" for c in CANDIDATES),
             "best peer / ours",
             "loss: ours / channels_last / eager 1-2 threads",
-            "peak MiB",
         ],
         lines,
     )
@@ -189,17 +179,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing a model, from five rounds on")
     parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes of compiling)")
-    parser.add_argument("--memory", action="store_true", help="also peak resident memory, a process each")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.child:
-        step = stepper(*options.child.split(","))
-        for _ in range(3):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return 0
     rows = [row(name, options) for name in options.only.split(",")]
     print(table(rows))
     if options.json:

@@ -94,7 +94,7 @@ def optimize(
     for module, plan, skip in planned:
         FusedForward(module, options, skip, plan).install()
     for module in model.modules() if exact else ():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             _packing.keep_exact(module)
     model.dl4ds_report = report
     if expected is not None:

@@ -13,7 +13,7 @@ from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules._run import ActSpec, has_hooks, run_add_act, run_bn_act, run_conv_act, run_conv_bn_act
-from ..modules._transposed import is_two_by_two, run_conv_transpose_bn_act
+from ..modules._transposed import is_convolution, is_two_by_two, run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
 from .effects import Effects
@@ -115,8 +115,8 @@ def make_plan(
 
 
 def _is_idle(element: Element) -> bool:
-    """A lone operation that no kernel serves: a transposed convolution other than 2x2 with stride 2."""
-    return element.kind == CONV_T and not is_two_by_two(element.module)
+    """A lone operation that no kernel serves: a transposed convolution other than 2x2 with stride 2 and those with stride 1."""
+    return element.kind == CONV_T and not (is_two_by_two(element.module) or is_convolution(element.module))
 
 
 def _chain(key: str, candidate: Candidate, pieces: list[list[Element]]) -> Chain:

@@ -20,7 +20,7 @@ from .._activation import ACTIVATION_CODES
 from .._define import CPP, op
 from ..functional._common import call
 from ..functional.conv_bn_act import out_shape
-from ._block import run_norm_act_conv
+from ._block import run_norm_act_conv, run_residual_block
 from ._packed import applies
 from ._run import (
     NO_ACT,
@@ -97,6 +97,10 @@ def run_chain(
         out = _run_program(inputs, steps, join, exact)
         if out is not None:
             return out
+    elif len(inputs) == 1 and not join and isinstance(x, Tensor) and x.is_cpu:
+        out = _run_block(x, steps, backend)
+        if out is not None:
+            return out
     registers = list(inputs)
     last = len(steps) if join or len(steps) < 2 else len(steps) - 2
     for i, step in enumerate(steps):
@@ -106,6 +110,23 @@ def run_chain(
                 return out
         registers.append(_run_step(registers, step, memory_format, exact, backend))
     return torch.cat([registers[i] for i in join], 1) if join else registers[-1]
+
+
+def _run_block(x: Tensor, steps: tuple[Step, ...], backend: str | None) -> Tensor | None:
+    """A training call of convolutions with BatchNorm and one activation in a row, as one autograd op; None where it is not that.
+
+    It keeps the convolutions' outputs; the activations between them are computed again in backward, as in a residual block.
+    """
+    first = steps[0].act
+    if torch.compiler.is_compiling() or len(steps) < 2 or not torch.is_grad_enabled():
+        return None
+    for i, step in enumerate(steps):
+        alone = step.residual < 0 and step.before is None and step.pool is None and step.sources == (i,)
+        if not (alone and step.bn is not None and step.bn.training and step.act.name == first.name):
+            return None
+        if not _act_fusable(step.act) or _slope(step.act) != _slope(first):
+            return None
+    return run_residual_block(x, [(step.conv, step.bn) for step in steps], first, None, add=False, backend=backend)
 
 
 def _run_step(registers: list[Tensor], step: Step, memory_format: str, exact: bool, backend: str | None) -> Tensor:

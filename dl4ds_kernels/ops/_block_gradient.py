@@ -276,13 +276,14 @@ def gradients(
             z = None
             continue
         dz = g.convolve_back(dy, z, conv, need_z)
-        z = None
+        z = dy = None
         if i == 0 and projection is not None and need_source:
             dz.add_(added.gradient)
         if norm is None:
             dy = dz
         elif i > 0 or need_source:
             dy, _ = g.normalise(dz, outputs.pop() if i > 0 else x, norm, act, None, None, i > 0 or need_x, False)
+        dz = None
     if need_x:
         g.grads[0] = dy.add_(added.gradient) if block.shortcut == IDENTITY and not first else dy
     return [*(g.grads[place] for place, need in enumerate(needs) if need), *(sums or ())]

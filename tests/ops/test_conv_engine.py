@@ -119,6 +119,28 @@ def test_direct(conv: Conv, act: int) -> None:
     check(conv, DIRECT, act, residual=act % 2 == 0, bias=act < 3)
 
 
+# Sums of 25,088 products, as in the middle of DeconvNet, and of 4,608, 2,500 and 700: pieces of several lengths.
+LONG = [
+    Conv(2, 512, 40, 7, 7, 7, 1, 0), Conv(1, 512, 33, 7, 9, 3), Conv(1, 100, 70, 5, 9, 5, 1, 0), Conv(2, 700, 8, 5, 3, 1, 1, 0),
+]  # fmt: skip
+
+
+def long_sums_hold(conv: Conv) -> None:
+    """A sum of many positive numbers, behind a ReLU, errs no more than stock torch's, which is made in pieces too."""
+    t = make(conv, bn=False, bias=False)
+    t["x"], t["weight"] = t["x"].abs(), t["weight"].abs()  # one long chain would drift
+    truth = stock(conv, t, 0, torch.float64)
+    error, own = (out.double() - truth for out in (ours(conv, t, 0, DIRECT), stock(conv, t, 0, torch.float32)))
+    assert float(error.abs().max()) <= 2 * float(own.abs().max())
+    assert float(error.square().mean()) <= 4 * float(own.square().mean())
+    assert float((error / truth).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("conv", LONG, ids=str)
+def test_long_sums(conv: Conv) -> None:
+    long_sums_hold(conv)
+
+
 @pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
 def test_without_batch_norm(algorithm: int) -> None:
     check(WINOGRAD[2], algorithm, 1, bn=False)
@@ -161,7 +183,9 @@ def test_any_layout(algorithm: int) -> None:
 
 
 @pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
-@pytest.mark.parametrize("conv", [Conv(1, 32, 96, 7, 7), Conv(1, 16, 40, 60, 61), Conv(5, 64, 64, 9, 9)], ids=str)
+@pytest.mark.parametrize(
+    "conv", [Conv(1, 32, 96, 7, 7), Conv(1, 16, 40, 60, 61), Conv(5, 64, 64, 9, 9), Conv(2, 600, 40, 5, 5)], ids=str
+)
 def test_same_bits_for_any_number_of_threads(conv: Conv, algorithm: int) -> None:
     t = make(conv, residual=True)
     results = []
@@ -235,13 +259,15 @@ def test_choice() -> None:
 
 RUN = """
 import json, torch
-from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, check, choices
+from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, LONG, check, choices, long_sums_hold
 torch.manual_seed(0)
 for conv in WINOGRAD:
     for algorithm in (1, 2, 4):
         check(conv, algorithm, 1, residual=True)
 for conv in DIRECT_ONLY:
     check(conv, 1, 4)
+for conv in LONG:
+    long_sums_hold(conv)
 print(json.dumps(choices()))
 """
 

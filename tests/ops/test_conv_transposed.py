@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import dl4ds_kernels as dk
 from dl4ds_kernels import _extension, _packing
 from dl4ds_kernels.modules._packed import Epilogue
-from dl4ds_kernels.modules._transposed import run_conv_transpose_act, run_conv_transpose_bn_act
+from dl4ds_kernels.modules._transposed import is_convolution, one_pixel, run_conv_transpose_act, run_conv_transpose_bn_act
 
 pytestmark = pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="the engine is in the C++ part")
 
@@ -182,6 +184,88 @@ def test_optimize_takes_lone_ones() -> None:
     out.sum().backward()
     assert torch.equal(out, stock_model(x, skip)) and model.up.weight.grad is not None
     assert dk.restore(model) is model and "forward" not in vars(model) and not dk.algorithms(model)
+
+
+def layer(c: int, k: int, *geometry: int, bias: bool = True) -> tuple[nn.ConvTranspose2d, nn.BatchNorm2d]:
+    conv, bn = nn.ConvTranspose2d(c, k, *geometry, bias=bias).eval(), nn.BatchNorm2d(k).eval()
+    with torch.no_grad():
+        bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2), bn.weight.normal_()
+    return conv, bn
+
+
+def compared(x: Tensor, conv: nn.Module, bn: nn.Module | None, exact: bool) -> None:
+    """Ours against fp64: at most twice stock's error with ``exact``, within 2e-5 of the largest output without."""
+    stock = nn.Sequential(conv, nn.Identity() if bn is None else bn)
+    act = dk.modules._run.ActSpec("relu", 0.0, None)
+    truth, own = copy.deepcopy(stock).double()(x.double()).relu(), stock(x).relu()
+    out = run_conv_transpose_bn_act(x, conv, bn, act, exact=exact)
+    assert out.shape == truth.shape and _packing.algorithms(conv)
+    largest, scale = float((out - truth).abs().max()), float(truth.abs().max())
+    assert largest <= (max(2 * float((own - truth).abs().max()), 1e-6 * scale) if exact else 2e-5 * scale)
+
+
+@on_vectors
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (5, 1, 2), ((3, 1), 1, (1, 0)), (1, 1, 0), (3, 1, 2)], ids=str)
+def test_stride_one_is_a_convolution(geometry: tuple, exact: bool) -> None:
+    """Turned filters, exchanged channels; the pack follows the weight, and an infinite value spreads as in stock."""
+    for bias, with_bn in ((True, True), (False, False)):
+        conv, bn = layer(64, 48, *geometry, bias=bias)
+        assert is_convolution(conv)
+        x = torch.randn(2, 64, 20, 23)
+        with torch.no_grad():
+            compared(x, conv, bn if with_bn else None, exact)
+            conv.weight.mul_(-1.5)
+            compared(x, conv, bn if with_bn else None, exact)
+            x[0, 3, 5, 6] = float("inf")
+            expected, out = (
+                torch.relu(conv(x)),
+                run_conv_transpose_bn_act(x, conv, None, dk.modules._run.ActSpec("relu", 0.0, None)),
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@on_vectors
+def test_what_is_no_convolution_goes_to_the_library() -> None:
+    x = torch.randn(1, 64, 20, 20)
+    for conv in (
+        nn.ConvTranspose2d(64, 48, 3), nn.ConvTranspose2d(64, 48, 3, 2, 1), nn.ConvTranspose2d(64, 48, 3, padding=1, groups=2),
+        nn.ConvTranspose2d(64, 48, 3, padding=2, dilation=2), nn.ConvTranspose2d(64, 48, 3, 2, 1, output_padding=1),
+    ):  # fmt: skip
+        assert not is_convolution(conv)
+        with torch.no_grad():
+            assert torch.equal(run_conv_transpose_bn_act(x, conv.eval(), None), conv(x))
+            assert not _packing.algorithms(conv)
+    conv = nn.ConvTranspose2d(64, 48, 3, padding=1).eval()
+    assert torch.equal(run_conv_transpose_bn_act(x, conv, None), conv(x))  # with gradients
+    assert not is_convolution(nn.Conv2d(4, 4, 3, padding=1)) and not is_convolution(nn.Identity())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_pixel_is_a_matrix_product(bias: bool, dtype: torch.dtype) -> None:
+    """DeconvNet's first transposed convolution; 1,100 channels are summed up in one piece, 1,024 in four."""
+    for channels, rows in ((1024, 1), (1024, 3), (1100, 2)):
+        conv, bn = layer(channels, 40, 7, bias=bias)
+        conv, bn = conv.to(dtype), bn.to(dtype)
+        x = torch.rand(rows, channels, 1, 1, dtype=dtype)
+        assert one_pixel(x, conv) is None  # with gradients
+        with torch.no_grad():
+            truth, own = copy.deepcopy(conv).double()(x.double()), conv(x)
+            out = one_pixel(x, conv)
+            assert out.shape == own.shape and out.dtype == dtype
+            error = float((out.double() - truth).abs().max())
+            assert error <= max(2 * float((own.double() - truth).abs().max()), 1e-6 * float(truth.abs().max()))
+            fused = run_conv_transpose_bn_act(x, conv, bn)
+            torch.testing.assert_close(fused, bn(own), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for other in (
+            nn.ConvTranspose2d(1024, 40, 7, padding=1),
+            nn.ConvTranspose2d(1024, 40, 7, groups=2),
+            nn.ConvTranspose2d(8, 4, 7),
+        ):
+            assert one_pixel(torch.rand(1, other.in_channels, 1, 1), other.eval()) is None
+        assert one_pixel(torch.rand(1, 1024, 2, 1), nn.ConvTranspose2d(1024, 40, 7)) is None
 
 
 RUN = """

@@ -11,8 +11,10 @@
 
 namespace dl4ds {
 
-/// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not.
-inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype) {
+/// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not. `lasting`: see
+/// pool_acquire.
+inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
+                        bool lasting = false) {
     int64_t bytes = dtype_size(dtype);
     for (int64_t d = 0; d < dim; ++d) {
         bytes *= sizes[d];
@@ -25,7 +27,7 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
         shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, cpu, 0, &handle), "empty_strided");
         return Tensor(handle);
     }
-    PoolBlock* block = pool_acquire(static_cast<size_t>(bytes));
+    PoolBlock* block = pool_acquire(static_cast<size_t>(bytes), lasting);
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
     const auto error = torch_from_blob(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
                                        &handle, strided, nullptr, 0, release, block);
@@ -37,9 +39,9 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
 }
 
 /// An uninitialised vector of n elements; n = 0 gives the empty tensor that stands for "not computed".
-inline Tensor empty_vector_cpu(int64_t n, DType dtype) {
+inline Tensor empty_vector_cpu(int64_t n, DType dtype, bool lasting = false) {
     const int64_t stride = 1;
-    return empty_cpu(&n, &stride, 1, dtype);
+    return empty_cpu(&n, &stride, 1, dtype, lasting);
 }
 
 /// Uninitialised, 64-byte aligned working memory that lives as long as this object.

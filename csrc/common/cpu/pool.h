@@ -1,11 +1,11 @@
 // A caching pool for op outputs. Fresh pages from the operating system cost more than an elementwise kernel
 // does (every page faults and is zeroed), so blocks of freed outputs are kept and handed out again.
 //
-// Memory: the pool never holds more than what was in use at once at some time (in use + idle <= the peak of
-// in use), and idle blocks never exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory;
-// 0 turns the pool off). Oldest idle blocks go first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes
-// (NaN) at hand-out, so that a test sees an element that a kernel forgot to write. Thread-safe; survives fork
-// and interpreter exit (nothing is freed at exit; a block may be released from any thread).
+// Memory: the pool never holds more than 19/16 of what was in use at once at some time, and idle blocks never
+// exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory; 0 turns the pool off). Oldest
+// idle blocks go first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes (NaN) at hand-out, so that a
+// test sees an element that a kernel forgot to write. Thread-safe; survives fork and interpreter exit
+// (nothing is freed at exit; a block may be released from any thread).
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,10 @@ struct PoolBlock {
     uint64_t released;  // order of release, while idle
 };
 
-/// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined.
-PoolBlock* pool_acquire(size_t bytes);
+/// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined. `lasting`: for
+/// what a training step keeps for backward, gradients of weights and packs: never a block of more than
+/// twice the size, which would be missing for as long.
+PoolBlock* pool_acquire(size_t bytes, bool lasting = false);
 
 /// Gives a block back. Never throws.
 void pool_release(PoolBlock* block) noexcept;

@@ -87,7 +87,10 @@ int launch_bn_act_bwd(const BnActBwdParams& p, void* stream) {
     const BwdWorkspace workspace(p, walk, vectors);
     const bool empty = p.size.numel() == 0;
     const bool given = p.steps == BnActBwdSteps::kSums, table_only = p.steps == BnActBwdSteps::kElements;
-    if (p.steps != BnActBwdSteps::kAll && (p.table == nullptr || p.dtype == DType::kFloat64)) {
+    // Two calls that share a table have to agree on its order: neither may lose its vectors by a pointer
+    // alone.
+    if (p.steps != BnActBwdSteps::kAll &&
+        (p.table == nullptr || p.dtype == DType::kFloat64 || walk.vectors != vectors)) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
     void* const table = p.steps == BnActBwdSteps::kAll ? p.workspace : p.table;

@@ -2,11 +2,10 @@
 namespace dl4ds {
 namespace DL4DS_ISA {
 
+/// acc = A * B over `steps` values of k from zero; a, b and the address to ask for move on behind them.
 template <int kRows>
-DL4DS_INLINE void accumulate(const GemmArgs& p, Vec<float> (&acc)[kRows][kPanelVecs]) {
-    const float* a = p.a;
-    const float* b = p.b;
-    const char* ahead = p.prefetch;
+DL4DS_INLINE void chain(const float*& a, const float*& b, const char*& ahead, int64_t steps,
+                        Vec<float> (&acc)[kRows][kPanelVecs]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -14,10 +13,10 @@ DL4DS_INLINE void accumulate(const GemmArgs& p, Vec<float> (&acc)[kRows][kPanelV
             acc[i][j] = Vec<float>{};
         }
     }
-    for (int64_t left = p.k; left > 0; left -= kChunk, a += (kRows - 1) * kChunk) {
-        const int64_t steps = left < kChunk ? left : kChunk;
+    for (int64_t left = steps; left > 0; left -= kChunk, a += (kRows - 1) * kChunk) {
+        const int64_t part = left < kChunk ? left : kChunk;
 #pragma GCC unroll 2
-        for (int64_t k = 0; k < steps; ++k, ++a, b += kPanel, ahead += 64) {
+        for (int64_t k = 0; k < part; ++k, ++a, b += kPanel, ahead += 64) {
             Vec<float> vb[kPanelVecs];
 #pragma GCC unroll 2
             for (int j = 0; j < kPanelVecs; ++j) {
@@ -33,6 +32,51 @@ DL4DS_INLINE void accumulate(const GemmArgs& p, Vec<float> (&acc)[kRows][kPanelV
                 }
             }
         }
+    }
+}
+
+template <int kRows>
+DL4DS_INLINE void put_sums(const Vec<float> (&acc)[kRows][kPanelVecs], float* sums) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kPanelVecs; ++j) {
+            store(sums + i * kPanel + j * kLanes<float>, acc[i][j]);
+        }
+    }
+}
+
+template <int kRows>
+DL4DS_INLINE void add_sums(const float* sums, Vec<float> (&acc)[kRows][kPanelVecs]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kPanelVecs; ++j) {
+            acc[i][j] += load(sums + i * kPanel + j * kLanes<float>);
+        }
+    }
+}
+
+/// acc = A * B over all of k, in chains of kLongestChain whose sums are added one after the other: the
+/// rounding error grows with the length of a chain and the number of chains, not with their product.
+template <int kRows>
+DL4DS_INLINE void accumulate(const GemmArgs& p, Vec<float> (&acc)[kRows][kPanelVecs]) {
+    static_assert(kLongestChain % kChunk == 0);
+    const float* a = p.a;
+    const float* b = p.b;
+    const char* ahead = p.prefetch;
+    // The accumulators fill the registers: the sum so far waits in the first cache.
+    alignas(DL4DS_VEC_BYTES) float sums[kRows * kPanel];
+    for (int64_t left = p.k;;) {
+        chain<kRows>(a, b, ahead, left < kLongestChain ? left : kLongestChain, acc);
+        if (left < p.k) {
+            add_sums<kRows>(sums, acc);
+        }
+        left -= kLongestChain;
+        if (left <= 0) {
+            return;
+        }
+        put_sums<kRows>(acc, sums);
     }
 }
 

@@ -104,7 +104,8 @@ Tensor conv2d_winograd(Tensor x, Tensor weight, std::optional<Tensor> bias, std:
     const Tensor source = readable(x);
     const TensorInfo xi = tensor_info(source), bi = tensor_info(bias);
     const ConvShape s = shape_of(xi, filters.info, padding);
-    Tensor out = empty_channels_last(s.n, s.channels_out, s.out_height(), s.out_width(), DType::kFloat32);
+    Tensor out = empty_channels_last(s.n, s.channels_out, s.out_height(), s.out_width(), DType::kFloat32,
+                                     /*lasting=*/true);
     const TensorInfo oi = tensor_info(out);
     check_channel_vector(kOp, "bias", bi, oi);
     if (oi.numel > 0 && !convolve(s, xi, filters, false, bi, oi.as<float>())) {
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor> conv2d_winograd_bwd(Tensor dout, Tensor x, Tensor wei
     }
     if (need_dweight) {
         const TensorInfo& wi = filters.info;
-        dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32);
+        dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32, /*lasting=*/true);
         const WgradArgs args{s,
                              xi.as<float>(),
                              xi.strides[0],
