@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-TARGET = "0x020b000000000000"  # torch 2.11: the oldest libtorch stable ABI with from_blob and a deleter
+TARGET = "0x020a000000000000"  # torch 2.10: the oldest libtorch stable ABI with what we call (2.11 gives the output pool)
 RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -fno-math-errno -Wall -W -Wno-psabi"
 NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
@@ -111,7 +111,7 @@ class NinjaBuild(build_ext):
         print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
         if subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:
             sys.exit("dl4ds_kernels: the build failed; the compiler's messages are above (CXX and MAX_JOBS are honoured)")
-        info = {"version": version, "torch": torch.__version__, "stable_abi_target": "2.11", "cuda_version": cuda_version,
+        info = {"version": version, "torch": torch.__version__, "stable_abi_target": "2.10", "cuda_version": cuda_version,
             "python": f"CPython {sys.version.split()[0]}", "cuda_archs": home and archs, "cuda_skipped": skipped,
             "cutlass": home and cutlass_version}  # fmt: skip
         self.built = build, home, info

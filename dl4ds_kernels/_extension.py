@@ -1,6 +1,6 @@
 """Finds and loads the two compiled parts; importing the package never fails because of them.
 
-``_C``    pybind11 module: host facts and the CPU kernels (stable ABI; runs on any torch >= 2.11).
+``_C``    pybind11 module: host facts and the CPU kernels (stable ABI; runs on any torch >= 2.10).
 ``_cuda`` shared library: CUDA kernels and their registrations; loaded only where torch is a CUDA build of the
           CUDA major that the library was built with.
 
@@ -24,7 +24,7 @@ import torch
 
 _PACKAGE = Path(__file__).parent
 _REBUILD = "rebuild it with `pip install --no-build-isolation -e .` (or `pip install .`) in this environment"
-MIN_TORCH = (2, 11)
+MIN_TORCH = (2, 10)
 
 
 @dataclass

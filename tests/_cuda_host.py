@@ -57,7 +57,7 @@ def _build() -> Path:
     objects, core_folder = cuda.objects(), build.simulator()
     stand_ins = Path(__file__).with_name("_cuda_stand_ins.cpp")
     sources = [source for op in OPS for source in sorted((cuda.CSRC / "ops" / op).glob("*_cuda.cpp"))]
-    flags = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     cuda_include = Path(toolchain.nvcc()).resolve().parents[1] / "include"
     flags += [f"-I{cuda.CSRC}", "-isystem", f"{TORCH}/include", "-isystem", str(cuda_include)]
     renames = [f"-D{name}={_stand_in(name)}" for name in RENAMED]

@@ -18,7 +18,7 @@ from dl4ds_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
 PARTS = [Path(part.path) for part in _extension.status().values() if part.path]
-SECOND_TORCH, OLDEST_TORCH = "2.13.0", "2.11.0"
+SECOND_TORCH, OLDEST_TORCH = "2.13.0", "2.10.0"
 
 
 def tool(name: str, *arguments: str | Path) -> str:

@@ -105,7 +105,7 @@ def test_torch_too_old(bare: Path) -> None:
         pytest.skip("the C++ part is not built: there is nothing that an old torch could not load")
     shutil.copy(built, bare / "dl4ds_kernels")
     output = succeeds("import torch; torch.__version__ = '2.9.1+cpu'\n" + CALLS, bare)
-    says(output, "needs torch >= 2.11", "2.9.1", "upgrade torch")
+    says(output, "needs torch >= 2.10", "2.9.1", "upgrade torch")
 
 
 def test_no_triton(bare: Path) -> None:

@@ -191,7 +191,7 @@ def sbom(files: list[Path], out: Path, when: int) -> Path:
     for file in files:
         hashes = [HashType(alg=HashAlgorithm.SHA_256, content=digest(file))]
         bom.components.add(Component(name=file.name, type=ComponentType.FILE, hashes=hashes, bom_ref=f"file:{file.name}"))
-    torch = component("torch", None, ComponentScope.REQUIRED, "runtime: torch>=2.11")
+    torch = component("torch", None, ComponentScope.REQUIRED, "runtime: torch>=2.10")
     bom.components.add(torch)
     for name in _BUILD_INPUTS:
         try:

@@ -113,7 +113,7 @@ def run_chain(
 
 
 def _run_block(x: Tensor, steps: tuple[Step, ...], backend: str | None) -> Tensor | None:
-    """A training call of convolutions with BatchNorm and one activation in a row, as one autograd op; None where it is not that.
+    """A training call of convolutions with BatchNorm and one activation in a row, as one autograd op; None where not.
 
     It keeps the convolutions' outputs; the activations between them are computed again in backward, as in a residual block.
     """

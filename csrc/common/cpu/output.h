@@ -8,11 +8,25 @@
 
 #include "common/cpu/pool.h"
 #include "common/layout.h"
+#include "common/shim.h"
 
 namespace dl4ds {
 
-/// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not. `lasting`: see
-/// pool_acquire.
+/// torch_from_blob of torch 2.11 and later, null before it: the build is for 2.10, whose headers do not
+/// declare it.
+using FromBlobFn = AOTITorchError(void* data, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                  int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                  AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+                                  int64_t metadata_size, void (*deleter)(void* data, void* context),
+                                  void* context);
+
+inline FromBlobFn* from_blob_fn() {
+    static auto* const function = find_shim<FromBlobFn>("torch_from_blob");
+    return function;
+}
+
+/// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not (or if this torch
+/// cannot give a block back to us: 2.10). `lasting`: see pool_acquire.
 inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
                         bool lasting = false) {
     int64_t bytes = dtype_size(dtype);
@@ -23,14 +37,14 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
     static const int32_t strided = aoti_torch_layout_strided();
     const int32_t code = DTypeCodes::get().to_torch(dtype);
     AtenTensorHandle handle = nullptr;
-    if (bytes < kPoolMinBytes || !pool_enabled()) {
+    if (bytes < kPoolMinBytes || !pool_enabled() || from_blob_fn() == nullptr) {
         shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, cpu, 0, &handle), "empty_strided");
         return Tensor(handle);
     }
     PoolBlock* block = pool_acquire(static_cast<size_t>(bytes), lasting);
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
-    const auto error = torch_from_blob(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
-                                       &handle, strided, nullptr, 0, release, block);
+    const auto error = from_blob_fn()(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
+                                      &handle, strided, nullptr, 0, release, block);
     if (error != 0) {
         pool_release(block);
         shim_check(error, "torch_from_blob");
