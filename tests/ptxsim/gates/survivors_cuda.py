@@ -91,8 +91,8 @@ ARGUMENTS = (
         equal=False, kernel="bn_act_fwd_kernel",
     ),
     Argument(
-        "loose_comparison", r"^bn_act_(stats|reduce)_kernel\.cuh: for \(; row \+ \(kUnroll", "no thread of a simulated call is just one "
-        "row behind the last here: its load would have been reported", equal=False,
+        "loose_comparison", r"^bn_act_(stats|reduce)_kernel\.cuh: for \(; row \+ \(kUnroll",
+        "no thread of a simulated call is just one row behind the last here: its load would have been reported", equal=False,
     ),
     Argument(
         "wrong_sign|stale_shared_memory", r"^bn_act_(bwd_)?kernel\.cuh: (sum\[0\] \+=|shared\[k\]\[group\]\[lane\])",
