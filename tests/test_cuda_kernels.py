@@ -46,6 +46,9 @@ CASES = [
     ),
     *(replace(BASE, shape=s, dtype=torch.bfloat16, layout="nhwc", residual="nhwc") for s in ((2, 264, 3, 3), (3, 40, 14, 14))),
     *(replace(BASE, shape=s, dtype=torch.float16, residual="nchw") for s in ((3, 12, 14, 14), (5, 40, 7, 7), (2, 3, 40, 41))),
+    # Planes of whole vectors: channel by channel.
+    *(replace(BASE, shape=(5, 3, 8, 24), activation=a, residual="nchw") for a in ACTIVATIONS),
+    *(replace(BASE, shape=(5, 3, 8, 24), activation=a, dtype=torch.bfloat16, training=a != "silu") for a in ACTIVATIONS),
     *(replace(VECTORS, training=t, affine=a, eps_mode="std") for t in (True, False) for a in ("", "weight", "bias")),
     *(replace(VECTORS, training=False, dtype=d, residual=r, wide_parameters=True) for d in DTYPES[2:] for r in ("", "nhwc")),
 ]
@@ -137,11 +140,13 @@ def test_bn_act(case: Case) -> None:
     problem.check(problem.backward(forward, masked=False))
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nchw_hwslice"])
+@pytest.mark.parametrize(
+    "shape, layout", [((5, 3, 29, 31), "nchw"), ((5, 3, 29, 31), "nchw_hwslice"), ((9, 3, 16, 24), "nchw")]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_bn_act_in_several_steps(training: bool, layout: str) -> None:
+def test_bn_act_in_several_steps(training: bool, shape: tuple[int, ...], layout: str) -> None:
     """Threads that walk back over planes and samples: a grid far smaller than the tensor, 3 channels, steps that carry."""
-    problem = Problem(replace(BASE, shape=(5, 3, 29, 31), training=training, layout=layout, residual=layout))
+    problem = Problem(replace(BASE, shape=shape, training=training, layout=layout, residual=layout))
     with cuda.small_grids():
         forward = problem.forward()
         problem.check(forward)

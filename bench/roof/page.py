@@ -26,9 +26,9 @@ times from the model below. Sites: ResNet-50 at 256 images, every launch as ofte
 # Read in the figures by a person; shown while a kernel is over its limits.
 SEEN = """Why:
 
-- The statistics read each value once and write next to nothing: their floor at ResNet-50's 33 plain sites is 0.62 ms on an H100
-  in 16-bit types, and 33 launches and ramps of 2.2 µs are 12 % of that (7 % on an A100). Batch statistics from the convolution's
-  own epilogue (`conv_bn_act_train`) have no such launch.
+- The statistics read each value once and write next to nothing: their floor at ResNet-50's 33 plain sites is 0.62 ms on an
+  H100 in 16-bit types, and 33 launches and ramps of 2.2 µs are 12 % of that (7 % on an A100). Batch statistics from the
+  convolution's own epilogue (`conv_bn_act_train`) have no such launch.
 - At 7x7 there are fewer blocks than fill the last wave, as a thread takes at least five rows.
 """
 MODEL = """## The model
@@ -50,8 +50,8 @@ within 5 %, the larger of machine and PTX instructions is taken. sm_90 code is a
 a GPU would do with a build for 8.0+PTX. Convolution: PTX instructions; the tile that this model likes best, which need not be
 the one that the package takes ([CUDA convolution](gpu-conv.md)).
 
-NCHW is counted on planes that are whole vectors. At 7x7, and at 14x14 in 16-bit types, vectors cross planes: their loops have half
-to two thirds as many loads under way and more instructions, which the tables do not show.
+NCHW is counted on planes that are whole vectors. At 7x7, and at 14x14 in 16-bit types, vectors cross planes: their loops have
+half to two thirds as many loads under way and more instructions, which the tables do not show.
 
 Not in the model: cache hits between launches (a pass begins where the one before it ended), DRAM's own efficiency, clocks under
 load, partition camping. A kernel that waits for loads one after another is charged by its loads in flight alone.

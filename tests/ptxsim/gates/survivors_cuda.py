@@ -33,18 +33,6 @@ ARGUMENTS = (
         "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
     ),
     Argument(
-        ".*", r"^bn_act_fwd_kernel\.cuh: (const bool whole =|if \(whole\)|shift = to_acc\(whole)",
-        "single accesses: every window is whole, and its one value is added alike on both paths", kernel="Li1E",
-    ),
-    Argument(
-        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: const bool whole =",
-        "a window that ends with its plane is added alike value by value",
-    ),
-    Argument(
-        "loose_comparison", r"if \(pos < length\)", "single accesses: there are as many windows as values", never=True,
-        kernel="Li1E",
-    ),
-    Argument(
         "loose_comparison", r"^reduce\.cuh: ", "the compiler's count of merges left: a block has eight warps", never=True,
         kernel="nchw",
     ),
@@ -53,7 +41,7 @@ ARGUMENTS = (
         "single accesses: a value lies in its own plane, and `next` holds the same vectors", kernel="Li1E",
     ),
     Argument(
-        "missing_mask|wrong_predicate", r"^bn_act_bwd_kernel\.cuh: .*(a\.reads_x|in\.recomputes)\(\)",
+        "missing_mask|wrong_predicate", r"^bn_act_(bwd|reduce)_kernel\.cuh: .*(reads_x|recomputes)(<kFrom>)?\(",
         "x and the vectors are there in any case; what is read without need is not used",
     ),
     Argument(
@@ -79,7 +67,6 @@ ARGUMENTS = (
         "missing_mask", r"in\.activation != Activation::kNone\)", "the gradient of no activation is 1: dz stays as it is",
     ),
     Argument("nan_losing_max", r"sigma > 0 \?", "where sigma is NaN, rstd and with it scale and factor are NaN either way"),
-    Argument("loose_comparison", r"pos \+ k >= 0", "single accesses: a window begins in its plane", never=True, kernel="Li1E"),
     Argument(
         "wrong_sign|nan_losing_max", r"^activation\.h: .*::exp\(x\)",
         "exp's branch for overflow: inf minus a negative number or NaN; on either side of its comparisons NaN stays NaN",
@@ -104,12 +91,8 @@ ARGUMENTS = (
         equal=False, kernel="bn_act_fwd_kernel",
     ),
     Argument(
-        "unsigned_wrap", r"^bn_act_fwd_kernel\.cuh: if \(pos \+ k >= 0", "the compiler's shortcut for windows that begin in "
-        "the plane before: no thread of a simulated call has just this distance", equal=False,
-    ),
-    Argument(
-        "loose_comparison", r"^bn_act_fwd_kernel\.cuh: for \(; row \+ \(kUnroll", "no thread of a simulated call is just one "
-        "row behind the last here: its load would have been reported", equal=False,
+        "loose_comparison", r"^bn_act_(stats|reduce)_kernel\.cuh: for \(; row \+ \(kUnroll",
+        "no thread of a simulated call is just one row behind the last here: its load would have been reported", equal=False,
     ),
     Argument(
         "wrong_sign|stale_shared_memory", r"^bn_act_(bwd_)?kernel\.cuh: (sum\[0\] \+=|shared\[k\]\[group\]\[lane\])",
