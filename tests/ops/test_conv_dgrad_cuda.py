@@ -14,6 +14,9 @@ from _cuda_dgrad import conv_dgrad
 from ptxsim._gate import ROTATION
 from torch import Tensor
 
+from dl4ds_kernels._define import op
+from dl4ds_kernels.ops._traffic import moved
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILES = ("k128x128", "k128x64", "k64x64")
 NONE, RELU, LEAKY, RELU6 = range(4)
@@ -139,3 +142,34 @@ def test_gradient_and_sums(dtype: torch.dtype, tile: str, request: pytest.Fixtur
         if i % 3 == 0 or full:
             again = conv_dgrad(**c["given"], mask=bits, **more, options={"lazy_copies": 0, "schedule": 7})
             assert torch.equal(again[0], dx) and (sums is None or torch.equal(again[1], sums))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_touches_what_it_declares(dtype: torch.dtype) -> None:
+    """Distinct bytes of every map and mask are those of the declaration (ops/_traffic.py)."""
+    c = case(dtype, ((1, 128, 16, 16), 64, 1, 0, 1), seed=1)
+    g, bn, masks = c["given"], c["bn"], (random_bits(c["want"].numel()), random_bits(c["want"].numel()))
+    dx, _, reports = conv_dgrad(
+        **g, bn=bn, added=c["added"], added_mask=masks[0], added_activation=RELU, mask=masks[1], activation=RELU,
+        tile="k128x128",
+    )  # fmt: skip
+    front = (bn["y"], bn["weight"], bn["bias"], bn["mean"], bn["rstd"], masks[1], 1e-5, False, RELU, 0.0)
+    args = (g["dout"], g["weight"], [16, 16], [0, 0], [1, 1], c["added"], masks[0], RELU, 0.0, 1, *front)
+    declared = moved(op("conv_bn_act_dgrad_bwd"), args, (dx, None, None, None))
+    touched = {name: (t["read"], t["written"]) for name, t in reports[-1].tensors.items()}
+    assert declared == {name: touched[name] for name in ("dout", "added", "added_mask", "y", "mask", "dx")}
+    rest = sum(sum(both) for name, both in touched.items() if name not in declared)
+    assert rest <= 0.2 * sum(map(sum, declared.values()))  # filter and sums: a map of 256 pixels is small
+
+
+def test_refusals() -> None:
+    """What the launcher does not serve, it says and does not start."""
+    c = case(torch.float16, GEOMETRIES[0], seed=1)
+    bits = random_bits(c["want"].numel())
+    for reason, more in (
+        (5, {"channels": 12}), (9, {"slices": 2}), (13, {"pad_h": -1}), (14, {"activation": 4, "bn": c["bn"]}),
+        (14, {"mask": bits, "bn": c["bn"]}), (14, {"added": c["added"], "added_mask": bits}), (15, {"step": 0}),
+        (15, {"added": c["added"], "added_mask": bits, "added_activation": RELU, "step": 2}), (13, {"stride_h": 2}),
+    ):  # fmt: skip
+        tile = {"tile": "k128x128"} if reason == 9 else {}
+        assert conv_dgrad(**c["given"], **more, **tile, refusal=reason)[2] == [], more
