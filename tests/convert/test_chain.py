@@ -268,3 +268,56 @@ def test_bad_code() -> None:
         op([x], [], step, [0.0] * 3)
     with pytest.raises(RuntimeError, match="numbers"):
         op([x], [], step, [0.0])
+
+
+def pair_of_convolutions() -> nn.Module:
+    torch.manual_seed(3)
+    layers: list[nn.Module] = []
+    for c, k in ((8, 24), (24, 16)):
+        layers += [nn.Conv2d(c, k, 3, padding=1, bias=False), nn.BatchNorm2d(k), nn.ReLU(inplace=True)]
+    return nn.Sequential(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+
+
+def trained(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
+    """(output, gradients and buffers of a training call, bytes that it keeps for backward besides x and parameters)."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = model(x)
+    out.square().mean().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()], sum(kept.values())
+
+
+def test_a_chain_trains_as_one_op(monkeypatch: pytest.MonkeyPatch, kernels: None) -> None:
+    """The same bits as layer by layer; the activation between the convolutions is not kept."""
+    x = torch.randn(2, 8, 20, 20).to(memory_format=torch.channels_last)
+    with dk.backend("cpu"):  # a small input would go to torch's layers
+        one, less = trained(dk.optimize(pair_of_convolutions()), x)
+        monkeypatch.setattr(_chain, "_run_block", lambda *_: None)
+        single, more = trained(dk.optimize(pair_of_convolutions()), x)
+    assert all(torch.equal(a, b) for a, b in zip(one, single, strict=True))
+    assert more - less >= 2 * 24 * 20 * 20 * 4
+
+
+def test_what_is_no_plain_chain_trains_layer_by_layer(kernels: None) -> None:
+    """A frozen BatchNorm, two activations, a hook: the stock modules' values all the same."""
+    x = torch.randn(2, 8, 12, 12)
+    for change in (
+        lambda m: m[0][1].eval(),
+        lambda m: m[0].__setitem__(2, nn.SiLU()),
+        lambda m: m[0][2].register_forward_hook(lambda module, args, out: out * 2),
+    ):
+        stock, ours = pair_of_convolutions().train(), dk.optimize(pair_of_convolutions()).train()
+        change(stock), change(ours)
+        expected = trained(stock, x)[0]
+        with dk.backend("cpu"):
+            found = trained(ours, x)[0]
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
