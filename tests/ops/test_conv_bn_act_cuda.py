@@ -285,7 +285,10 @@ def test_without_headers() -> None:
 def test_reason_codes_are_those_of_the_headers() -> None:
     """dl4ds_kernels/_cuda_conv.py spells out every code of ConvRefusal and ConvReason, and no other."""
     codes: set[int] = set()
-    enums = {"conv_bn_act.h": "ConvRefusal", "conv_bn_act_cuda.h": "ConvReason", "conv_bn_act_tail.h": "ConvTailReason"}
+    enums = {
+        "conv_bn_act.h": "ConvRefusal", "conv_bn_act_cuda.h": "ConvReason", "conv_bn_act_tail.h": "ConvTailReason",
+        "conv_bn_act_dgrad.h": "DgradRefusal",
+    }  # fmt: skip
     for header, enum in enums.items():
         text = (cuda.CSRC / "ops" / "conv_bn_act" / header).read_text()
         body = re.search(rf"enum class {enum} : int \{{(.*?)\}};", text, re.DOTALL).group(1)
