@@ -135,7 +135,8 @@ SHAPES = {
     "tiles": ((2, 264, 3, 4), ("nhwc", "nchw"), (False,), False),
     "slice": ((3, 16, 24, 24), ("nhwc+slice", "nchw+slice"), (False, True), True),
     "volume": ((2, 8, 3, 4, 5), ("nhwc", "nchw"), (False,), False),
-    "whole": ((5, 3, 8, 24), ("nchw",), (False,), True),  # planes of whole vectors: channel by channel
+    "whole": ((11, 2, 28, 56), ("nchw",), (False,), True),  # planes of whole vectors, eight for each thread: by channel
+    "pitch": ((11, 2, 28, 56), ("nchw+slice",), (False,), True),
     "tail": ((1, 7, 1, 17), ("nchw",), (False,), True),
     "few": ((2, 3, 1, 4), ("nhwc", "nchw"), (False,), False),
     "nine": ((3, 24, 15, 17), ("nhwc",), (False,), False),  # rows a thread: two rounds of the statistics' unrolled loop
