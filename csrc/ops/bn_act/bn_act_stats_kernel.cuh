@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nhwc(const Bn
 template <typename T, int kVec, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_stats_kernel_nchw(const BnActStatsArgs a) {
     using acc_t = acc_type<T>;
-    constexpr int kUnroll = kWhole ? 8 : 4;
+    constexpr int kUnroll = kVec == 1 ? 2 : kWhole ? 8 : 4;
     __shared__ Moments<acc_t> shared[kThreads / 32];
     const ChannelWindows& w = a.plan.planes;
     const int part = static_cast<int>(blockIdx.x % w.parts), c = static_cast<int>(blockIdx.x / w.parts);
