@@ -53,12 +53,12 @@ def second_environment(version: str) -> Path:
         return python
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)
-    pip = [python, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--timeout", "20"]
+    pip = [python, "-m", "pip", "install", "-q", "--retries", "1", "--timeout", "20"]
     wheel = f"torch=={version}+cpu"
-    # pip's own configuration first (a local folder of wheels), then PyTorch's index of CPU wheels; PyPI has CUDA builds only,
-    # half a gigabyte, whose libraries of the same CUDA major are this environment's.
-    choices = [([], wheel), (["--index-url", "https://download.pytorch.org/whl/cpu"], wheel)]
-    if version == OLDEST_TORCH and (torch.version.cuda or "").startswith("13."):
+    # pip's own configuration first (a local folder of wheels), then PyTorch's index of CPU wheels; PyPI has CUDA builds only:
+    # of the oldest one for CUDA 12, gigabytes with its libraries, so only in the full run.
+    choices = [(["--no-deps"], wheel), (["--no-deps", "--index-url", "https://download.pytorch.org/whl/cpu"], wheel)]
+    if version == OLDEST_TORCH:
         choices.append(([], f"torch=={version}"))
     for extra, wheel in choices:
         result = subprocess.run([*pip, *extra, wheel], capture_output=True, text=True, timeout=900)
