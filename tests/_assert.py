@@ -40,12 +40,14 @@ def widen(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: t.detach().double().cpu() if isinstance(t, Tensor) else t for name, t in tensors.items()}
 
 
-def no_worse_than_torch(ours: Tensor, stock: Tensor, truth: Tensor, name: str = "out", factor: float = 2.0) -> None:
+def no_worse_than_torch(
+    ours: Tensor, stock: Tensor, truth: Tensor, name: str = "out", factor: float = 2.0, size: float = 0.0
+) -> None:
     """``ours`` has the shape, dtype and NaN/Inf of ``stock`` and at most ``factor`` its error against ``truth`` (fp64).
 
     Two errors are bounded: the largest, and the mean without the largest percent. Stock may be exact by luck, so one ulp (of
     the largest, and of the mean absolute value) is always allowed; 4 for a handful of values, 256 in fp64, where stock is the
-    truth.
+    truth. ``size``: of what the results are differences of, if that is larger (its ulp is allowed then).
     """
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype), (
         f"{name}: {tuple(ours.shape)} {ours.dtype}, stock has {tuple(stock.shape)} {stock.dtype}"
@@ -57,10 +59,10 @@ def no_worse_than_torch(ours: Tensor, stock: Tensor, truth: Tensor, name: str = 
     ours, stock, truth = ours[finite], stock[finite], truth[finite]
     if not truth.numel():
         return
-    error, stock_error, size = (ours - truth).abs(), (stock - truth).abs(), truth.abs()
-    worst, allowed = error.max(), factor * stock_error.max() + ulp * size.max()
+    error, stock_error, scale = (ours - truth).abs(), (stock - truth).abs(), truth.abs()
+    worst, allowed = error.max(), factor * stock_error.max() + ulp * max(float(scale.max()), size)
     assert worst <= allowed, f"{name}: largest error {worst:.3g}, allowed {allowed:.3g} at {_where(error, ours, truth)}"
-    mean, allowed = _robust_mean(error), factor * _robust_mean(stock_error) + ulp * size.mean()
+    mean, allowed = _robust_mean(error), factor * _robust_mean(stock_error) + ulp * max(float(scale.mean()), size)
     assert mean <= allowed, f"{name}: mean error {mean:.3g}, allowed {allowed:.3g}"
 
 

@@ -159,6 +159,8 @@ def _explain(
     if not 2 <= x.dim() <= 5:
         fail("bn_act", "x", "2 to 5 dimensions (N, C, …)", f"{x.dim()} (shape {tuple(x.shape)})")
     channels = x.shape[1]
+    if training and x.numel() == channels:
+        _one_value_per_channel(x)  # before the vectors, as in torch
     for name, vector in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         check_vector("bn_act", name, vector, x, channels)
     if running_mean is None or running_var is None:

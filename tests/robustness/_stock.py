@@ -102,7 +102,10 @@ def fresh(value: Any, dtype: torch.dtype | None = None) -> Any:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
-def same(name: str, *args: Any, strides: bool = True, factor: float = 2.0, backend: str | None = None, **options: Any) -> Any:
+def same(
+    name: str, *args: Any, strides: bool = True, factor: float = 2.0, size: float = 0.0, backend: str | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """Ours and stock on the same arguments (see the module); returns our result, or the exception that ours raised.
 
     Running statistics that a training call updates are compared too; the caller's tensors stay as they are.
@@ -139,7 +142,7 @@ def same(name: str, *args: Any, strides: bool = True, factor: float = 2.0, backe
             assert kept(a) == kept(b) or b.numel() < 2, (
                 f"{name}: strides {a.stride()}, stock's {b.stride()} of {tuple(b.shape)}"
             )
-        _compare(a, b, c, f"{name}[{i}]", factor, args[0].dtype)
+        _compare(a, b, c, f"{name}[{i}]", factor, args[0].dtype, size)
     if options.get("training"):
         calls = ((our_args, our_options), (stock_args, stock_options), (wide_args, wide_options))
         all_arguments = ((*positional, *named.values()) for positional, named in calls)
@@ -154,7 +157,9 @@ def significant(t: Tensor) -> list[int]:
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
 
 
-def _compare(ours: Tensor, stock: Tensor, truth: Tensor, name: str, factor: float, computed: torch.dtype) -> None:
+def _compare(
+    ours: Tensor, stock: Tensor, truth: Tensor, name: str, factor: float, computed: torch.dtype, size: float = 0
+) -> None:
     """``computed``: dtype of the first operand; a promoted result has its rounding, not that of the dtype it is stored in."""
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype), f"{name}: {ours.shape} {ours.dtype}, not {stock.dtype}"
     if not stock.is_floating_point():
@@ -162,7 +167,7 @@ def _compare(ours: Tensor, stock: Tensor, truth: Tensor, name: str, factor: floa
         return
     if computed.is_floating_point and torch.finfo(computed).eps > torch.finfo(stock.dtype).eps:
         ours, stock = ours.to(computed), stock.to(computed)
-    no_worse_than_torch(ours, stock, truth, name, factor)
+    no_worse_than_torch(ours, stock, truth, name, factor, size)
 
 
 def _own(value: Any) -> Any:
