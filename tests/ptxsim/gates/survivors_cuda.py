@@ -5,6 +5,17 @@ from __future__ import annotations
 from .survivor import Argument
 
 DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
+COPIES = "|".join(
+    (
+        r"^bn_act_bwd_kernel\.cuh: (if \(a\.dresidual != nullptr|if \(step < u \|\| left <= 0)",
+        r"^bn_act_fwd_kernel\.cuh: (if \(residual\)|if \(step >= u|for \(; step >= 0)",
+        r"^bn_act_stats_kernel\.cuh: (const int part =|for \(; left > 0|for \(const T\* p = tail|if \(row \+)",
+        r"^bn_act_reduce_kernel\.cuh: if \(inside\[u\] == 0",
+        r"^bn_act_kernel\.cuh: (if \(window >=|.*steps\(\) const)",
+        r"^raw\.cuh: (asm|if \(left >= kVec)",
+        r"^reduce\.cuh: if \(group < groups",
+    )
+)
 ARGUMENTS = (
     Argument("unsigned_wrap", "", "sizes, indices and activation codes are never negative there", never=True),
     Argument("wrong_rounding", r"^cuda_(fp16|bf16)\.hpp", "the value is exact in the narrow type, a constant zero", never=True),
@@ -118,5 +129,46 @@ ARGUMENTS = (
     Argument(
         "missing_mask|wrong_predicate", r"^activation\.h: .*::exp\(x\)", "exp's way for arguments near overflow: of this copy's"
         " values none is so large in a simulated call", kernel="add_act_(fwd|bwd)_kernelIdLi1E", equal=False,
+    ),
+    # Unrolled loops hold many copies of a line. Of the lines below other copies are found; these meet nothing that tells.
+    Argument(
+        "nan_losing_max",
+        r"^(raw|activation)\.cuh: return (z <= -3|z >|!\(z <=)|^activation\.h: (.*::exp\(x\)|const T clamped)",
+        "no NaN comes to this copy in a simulated call", kernel="bn_act_(fwd|bwd|bwd_reduce)_kernel", equal=False,
+    ),
+    Argument(
+        "missing_mask|wrong_predicate|loose_comparison|swapped_operands", COPIES,
+        "no thread of a simulated call comes to this copy, or none with just the number of values, steps or parts at which the "
+        "change tells", kernel="bn_act_", equal=False,
+    ),
+    Argument(
+        "missing_mask", r"^add_act_kernel\.cuh: if \(!kRecompute && a\.mask",
+        "every simulated call that comes to this copy has a mask", equal=False,
+    ),
+    Argument(
+        "forgotten_addend", r"^bn_act_reduce_kernel\.cuh: own\[g \+ k\]", "a thread's first row, where the addend is zero",
+        equal=False,
+    ),
+    Argument(
+        "swapped_operands", r"^activation\.cuh: .*expf\(-z\)",
+        "a step of expf's range reduction: the few values of this copy round to the same number", kernel="half|bfloat16",
+        equal=False,
+    ),
+    Argument(
+        "loose_comparison|missing_mask", r"^bn_act_bwd_kernel\.cuh: (return c % vec|const int64_t c = int64_t\(blockIdx)",
+        "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
+        kernel="bwd_finalize",
+    ),
+    Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
+    Argument(
+        "loose_comparison", r"^bn_act_kernel\.cuh: return length - pos >= kVec", "without values left there are no bits either way",
+    ),
+    Argument(
+        "loose_comparison", r"^bn_act_(stats|reduce)_kernel\.cuh: if \(.*start \+ pos \+ kVec >",
+        "a whole vector at the tensor's end: the way for cut ones reads the same values",
+    ),
+    Argument(
+        "unsigned_wrap", r"^bn_act_stats_kernel\.cuh: for \(int u = 0", "a count that the compiler keeps below zero",
+        before=r"^max\.s32 .*, -4",
     ),
 )  # fmt: skip
