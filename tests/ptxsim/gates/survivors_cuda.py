@@ -161,7 +161,7 @@ ARGUMENTS = (
     ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
     Argument(
-        "loose_comparison", r"^bn_act_kernel\.cuh: return length - pos >= kVec", "without values left there are no bits either way",
+        "loose_comparison", r"^bn_act_kernel\.cuh: return length - pos >= kVec", "no values left: no bits either way",
     ),
     Argument(
         "loose_comparison", r"^bn_act_(stats|reduce)_kernel\.cuh: if \(.*start \+ pos \+ kVec >",
