@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from typing import Any
 
 import _cuda_launch as cuda
 import pytest
 import torch
-from ptxsim import Report
+from ptxsim import Report, compile_cuda
+from ptxsim._gate import ROTATION
 from ptxsim.fixture import require_nvcc, require_simulator
+from ptxsim.gates import machine
 from torch import Tensor
 
+# One architecture a day in the default run, all in the full one.
+ARCHITECTURES = [
+    pytest.param(arch, marks=[] if i == ROTATION % 4 else pytest.mark.full) for i, arch in enumerate(machine.ARCHITECTURES)
+]
+INSTRUCTIONS = {"float16": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16", "float32": "HMMA.1688.F32.TF32"}
 TILES = {"k128x128": (128, 128), "k128x64": (128, 64), "k64x64": (64, 64)}
 
 
@@ -22,6 +30,16 @@ def require_fused_conv() -> None:
     require_nvcc()
     if cuda.cutlass() is None:
         pytest.skip("no CUTLASS headers (pip install --no-deps nvidia-cutlass, or CUTLASS_PATH): no fused convolution")
+
+
+def machine_code(stem: str, dtype: str, arch: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """(ptxas' facts, machine code) of every kernel of ``csrc/ops/conv_bn_act/<stem>_<dtype>.cu``; ptxas must have no advice."""
+    if machine.tool() is None:
+        pytest.skip("no cuobjdump (it comes with nvcc and with triton)")
+    source = cuda.CSRC / "ops" / "conv_bn_act" / f"{stem}_{dtype}.cu"
+    path, messages = compile_cuda(source, "cubin", arch, [cuda.CSRC], cuda.FLAGS)
+    assert not re.search(r"C7510|advisory|warning", messages, re.IGNORECASE), messages
+    return machine.ptxas_facts(messages), machine.disassembled(path)
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,30 +182,21 @@ def backward(place: Place, wish: str, dtype: str) -> str:
 
 def run(place: Place) -> dict[str, str]:
     """{case: "right", "SKIP: why" or what was wrong}."""
-    found: dict[str, str] = {}
+    cases: dict[str, Callable[[], str]] = {}
+    wishes = [(wish, dtype) for wish in ("library", "fused") for dtype in DTYPES]
     for op, training in (("conv_bn_act", False), ("conv_bn_act_train", True)):
-        for wish in ("library", "fused"):
-            for dtype in DTYPES:
-                try:
-                    found[f"{op} {wish} {dtype}"] = way(place, wish, training, dtype)
-                except Exception as error:  # one broken way must not hide the others
-                    found[f"{op} {wish} {dtype}"] = f"{type(error).__name__}: {error}"
-    for dtype in DTYPES:
-        try:
-            found[f"conv_bn_act_tail {dtype}"] = tail(place, dtype)
-        except Exception as error:
-            found[f"conv_bn_act_tail {dtype}"] = f"{type(error).__name__}: {error}"
-    for wish, dtype in ((wish, dtype) for wish in ("library", "fused") for dtype in DTYPES):
-        try:
-            found[f"residual_block_bwd {wish} {dtype}"] = backward(place, wish, dtype)
-        except Exception as error:
-            found[f"residual_block_bwd {wish} {dtype}"] = f"{type(error).__name__}: {error}"
-    name = "conv_bn_act chosen by timing"
+        cases |= {f"{op} {wish} {dtype}": partial(way, place, wish, training, dtype) for wish, dtype in wishes}
+    cases |= {f"conv_bn_act_tail {dtype}": partial(tail, place, dtype) for dtype in DTYPES}
+    cases |= {f"residual_block_bwd {wish} {dtype}": partial(backward, place, wish, dtype) for wish, dtype in wishes}
+    by_timing = "conv_bn_act chosen by timing"
+    cases[by_timing] = measured
     if place.is_dry:
-        found[name] = "SKIP: needs a GPU's clock (tests/test_autotune_cuda.py takes the same path with a made-up one)"
-        return found
-    try:
-        found[name] = measured()
-    except Exception as error:
-        found[name] = f"{type(error).__name__}: {error}"
+        why = "SKIP: needs a GPU's clock (tests/test_autotune_cuda.py takes the same path with a made-up one)"
+        cases[by_timing] = lambda: why
+    found: dict[str, str] = {}
+    for name, case in cases.items():
+        try:
+            found[name] = case()
+        except Exception as error:  # one broken way must not hide the others
+            found[name] = f"{type(error).__name__}: {error}"
     return found

@@ -12,11 +12,9 @@ from typing import Any
 import _cuda_launch as cuda
 import pytest
 import torch
-from _cuda_conv import bn_act_conv_fwd, channels_last, conv_bn_act_fwd, require_fused_conv
+from _cuda_conv import ARCHITECTURES, bn_act_conv_fwd, channels_last, conv_bn_act_fwd, machine_code, require_fused_conv
 from _cuda_host import host
-from ptxsim import compile_cuda
 from ptxsim._gate import ROTATION
-from ptxsim.gates import machine
 from torch import Tensor
 
 from dl4ds_kernels import _cuda_conv
@@ -333,22 +331,12 @@ def test_modules(name: str, calls: list[str]) -> None:
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)  # TF32
 
 
-ARCHITECTURES = [
-    pytest.param(arch, marks=[] if i == ROTATION % 4 else pytest.mark.full) for i, arch in enumerate(machine.ARCHITECTURES)
-]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
 def test_machine_code(name: str, arch: str) -> None:
     """No spill, no stack, no advice; relu costs nothing in 16-bit types: it is part of the packing."""
-    if machine.tool() is None:
-        pytest.skip("no cuobjdump (it comes with nvcc and with triton)")
-    source = cuda.CSRC / "ops" / "conv_bn_act" / f"conv_bn_act_prologue_{name}.cu"
-    path, messages = compile_cuda(source, "cubin", arch, [cuda.CSRC], cuda.FLAGS)
-    assert not re.search(r"C7510|advisory|warning", messages, re.IGNORECASE), messages
-    facts, listings = machine.ptxas_facts(messages), machine.disassembled(path)
+    facts, listings = machine_code("conv_bn_act_prologue", name, arch)
     assert len(facts) == (2 if name == "float32" else 3)  # fp32 has no 128 x 128: too few registers
     for kernel, used in facts.items():
         assert used["registers"] <= 255 and not (used["stack"] or used["spill_stores"] or used["spill_loads"]), used

@@ -13,11 +13,10 @@ from typing import Any
 import _cuda_launch as cuda
 import pytest
 import torch
-from _cuda_conv import channels_last, conv_bn_act_fwd, require_fused_conv
+from _cuda_conv import ARCHITECTURES, INSTRUCTIONS, channels_last, conv_bn_act_fwd, machine_code, require_fused_conv
 from _cuda_host import host
-from ptxsim import HostLibrary, compile_cuda
+from ptxsim import HostLibrary
 from ptxsim._gate import ROTATION
-from ptxsim.gates import machine
 from torch import Tensor
 
 from dl4ds_kernels import _cuda_conv
@@ -296,23 +295,12 @@ def test_reason_codes_are_those_of_the_headers() -> None:
     assert codes - {0} == _cuda_conv.REASONS.keys()
 
 
-ARCHITECTURES = [
-    pytest.param(arch, marks=[] if i == ROTATION % 4 else pytest.mark.full) for i, arch in enumerate(machine.ARCHITECTURES)
-]
-INSTRUCTIONS = {"float16": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16", "float32": "HMMA.1688.F32.TF32"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_machine_code(name: str, arch: str) -> None:
     """Tensor cores with fp32 sums, asynchronous 16-byte copies, ldmatrix; no spill; no ptxas advice (C7510 and its like)."""
-    if machine.tool() is None:
-        pytest.skip("no cuobjdump (it comes with nvcc and with triton)")
-    source = cuda.CSRC / "ops" / "conv_bn_act" / f"conv_bn_act_fwd_{name}.cu"
-    path, messages = compile_cuda(source, "cubin", arch, [cuda.CSRC], cuda.FLAGS)
-    assert not re.search(r"C7510|advisory|warning", messages, re.IGNORECASE), messages
-    facts, listings = machine.ptxas_facts(messages), machine.disassembled(path)
+    facts, listings = machine_code("conv_bn_act_fwd", name, arch)
     assert len(facts) == 4  # three tiles and the sum of slices
     for kernel, used in facts.items():
         assert used["registers"] <= 255 and not (used["stack"] or used["spill_stores"] or used["spill_loads"]), used

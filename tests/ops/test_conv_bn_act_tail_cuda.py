@@ -9,15 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import _cuda_launch as cuda
 import pytest
 import torch
-from _cuda_conv import channels_last, conv_bn_act_fwd, require_fused_conv
+from _cuda_conv import ARCHITECTURES, INSTRUCTIONS, channels_last, conv_bn_act_fwd, machine_code, require_fused_conv
 from _cuda_host import host
 from _cuda_tail import VECTORS, conv_bn_act_tail, random_layer
-from ptxsim import compile_cuda
 from ptxsim._gate import ROTATION
-from ptxsim.gates import machine
 from torch import Tensor
 
 from dl4ds_kernels import _cuda_conv
@@ -310,24 +307,14 @@ def test_blocks(downsample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(torch.Tensor(out), want, rtol=2e-2, atol=2e-2)  # TF32
 
 
-ARCHITECTURES = [
-    pytest.param(arch, marks=[] if i == ROTATION % 4 else pytest.mark.full) for i, arch in enumerate(machine.ARCHITECTURES)
-]
-INSTRUCTIONS = {"float16": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16", "float32": "HMMA.1688.F32.TF32"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_machine_code(name: str, arch: str) -> None:
     """No spill, no stack, no advice; fp32 sums on the tensor cores, ldmatrix, 16-byte copies, loads and stores."""
-    if machine.tool() is None:
-        pytest.skip("no cuobjdump (it comes with nvcc and with triton)")
-    source = cuda.CSRC / "ops" / "conv_bn_act" / f"conv_bn_act_tail_{name}.cu"
-    path, messages = compile_cuda(source, "cubin", arch, [cuda.CSRC], cuda.FLAGS)
-    assert not re.search(r"C7510|advisory|warning", messages, re.IGNORECASE), messages
-    ((kernel, used),) = machine.ptxas_facts(messages).items()
-    listing = machine.disassembled(path)[kernel]
+    facts, listings = machine_code("conv_bn_act_tail", name, arch)
+    ((kernel, used),) = facts.items()
+    listing = listings[kernel]
     assert used["registers"] <= 168 and not (used["stack"] or used["spill_stores"] or used["spill_loads"]), used
     for instruction in (INSTRUCTIONS[name], "LDSM.16.M88.4", "STG.E.128", "LDG.E.128"):
         assert instruction in listing, f"no {instruction}"

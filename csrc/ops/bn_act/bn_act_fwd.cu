@@ -172,12 +172,7 @@ int launch_bn_act_fwd(const BnActFwdParams& p, void* stream) {
             return launch(bn_act_fwd_kernel_nhwc<T, kVec>, blocks, kThreads, stream, args);
         }
         const bool channels = by_channel(walk, kVec, p.mask != nullptr);
-        if (channels) {
-            args.windows = deal_windows(walk.planes, kVec, channel_parts(walk.planes, kVec));
-            blocks = args.windows.parts * p.size.c;
-        } else {
-            args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
-        }
+        blocks = deal_planes<kVec>(args, walk, channels, blocks);
         return dispatch_whole<kVec, false>(channels, [&](auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
             return launch(bn_act_fwd_kernel_nchw<T, kVec, kWhole>, blocks, kThreads, stream, args);

@@ -331,6 +331,18 @@ inline int64_t channel_parts(const Planes& planes, int vec) {
     return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
+/// Fills in how an elementwise pass in NCHW order walks, and returns its blocks: those for `channels`
+/// (by_channel()), or `blocks` through the tensor in order.
+template <int kVec, typename Args>
+int64_t deal_planes(Args& args, const Walk& walk, bool channels, int64_t blocks) {
+    if (channels) {
+        args.windows = deal_windows(walk.planes, kVec, channel_parts(walk.planes, kVec));
+        return args.windows.parts * walk.planes.channels;
+    }
+    args.plane_step = plane_step(walk.planes, blocks * kThreads * kVec);
+    return blocks;
+}
+
 /// Calls fn with std::bool_constant<whole>; of single accesses there is one kernel only, kSingle's.
 template <int kVec, bool kSingle, typename Fn>
 int dispatch_whole(bool whole, Fn&& fn) {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "common/cuda/host.h"
@@ -103,6 +104,37 @@ struct ConvBehind {
     bool eps_std;
     Activation activation;
     double negative_slope;
+};
+
+/// The vectors of a convolution and of the BatchNorm behind it as the kernels read them: copies of those that
+/// have gaps.
+struct ConvVectors {
+    Operand conv_bias, mean, var, weight, bias;
+
+    /// suffix: what the arguments' names end in.
+    ConvVectors(const char* op, const char* suffix, const std::optional<Tensor>& cb, const ConvBehind& v,
+                const TensorInfo& out) {
+        const auto operand = [&](const char* name, const std::optional<Tensor>& t) {
+            return channel_operand(op, (name + std::string(suffix)).c_str(), t, out);
+        };
+        conv_bias = operand("bias", cb);
+        mean = operand("running_mean", v.mean);
+        var = operand("running_var", v.var);
+        weight = operand("bn_weight", v.weight);
+        bias = operand("bn_bias", v.bias);
+    }
+
+    void fill(ConvBnActFwdParams& p, const ConvBehind& v) const {
+        p.conv_bias = channel_vector(conv_bias);
+        p.running_mean = channel_vector(mean);
+        p.running_var = channel_vector(var);
+        p.bn_weight = channel_vector(weight);
+        p.bn_bias = channel_vector(bias);
+        p.eps_std = v.eps_std;
+        p.eps = v.eps;
+        p.activation = v.activation;
+        p.negative_slope = v.negative_slope;
+    }
 };
 
 /// Runs the fused kernel as the route says. params: its own, with what a prologue needs filled in.

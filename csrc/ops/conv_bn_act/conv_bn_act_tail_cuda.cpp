@@ -68,34 +68,6 @@ TailRoute tail_route(const TensorInfo& x, const TensorInfo& weight, const Tensor
     return route;
 }
 
-/// Vectors of a BatchNorm, and the copies of those that have gaps.
-struct Vectors {
-    Operand conv_bias, mean, var, weight, bias;
-
-    Vectors(const char* suffix, const std::optional<Tensor>& cb, const ConvBehind& v, const TensorInfo& out) {
-        const auto operand = [&](const char* name, const std::optional<Tensor>& t) {
-            return channel_operand(kOp, (name + std::string(suffix)).c_str(), t, out);
-        };
-        conv_bias = operand("bias", cb);
-        mean = operand("running_mean", v.mean);
-        var = operand("running_var", v.var);
-        weight = operand("bn_weight", v.weight);
-        bias = operand("bn_bias", v.bias);
-    }
-
-    void fill(ConvBnActFwdParams& p, const ConvBehind& v) const {
-        p.conv_bias = channel_vector(conv_bias);
-        p.running_mean = channel_vector(mean);
-        p.running_var = channel_vector(var);
-        p.bn_weight = channel_vector(weight);
-        p.bn_bias = channel_vector(bias);
-        p.eps_std = v.eps_std;
-        p.eps = v.eps;
-        p.activation = v.activation;
-        p.negative_slope = v.negative_slope;
-    }
-};
-
 Tensor by_tail_kernel(const CudaScope& scope, ConvTailParams& params, const TensorInfo& x,
                       const Tensor& weight, const std::optional<Tensor>& bias, const ConvBehind& v,
                       const Tensor& weight2, const std::optional<Tensor>& bias2, const ConvBehind& v2,
@@ -111,7 +83,7 @@ Tensor by_tail_kernel(const CudaScope& scope, ConvTailParams& params, const Tens
     check_residual(kOp, added, oi);
     make_dense(added);
     const Operand filter = dense_filter(weight), filter2 = dense_filter(weight2);
-    const Vectors vectors("", bias, v, middle), vectors2("2", bias2, v2, oi);
+    const ConvVectors vectors(kOp, "", bias, v, middle), vectors2(kOp, "2", bias2, v2, oi);
     vectors.fill(a, v);
     vectors2.fill(b, v2);
     a.weight = filter.info.data;

@@ -16,6 +16,9 @@ COPIES = "|".join(
         r"^reduce\.cuh: if \(group < groups",
     )
 )
+TWO_DIVISIONS = (
+    "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient"
+)
 ARGUMENTS = (
     Argument("unsigned_wrap", "", "sizes, indices and activation codes are never negative there", never=True),
     Argument("wrong_rounding", r"^cuda_(fp16|bf16)\.hpp", "the value is exact in the narrow type, a constant zero", never=True),
@@ -39,10 +42,7 @@ ARGUMENTS = (
         "missing_mask|wrong_predicate|loose_comparison", r"^reduce\.cuh: while \(groups > 1\)",
         "a tree over one group does nothing",
     ),
-    Argument(
-        "missing_mask|wrong_predicate|loose_comparison", DIVISION,
-        "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
-    ),
+    Argument("missing_mask|wrong_predicate|loose_comparison", DIVISION, TWO_DIVISIONS),
     Argument(
         "loose_comparison", r"^reduce\.cuh: ", "the compiler's count of merges left: a block has eight warps", never=True,
         kernel="nchw",
@@ -156,8 +156,7 @@ ARGUMENTS = (
     ),
     Argument(
         "loose_comparison|missing_mask", r"^bn_act_bwd_kernel\.cuh: (return c % vec|const int64_t c = int64_t\(blockIdx)",
-        "the compiler's two ways to divide 64-bit numbers: the quick one for operands below 2^32 gives the same quotient",
-        kernel="bwd_finalize",
+        TWO_DIVISIONS, kernel="bwd_finalize",
     ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
     Argument(
