@@ -13,7 +13,7 @@ import torch
 from conftest import skip_unless_loaded
 
 from dl4ds_kernels import _extension
-from dl4ds_kernels.functional import add_act
+from dl4ds_kernels.functional import add_act, bn_act
 
 X = torch.randn(4, 64, 32, 32)  # 1 MiB
 NBYTES = X.numel() * 4
@@ -73,15 +73,27 @@ def test_idle_memory_stays_near_the_peak_of_use(host: Any) -> None:
 
 
 def test_what_is_kept_borrows_no_much_larger_block(host: Any) -> None:
-    """Under the bound a short-lived output may take any idle block, a weight's pack only one of up to twice its size."""
-    x, weight = torch.randn(16, 64, 64, 64), torch.randn(1024, 1024, 1, 1)
+    """Under the bound a short-lived output may take any idle block, what lives until backward one of up to twice its size."""
+    x = torch.randn(16, 64, 64, 64)
     add_act(x, x, backend="cpu")  # leaves 16 MiB idle
     assert host.pool_stats()["idle_bytes"] >= 4 * x.numel()
-    short = add_act(x[:4], x[:4], backend="cpu")  # no room for 4 MiB more
+    part = x[:4]
+    short = add_act(part, part, backend="cpu")  # no room for 4 MiB more
     assert host.pool_stats()["used_bytes"] >= 4 * x.numel()
     del short
-    packed = torch.ops.dl4ds_kernels.conv_bn_act_pack(weight, 1, 1)
-    assert 4 * packed.numel() <= host.pool_stats()["used_bytes"] <= 8 * packed.numel()
+    kept = bn_act(part, None, None, training=True, backend="cpu")
+    assert 4 * part.numel() <= host.pool_stats()["used_bytes"] <= 8 * part.numel()
+    assert kept.shape == part.shape
+
+
+def test_packed_weights_are_no_part_of_the_pool(host: Any) -> None:
+    """They stay, so they neither raise the peak of which idle blocks may be a share, nor lie idle when they are freed."""
+    before = host.pool_stats()
+    packed = torch.ops.dl4ds_kernels.conv_bn_act_pack(torch.randn(1024, 1024, 1, 1), 1, 1)
+    assert packed.numel() >= 1024 * 1024 and packed.data_ptr() % 64 == 0
+    assert host.pool_stats() == before
+    del packed
+    assert host.pool_stats() == before
 
 
 def test_limit_and_trim(host: Any) -> None:

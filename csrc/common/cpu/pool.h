@@ -22,12 +22,17 @@ struct PoolBlock {
     void* mapping;  // what the operating system gave
     size_t mapped_bytes;
     uint64_t released;  // order of release, while idle
+    bool apart;         // of pool_acquire_apart: not counted, never idle
 };
 
 /// A block of at least `bytes`, never null (throws std::bad_alloc). Contents are undefined. `lasting`: for
-/// what a training step keeps for backward, gradients of weights and packs: never a block of more than
-/// twice the size, which would be missing for as long.
+/// what a training step keeps for backward and gradients of weights: never a block of more than twice the
+/// size, which would be missing for as long.
 PoolBlock* pool_acquire(size_t bytes, bool lasting = false);
+
+/// A block for what stays (packed weights): not one of the pool's, so that it neither takes part in the peak, of
+/// which idle blocks may be a share, nor lies idle when it is released, but goes back to the system.
+PoolBlock* pool_acquire_apart(size_t bytes);
 
 /// Gives a block back. Never throws.
 void pool_release(PoolBlock* block) noexcept;

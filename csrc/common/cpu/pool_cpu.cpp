@@ -47,7 +47,7 @@ PoolBlock* map_block(size_t bytes) {
         madvise(reinterpret_cast<void*>(address), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
     }
-    return new PoolBlock{reinterpret_cast<void*>(address), bytes, mapping, mapped, 0};
+    return new PoolBlock{reinterpret_cast<void*>(address), bytes, mapping, mapped, 0, false};
 }
 
 void unmap_block(PoolBlock* block) noexcept {
@@ -92,16 +92,30 @@ class Pool {
                 used_ -= static_cast<int64_t>(bytes);
                 peak_ = used_;
             }
-            throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
-                                " bytes, got none from the system");
+            no_memory(asked);
         }
-        if (poison_) {
-            std::memset(block->data, 0xFF, asked);
+        return poisoned(block, asked);
+    }
+
+    PoolBlock* acquire_apart(size_t asked) {
+        const size_t page = size_t{4} << 10, bytes = (asked + page - 1) / page * page;
+        PoolBlock* block = map_block(bytes);
+        if (block == nullptr) {
+            trim();
+            block = map_block(bytes);
         }
-        return block;
+        if (block == nullptr) {
+            no_memory(asked);
+        }
+        block->apart = true;
+        return poisoned(block, asked);
     }
 
     void release(PoolBlock* block) noexcept {
+        if (block->apart) {
+            unmap_block(block);
+            return;
+        }
         PoolBlock* evicted = nullptr;
         {
             const std::lock_guard lock(mutex_);
@@ -144,6 +158,18 @@ class Pool {
     }
 
   private:
+    [[noreturn]] static void no_memory(size_t asked) {
+        throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
+                            " bytes, got none from the system");
+    }
+
+    PoolBlock* poisoned(PoolBlock* block, size_t bytes) const {
+        if (poison_) {
+            std::memset(block->data, 0xFF, bytes);
+        }
+        return block;
+    }
+
     /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block
     /// its place under the peak, a much larger one will do: its pages are there already, and a model whose
     /// layers differ in size would otherwise unmap and map again in every pass. Null: map a new block.
@@ -231,6 +257,7 @@ class Pool {
 }  // namespace
 
 PoolBlock* pool_acquire(size_t bytes, bool lasting) { return Pool::get().acquire(bytes, lasting); }
+PoolBlock* pool_acquire_apart(size_t bytes) { return Pool::get().acquire_apart(bytes); }
 void pool_release(PoolBlock* block) noexcept { Pool::get().release(block); }
 PoolStats pool_stats() { return Pool::get().stats(); }
 int64_t pool_trim() { return Pool::get().trim(); }

@@ -16,7 +16,7 @@ Tensor conv_bn_act_pack(Tensor weight, int64_t groups, int64_t algorithm) {
     const Tensor dense = is_contiguous(wi.sizes, wi.strides, wi.dim)
                              ? weight
                              : copy_with_strides(weight, wi, contiguous_strides(wi).data());
-    Tensor packed = empty_vector_cpu(conv_packed_floats(how, s), DType::kFloat32, /*lasting=*/true);
+    Tensor packed = empty_pack_cpu(conv_packed_floats(how, s), DType::kFloat32);
     conv_pack_weight(how, s, tensor_info(dense).as<float>(), tensor_info(packed).as<float>());
     return packed;
 }

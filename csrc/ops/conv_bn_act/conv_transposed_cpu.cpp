@@ -169,7 +169,7 @@ class Transposed {
 Tensor conv_transpose_bn_act_pack(Tensor weight) {
     const TensorInfo wi = tensor_info(weight);
     const TransposedShape t = weight_shape(wi);
-    Tensor packed = empty_vector_cpu(t.packed_floats(), DType::kFloat32, /*lasting=*/true);
+    Tensor packed = empty_pack_cpu(t.packed_floats(), DType::kFloat32);
     const float* const w = wi.as<float>();
     float* to = tensor_info(packed).as<float>();
     const int64_t width = conv_kernels().panel;
