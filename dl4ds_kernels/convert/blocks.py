@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules._block import run_residual_block
-from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
+from ..modules._chain import DenseLayerParts, Step, residual_steps, run_blocks, run_chain, run_dense_block
 from ..modules._run import NO_ACT, ActSpec, has_hooks, is_plain, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
 from .plan import MISS, Chain, Options, Plan, default_arguments, make_plan, module_problem, run_keywords
 
@@ -28,43 +28,91 @@ _TRANSITION_CHAINS = (("bn_act", ("norm", "relu"), ("bn", "act")), ("conv", ("co
 
 def block_plan(module: nn.Module, options: Options, skip: Collection[str], shared: Collection[int] = ()) -> Plan | None:
     """The plan of a known block type, None for any other module."""
-    if (type(module).__module__, type(module).__qualname__) == _DENSE_LAYER:
+    if type(module) is nn.Sequential and len(module) > 1 and all(_kind(child) in _RESIDUAL for child in module):
+        return _stage(options)
+    if _kind(module) == _DENSE_LAYER:
         return _dense_layer(module, options, skip, shared)
-    if (type(module).__module__, type(module).__qualname__) == _DENSE_BLOCK:
+    if _kind(module) == _DENSE_BLOCK:
         return _dense_block(options)
-    if (type(module).__module__, type(module).__qualname__) == _TRANSITION:
+    if _kind(module) == _TRANSITION:
         return _transition(module, options, skip, shared)
-    convolutions = _RESIDUAL.get((type(module).__module__, type(module).__qualname__))
+    convolutions = _RESIDUAL.get(_kind(module))
     if convolutions is not None:
         return _residual(module, convolutions, options, skip, shared)
     return None
 
 
-def _residual(module: nn.Module, convolutions: int, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
-    """torchvision's residual blocks: the plan of their trace; with gradients, where all of it is fused, one autograd node."""
-    from .forward import FusedForward
+def _kind(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__qualname__
 
+
+def _residual(module: nn.Module, convolutions: int, options: Options, skip: Collection[str], shared: Collection[int]) -> Plan:
+    """torchvision's residual blocks: the plan of their trace; where all of it is fused, one autograd node with gradients, and
+    without, on the CPU, one call that takes the projection in."""
     plan = make_plan(module, default_arguments(module), options, skip, shared)
     layer_by_layer = plan.run
     if layer_by_layer is None or any(chain.problem is not None or chain.key in skip for chain in plan.chains):
         return plan
     keywords = run_keywords(options, convolution=False) | {"memory_efficient": options.memory_efficient}
+    chain_keywords = run_keywords(options)
     names = [(f"conv{i}", f"bn{i}") for i in range(1, convolutions + 1)]
 
     def forward(self: Any, x: Tensor) -> Any:
         if not isinstance(x, Tensor):  # fx.symbolic_trace: no plan fits, and a new one would be this one
             return type(self).forward(self, x)
-        if torch.is_grad_enabled():
-            m, shortcut = self._modules, self.downsample
-            fused = shortcut.__dict__.get("forward") if isinstance(shortcut, nn.Module) else None
-            if shortcut is None or (isinstance(fused, FusedForward) and not fused.skip):  # else it is excluded
-                pairs = [(m[conv], m[bn]) for conv, bn in names]
-                out = run_residual_block(x, pairs, ActSpec("relu", 0.0, m["relu"]), shortcut, **keywords)
-                if out is not None:
-                    return out
+        shortcut = self.downsample
+        if torch.is_grad_enabled() and (shortcut is None or _projects(shortcut)):
+            m = self._modules
+            pairs = [(m[conv], m[bn]) for conv, bn in names]
+            out = run_residual_block(x, pairs, ActSpec("relu", 0.0, m["relu"]), shortcut, **keywords)
+            if out is not None:
+                return out
+        elif shortcut is not None and x.is_cpu:
+            steps = _steps(self, names, 0, 1)
+            if steps is not None:
+                return run_chain((x,), steps, **chain_keywords)
         return layer_by_layer(self, x)
 
+    forward.steps = lambda block, source, first: _steps(block, names, source, first)
     return plan._replace(run=forward)
+
+
+def _projects(shortcut: nn.Module) -> bool:
+    """Whether all of a block's shortcut is fused (else it is excluded, or not torchvision's pair)."""
+    from .forward import FusedForward
+
+    fused = shortcut.__dict__.get("forward")
+    return isinstance(fused, FusedForward) and not fused.skip
+
+
+def _steps(block: Any, names: list[tuple[str, str]], source: int, first: int) -> tuple[Step, ...] | None:
+    """The steps of a block (see ``residual_steps``); None: not all of it is fused."""
+    m, shortcut, projection = block._modules, block.downsample, None
+    if shortcut is not None:
+        if not _projects(shortcut) or has_hooks(shortcut) or len(shortcut) != 2:
+            return None
+        projection = tuple(shortcut._modules.values())
+    return residual_steps([(m[c], m[b]) for c, b in names], ActSpec("relu", 0.0, m["relu"]), projection, source, first)
+
+
+def _stage(options: Options) -> Plan:
+    """torchvision's residual blocks in a row, one call where ``optimize`` took them whole."""
+    from .forward import FusedForward
+
+    keywords = run_keywords(options)
+
+    def steps_of(block: Any, source: int, first: int) -> tuple[Step, ...] | None:
+        fused = block.__dict__.get("forward")
+        if not isinstance(fused, FusedForward) or fused.skip or fused.options != options or has_hooks(block):
+            return None
+        found = getattr(fused.plan, "steps", None)
+        return None if found is None else found(block, source, first)
+
+    def forward(self: Any, input: Tensor) -> Any:
+        out = run_blocks(input, self._modules.values(), steps_of, **keywords)
+        return nn.Sequential.forward(self, input) if out is None else out
+
+    return Plan(forward, [], "")
 
 
 def _chains(

@@ -34,6 +34,11 @@ class FusedForward(FusedMarker):
         self._runs = [] if plan is None else [plan.run]
         self._planned = len(self._runs)
 
+    @property
+    def plan(self) -> Any:
+        """The latest plan's ``run``, None before the first call of a copy."""
+        return self._runs[0] if self._runs else None
+
     def install(self) -> None:
         """Make this the forward of its module."""
         self.module.forward = self

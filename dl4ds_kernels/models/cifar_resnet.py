@@ -16,7 +16,7 @@ from ..modules import BasicBlock, FusedSequential, PreActBottleneck
 from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
 from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
-from ..modules.residual import conv1x1, conv3x3
+from ..modules.residual import ResidualStage, conv1x1, conv3x3
 from ._init import he_fan_out
 from ._registry import register
 from .preact_resnet import preact_stage
@@ -76,7 +76,7 @@ class CifarResNet(nn.Module):
                     down = _shortcut(shortcut, channels, width, stride)
                     blocks.append(BasicBlock(channels, width, stride, down, residual_scale=residual_scale))
                 channels = width
-            stages.append(nn.Sequential(*blocks))
+            stages.append(ResidualStage(*blocks))
         self.layer1, self.layer2, self.layer3 = stages
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(64, num_classes)

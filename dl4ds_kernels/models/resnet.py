@@ -16,7 +16,7 @@ from ..modules._block import run_conv_bn_act_pool
 from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
 from ..modules._run import ActSpec
-from ..modules.residual import conv1x1
+from ..modules.residual import ResidualStage, conv1x1
 from ._init import he_fan_out
 from ._registry import register
 
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
                 )
             )  # fmt: skip
             self._channels = out
-        return nn.Sequential(*blocks)
+        return ResidualStage(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act_pool(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu), self.maxpool)

@@ -9,13 +9,14 @@ values.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import _packing
+from .. import _autotune, _packing
 from .._activation import ACTIVATION_CODES
 from .._define import CPP, op
 from ..functional._common import call
@@ -89,6 +90,7 @@ def run_chain(
     if not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
         or memory_format == "preserve"
         or not isinstance(x, Tensor)
         or not applies(x, steps[0].conv, backend)
@@ -101,14 +103,18 @@ def run_chain(
         out = _run_block(x, steps, backend)
         if out is not None:
             return out
-    registers = list(inputs)
+    registers: list[Any] = list(inputs)
     last = len(steps) if join or len(steps) < 2 else len(steps) - 2
+    last_reader = {i: at for at, step in enumerate(steps) for i in (*step.sources, step.residual)}
     for i, step in enumerate(steps):
         if i == last and not torch.is_grad_enabled():
             out = _run_tail(registers, step, steps[-1], backend)
             if out is not None:
                 return out
         registers.append(_run_step(registers, step, memory_format, exact, backend))
+        for r in (*step.sources, step.residual):
+            if r >= 0 and last_reader[r] == i and r not in join:
+                registers[r] = None  # its memory goes to the next step
     return torch.cat([registers[i] for i in join], 1) if join else registers[-1]
 
 
@@ -264,11 +270,24 @@ def _step_algorithm(step: Step, shape: tuple[int, ...], aligned: bool, exact: bo
         return _packing.DIRECT if fits and _packing.direct_weight(conv, weight) is not None else None
     if pool is not None or len(sources) != 1:
         return None
-    algorithm = _packing.chosen(conv, weight, shape, conv.stride, conv.padding, conv.dilation, conv.groups, exact)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    algorithm = _packing.chosen(conv, weight, shape, *geometry, exact)
+    if algorithm is None:
+        algorithm = _choose_ahead(conv, weight, shape, geometry, exact)
     if algorithm == _packing.LIBRARY:
         small = shape[0] * shape[2] * shape[3] * weight.numel() < _packing.MIN_LIBRARY_MACS
         return None if small or bn is None else algorithm
     return algorithm
+
+
+def _choose_ahead(conv: nn.Module, weight: Tensor, shape: tuple[int, ...], geometry: Any, exact: bool) -> int | None:
+    """What the step's own call would choose, so that a chain's first call is one call too; None where it must be asked."""
+    if _autotune.wanted() or not _packing.supported(weight):  # timing needs the true input
+        return None
+    n, _, height, width = out_shape(shape, weight, *geometry[:3])
+    if min(n, height, width) < 1 or n * height * width * weight.numel() < _packing.MIN_MACS:
+        return None
+    return _packing.packed_weight(conv, weight, weight.new_empty(()).expand(shape), *geometry, exact)[0]
 
 
 def _compile(
@@ -326,6 +345,45 @@ def _norm_vectors(norm: nn.Module | None) -> list[Tensor | None]:
 
 def _eps_std(norm: nn.Module | None) -> bool:
     return type(norm) is BNAct2d and norm.eps_mode == "std"
+
+
+def residual_steps(
+    pairs: list[tuple[nn.Module, nn.Module]],
+    act: ActSpec,
+    projection: tuple[nn.Module, nn.Module] | None,
+    source: int,
+    first: int,
+) -> tuple[Step, ...]:
+    """A residual block that reads register ``source`` and fills those from ``first`` on; ``projection``: of its shortcut.
+
+    The projection's output is made late: the last convolution adds to it in place, else to the block's input.
+    """
+    steps = [Step(conv, bn, act, (first + i - 1 if i else source,)) for i, (conv, bn) in enumerate(pairs)]
+    end = steps.pop()._replace(residual=source, in_place="z")  # stock adds in place
+    if projection is not None:
+        steps.append(Step(*projection, NO_ACT, (source,)))
+        end = end._replace(residual=first + len(steps) - 1)
+    return (*steps, end)
+
+
+def run_blocks(
+    x: Tensor, blocks: Iterable[nn.Module], steps_of: Callable[[Any, int, int], tuple[Step, ...] | None], **keywords: Any
+) -> Tensor | None:
+    """Residual blocks in a row, in inference on the CPU one call, in which a block adds to its input in place. None where not.
+
+    ``steps_of(block, source, first)`` gives the :func:`residual_steps` of a block, None if it does not run as such.
+    """
+    if type(x) is not Tensor or torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():
+        return None
+    if torch.jit.is_tracing() or not _no_global_hooks():  # which see every module called
+        return None
+    steps: list[Step] = []
+    for block in blocks:
+        more = steps_of(block, len(steps), len(steps) + 1)
+        if more is None:
+            return None
+        steps += more
+    return run_chain((x,), tuple(steps), **keywords) if steps else None
 
 
 class DenseLayerParts(NamedTuple):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..functional import add_act
 from ._block import Pair, run_residual_block
-from ._chain import Step, run_chain
-from ._run import NO_ACT, ActSpec
+from ._chain import Step, residual_steps, run_blocks, run_chain
+from ._run import NO_ACT, ActSpec, _bn_fusable, is_plain
+from .sequential import FusedSequential
 
 Norm = Callable[[int], nn.Module]
 
@@ -55,8 +56,25 @@ class _Residual(nn.Module):
     def _act(self) -> ActSpec:
         return ActSpec("relu", 0.0, self.relu)
 
+    def steps(self, source: int, first: int) -> tuple[Step, ...] | None:
+        """The block as ``residual_steps``; None if it is more than convolutions with BatchNorm and a sum."""
+        shortcut, projection = self.downsample, None
+        if self.residual_scale != 1.0:
+            return None
+        if shortcut is not None:
+            parts = tuple(shortcut._modules.values())
+            if not (type(shortcut) in (nn.Sequential, FusedSequential) and is_plain(shortcut) and len(parts) == 2):
+                return None
+            if type(parts[0]) is not nn.Conv2d or not _bn_fusable(parts[1]):
+                return None
+            projection = parts
+        return residual_steps(self.pairs(), self._act(), projection, source, first)
+
     def _run(self, x: Tensor) -> Tensor:
-        """``relu(scale * (branch(x) + shortcut(x)))``; in inference on the CPU one op call, and one for the shortcut."""
+        """``relu(scale * (branch(x) + shortcut(x)))``; in inference on the CPU one op call, the shortcut included."""
+        steps = self.steps(0, 1) if x.is_cpu else None  # elsewhere the last two convolutions may be one kernel, see _tail.py
+        if steps is not None:
+            return run_chain((x,), steps)
         act, scaled = self._act(), self.residual_scale != 1.0
         shortcut = x if self.downsample is None else self.downsample(x)
         inputs = (x,) if scaled or shortcut is x else (x, shortcut)
@@ -67,6 +85,22 @@ class _Residual(nn.Module):
             return add_act(run_chain(inputs, tuple(steps)), shortcut, alpha=self.residual_scale, activation="relu")
         steps[-1] = steps[-1]._replace(residual=n - 1, in_place="z")  # stock adds in place
         return run_chain(inputs, tuple(steps))
+
+
+class ResidualStage(nn.Sequential):
+    """Residual blocks in a row; in inference on the CPU one op call, in which a block adds to its input in place.
+
+    Args: as ``nn.Sequential``; children of other types are fine and then run one by one.
+    Shape: of the blocks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = run_blocks(input, self._modules.values(), _steps_of)
+        return super().forward(input) if out is None else out
+
+
+def _steps_of(block: nn.Module, source: int, first: int) -> tuple[Step, ...] | None:
+    return block.steps(source, first) if type(block) in (BasicBlock, Bottleneck) and is_plain(block) else None
 
 
 class BasicBlock(_Residual):

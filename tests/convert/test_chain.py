@@ -84,17 +84,92 @@ def run(net: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block(name: str, layout: torch.memory_format, calls: list[int]) -> None:
+def test_block(name: str, layout: torch.memory_format, calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = build(name)
     x = x.to(memory_format=layout)
     truth = run(copy.deepcopy(net).double(), x.double())
     fused = dk.optimize(net)
-    first, before = run(fused, x), x.clone()
-    assert calls == []  # the convolutions choose their algorithms one by one
+    before = x.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(_chain, "_choose_ahead", lambda *_: None)
+        first = run(copy.deepcopy(fused), x)  # layer by layer, each choosing for itself
+    assert calls == []
     second = run(fused, x)
-    assert calls == [3 if "bottleneck" in name else 2]
+    assert calls == [(3 if "bottleneck" in name else 2) + ("down" in name)]
     assert torch.equal(first, second) and torch.equal(x, before)
     assert float((second - truth).abs().max()) <= 2e-5 * float(truth.abs().max())
+
+
+def stage() -> nn.Module:
+    """Three blocks, the first with a projection."""
+    return seeded(nn.Sequential(Bottleneck(32, 16, 2, downsample(32, 64, 2)), Bottleneck(64, 16), Bottleneck(64, 16)))
+
+
+def test_blocks_in_a_row(calls: list[int]) -> None:
+    """One call, in which every block adds to its input in place: the same bits as block by block, and x stays as it was."""
+    net, x = stage(), torch.randn(4, 32, 24, 20)
+    truth, before = run(copy.deepcopy(net).double(), x.double()), x.clone()
+    fused = dk.optimize(net)
+    y = x
+    for block in copy.deepcopy(fused):
+        y = run(block, y)
+    assert calls == [4, 3, 3]
+    calls.clear()
+    for _ in range(2):
+        out = run(fused, x)
+        assert torch.equal(out, y) and torch.equal(x, before)
+    assert calls == [10, 10]
+    assert float((out - truth).abs().max()) <= 2e-5 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_own_stages(name: str, calls: list[int]) -> None:
+    """Our own nets: a call for each stage, the same bits as block by block."""
+    net, x = seeded(dk.models.create(name, num_classes=3)), torch.randn(1, 3, 64, 64)
+    first = run(net, x)
+    assert calls == ([4, 5, 5, 5] if name == "resnet18" else [10, 13, 19, 10])
+    y = run(nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool), x)
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for block in stage:
+            y = run(block, y)
+    torch.testing.assert_close(net.fc(y.mean((2, 3))), first, rtol=1e-4, atol=1e-5)
+    seen: list[int] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(1) if m is net.layer1[1] else None)
+    run(net, x)
+    handle.remove()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("change", ["hook", "hook inside", "excluded", "options", "another block", "train", "grad", "empty"])
+def test_blocks_in_a_row_fall_back(change: str, calls: list[int]) -> None:
+    net, x = stage(), torch.randn(4, 32, 24, 20)
+    fused = dk.optimize(net, exclude="1" if change == "excluded" else None)
+    seen: list[int] = []
+    if change == "hook":
+        fused[1].register_forward_hook(lambda *_: seen.append(1))
+    elif change == "hook inside":
+        fused[0].downsample[1].register_forward_hook(lambda *_: seen.append(1))
+    elif change == "options":
+        dk.optimize(fused[2], exact=True, inplace=True)
+    elif change == "another block":
+        for m in (net, fused):
+            m[1] = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU())
+            torch.manual_seed(1)
+            nn.init.normal_(m[1][0].weight)
+            nn.init.zeros_(m[1][0].bias)
+    elif change == "train":
+        for m in (net, fused):
+            m[1].train()
+    elif change == "empty":
+        x = x[:0]
+    if change == "grad":
+        assert fused(x).requires_grad
+        torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-4)
+    else:
+        for _ in range(2):
+            torch.testing.assert_close(run(fused, x), run(net, x), rtol=1e-4, atol=1e-4)
+    assert 10 not in calls
+    assert len(seen) == (2 if "hook" in change else 0)
 
 
 def test_values_are_read_at_every_call(calls: list[int]) -> None:
