@@ -12,7 +12,7 @@ from . import _extension
 
 LIBRARY = 0
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups
-_NAMES = {LIBRARY: "oneDNN", 2: "Winograd F(2x2, 3x3)"}
+_NAMES = {LIBRARY: "oneDNN", 1: "direct", 2: "Winograd F(2x2, 3x3)"}
 
 
 @lru_cache(maxsize=4096)
@@ -31,8 +31,8 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int, int
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.device.type == "cpu"
-        and weight.shape[2:] == (3, 3)
         and x.dim() == 4
+        and weight.dim() == 4
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
         and _extension.status()["_C"].loaded
@@ -49,7 +49,10 @@ def explain(x: Tensor, weight: Tensor, pairs: list[list[int]], groups: int) -> d
     if any(codes):
         reason = "modelled faster than the library at this size, with an error of at most twice stock's"
     elif not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        reason = "F(2x2) needs fp32, 3x3, stride 1, one group, and would be slower here, or DL4DS_WINOGRAD=0"
+        reason = (
+            "ours need fp32, one group (F(2x2): 3x3, stride 1), and would be slower here; "
+            "or DL4DS_WINOGRAD=0, DL4DS_TRAIN_DIRECT=0"
+        )
     else:
-        reason = "F(2x2) needs x dense in channels_last"
+        reason = "ours need x dense in channels_last"
     return {"training": {p: _NAMES[code] for p, code in zip(passes, codes, strict=True)}, "training_reason": reason}

@@ -1,9 +1,10 @@
-"""Contract of a training step's 3x3 convolutions by Winograd's F(2x2, 3x3), and ``conv2d_step``, which chooses pass by pass.
+"""Contract of a training step's convolutions by our own kernels, and ``conv2d_step``, which chooses pass by pass.
 
 ``conv2d_step`` is ``torch.conv2d`` with gradients: the output, the gradient of the input and that of the weight are each
-computed by the faster of the library and F(2x2, 3x3), whose rounding error is at most twice that of stock torch (tests hold
-it to that). The algorithms of inference with a larger error are never taken: training is exact. ``DL4DS_WINOGRAD=0`` leaves
-everything to the library.
+computed by the fastest of the library, our direct product (``conv2d_exact``, algorithm 1) and Winograd's F(2x2, 3x3)
+(algorithm 2), whose rounding errors are at most twice that of stock torch (tests hold them to that). The algorithms of
+inference with a larger error are never taken: training is exact. ``DL4DS_WINOGRAD=0`` leaves Winograd out,
+``DL4DS_TRAIN_DIRECT=0`` the direct product.
 """
 
 from __future__ import annotations
@@ -18,30 +19,35 @@ from .._define import define_op, op
 from .conv_bn_act import _convolve
 
 
-def _fake_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    n, _, height, width = x.shape
-    sizes = (n, weight.shape[0], height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
-    return x.new_empty(sizes).to(memory_format=torch.channels_last)
+def _fake_exact(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], algorithm: int
+) -> Tensor:
+    spatial = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *spatial)).to(memory_format=torch.channels_last)
 
 
-def _fake_winograd_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, padding: list[int], need_dx: bool, need_dweight: bool
+def _fake_exact_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], dgrad: int, wgrad: int
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.channels_last) if need_dx else x.new_empty(0)
-    return dx, torch.empty_like(weight) if need_dweight else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if dgrad else x.new_empty(0)
+    return dx, torch.empty_like(weight) if wgrad else x.new_empty(0)
 
 
 define_op(
-    "conv2d_winograd",
-    "(Tensor x, Tensor weight, Tensor? bias, int[] padding) -> Tensor",
-    fake=_fake_winograd,
+    "conv2d_exact",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int algorithm) -> Tensor",
+    fake=_fake_exact,
     stem="conv_bn_act",
     triton=False,
 )
-define_op(
-    "conv2d_winograd_bwd",
-    "(Tensor dout, Tensor x, Tensor weight, int[] padding, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
-    fake=_fake_winograd_bwd,
+define_op(  # dgrad, wgrad: algorithms, 0 for a gradient that is not wanted
+    "conv2d_exact_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int dgrad, int wgrad) "
+    "-> (Tensor dx, Tensor dweight)",
+    fake=_fake_exact_bwd,
     stem="conv_bn_act",
     triton=False,
 )
@@ -49,8 +55,9 @@ define_op(
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``conv2d(x, weight, bias)`` of a training step; no gradients of its own."""
-    if choose(x, weight, geometry)[0] != LIBRARY:
-        return op("conv2d_winograd")(x, weight, bias, [*geometry[1]])
+    code = choose(x, weight, geometry)[0]
+    if code != LIBRARY:
+        return op("conv2d_exact")(x, weight, bias, *geometry[:3], code)
     return _convolve(x, weight, bias, geometry)
 
 
@@ -60,10 +67,10 @@ def convolve_back(
     """Gradients of (x, weight, bias), None for those not ``wanted``. ``bias``: whether there is one."""
     need_x, need_weight, need_bias = wanted
     _, dgrad, wgrad = choose(x, weight, geometry)
-    ours = need_x and dgrad != LIBRARY, need_weight and wgrad != LIBRARY
+    ours = dgrad if need_x else LIBRARY, wgrad if need_weight else LIBRARY
     grads: list[Tensor | None] = [None, None, None]
     if any(ours):
-        dx, dweight = op("conv2d_winograd_bwd")(dout, x, weight, [*geometry[1]], *ours)
+        dx, dweight = op("conv2d_exact_bwd")(dout, x, weight, *geometry[:3], *ours)
         grads = [dx if ours[0] else None, dweight if ours[1] else None, None]
         if need_bias:
             grads[2] = dout.sum((0, 2, 3))
@@ -124,7 +131,7 @@ define_op(
     stem="conv_bn_act",
     setup_context=_setup_context,
     backward=_backward,
-    composed_of="conv2d_winograd",
+    composed_of="conv2d_exact",
     compose=_compose,
 )
 define_op(
@@ -133,6 +140,6 @@ define_op(
     "-> Tensor[]",
     fake=_fake_step_bwd,
     stem="conv_bn_act",
-    composed_of="conv2d_winograd_bwd",
+    composed_of="conv2d_exact_bwd",
     compose=_compose_bwd,
 )

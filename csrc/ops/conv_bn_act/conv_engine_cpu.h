@@ -34,11 +34,16 @@ struct ConvShape {
     int64_t channels_out, kernel_h, kernel_w;
     int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int64_t groups;
+    // kDirect: zeros behind the padding at the bottom and at the right; below zero: rows and columns of the
+    // padded map that are not looked at.
+    int64_t more_h = 0, more_w = 0;
 
     int64_t out_height() const {
-        return (height + 2 * pad_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
+        return (height + 2 * pad_h + more_h - dilation_h * (kernel_h - 1) - 1) / stride_h + 1;
     }
-    int64_t out_width() const { return (width + 2 * pad_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1; }
+    int64_t out_width() const {
+        return (width + 2 * pad_w + more_w - dilation_w * (kernel_w - 1) - 1) / stride_w + 1;
+    }
     int64_t group_channels() const { return channels / groups; }
     int64_t group_channels_out() const { return channels_out / groups; }
     int64_t taps() const { return kernel_h * kernel_w; }
@@ -96,7 +101,8 @@ struct PackArgs {
     const ConvShape* shape;
     int64_t first, rows;
     float* a;
-    float* line;  // scratch: one receptive field, padded to whole chunks
+    float* line;        // scratch: one receptive field, padded to whole chunks
+    int64_t pitch = 0;  // rows of the panel where `rows` are only a part of it; 0: they are all
 };
 
 /// A part of the channels of a 1x1 convolution's input: pixels of channels_last tensors, which need not be

@@ -100,6 +100,7 @@ inline void pack_fields(const PackArgs& args) {
     const ConvShape s = *p.shape;
     const int64_t channels = s.group_channels(), length = s.kernel_w * channels, wo = s.out_width(),
                   ho = s.out_height();
+    const int64_t pitch = p.pitch > 0 ? p.pitch : p.rows;
     Pieces pieces;
     // Longer kernel rows than a few chunks lose little by the general way.
     const bool dense = s.dilation_w == 1 && p.stride_w == channels && p.stride_h >= s.width * channels;
@@ -126,7 +127,7 @@ inline void pack_fields(const PackArgs& args) {
         constexpr int kPerChunk = kChunk / kLanes<float>;
         for (int v = 0; v < pieces.vectors; ++v) {
             join_pieces(pieces, v, corner, p.rows,
-                        p.a + v / kPerChunk * p.rows * kChunk + v % kPerChunk * kLanes<float>);
+                        p.a + v / kPerChunk * pitch * kChunk + v % kPerChunk * kLanes<float>);
         }
     }
     if (slow > 0) {
@@ -135,7 +136,7 @@ inline void pack_fields(const PackArgs& args) {
             if (corner[i] == nullptr) {
                 gather_line(p, p.x + place.n * p.stride_n, place.y * s.stride_h - s.pad_h,
                             place.x * s.stride_w - s.pad_w);
-                spread(p.line, s.kernel_h * length, p.a + i * kChunk, p.rows);
+                spread(p.line, s.kernel_h * length, p.a + i * kChunk, pitch);
             }
         }
     }

@@ -228,7 +228,7 @@ inline void pack(const PackArgs& args) {
     const PackArgs p = args;
     const ConvShape s = *p.shape;
     const int64_t channels = s.group_channels(), wo = s.out_width(), ho = s.out_height();
-    const int64_t k = channels * s.taps();
+    const int64_t k = channels * s.taps(), pitch = p.pitch > 0 ? p.pitch : p.rows;
     // Whole chunks of channels go straight to their places; otherwise a field is first written as one line.
     const bool straight = channels % kChunk == 0 || s.taps() == 1;
     for (int64_t i = 0; i < p.rows; ++i) {
@@ -239,18 +239,18 @@ inline void pack(const PackArgs& args) {
         float* to = p.a + i * kChunk;
         if (!straight) {
             gather_line(p, x, y0, x0);
-            spread(p.line, k, to, p.rows);
+            spread(p.line, k, to, pitch);
             continue;
         }
-        const int64_t step = chunks_of(channels) * p.rows * kChunk;
+        const int64_t step = chunks_of(channels) * pitch * kChunk;
         for (int64_t r = 0; r < s.kernel_h; ++r) {
             const int64_t y = y0 + r * s.dilation_h;
             for (int64_t q = 0; q < s.kernel_w; ++q, to += step) {
                 const int64_t col = x0 + q * s.dilation_w;
                 if (y >= 0 && y < s.height && col >= 0 && col < s.width) {
-                    spread(x + y * p.stride_h + col * p.stride_w, channels, to, p.rows);
+                    spread(x + y * p.stride_h + col * p.stride_w, channels, to, pitch);
                 } else {
-                    spread_zeros(channels, to, p.rows);
+                    spread_zeros(channels, to, pitch);
                 }
             }
         }

@@ -1,5 +1,5 @@
-// Which of a training step's convolutions run as Winograd's F(2x2, 3x3): cycles of one core, as in
-// conv_choose_cpu.cpp, but with the filters' transform, which every step pays again.
+// Which algorithm each of a training step's convolutions takes: cycles of one core, as in
+// conv_choose_cpu.cpp, but with the weight's packing or transform, which every step pays again.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -22,24 +22,25 @@ constexpr double kTileOutCost = 80.0;
 constexpr double kFilterCost = 45.0;    // a vector of filters, forth
 constexpr double kGradientCost = 40.0;  // and back
 
+// Of the direct product: below, the weight's packing costs more than the sums, or there is little to gain.
+constexpr int64_t kMinPixels = 96, kMinWeights = 8192;
+constexpr int64_t kMinFieldChannels = 64, kMinTaps = 16, kNarrow = 5;
+
 double up(int64_t a, int64_t b) { return static_cast<double>((a + b - 1) / b); }
 
+bool is_on(const char* text) { return text == nullptr || std::strcmp(text, "0") != 0; }
+
 bool winograd_allowed() {
-    static const bool on = [] {
-        const char* text = std::getenv("DL4DS_WINOGRAD");
-        return text == nullptr || std::strcmp(text, "0") != 0;
-    }();
+    static const bool on = is_on(std::getenv("DL4DS_WINOGRAD"));
     return on;
 }
 
-}  // namespace
+bool direct_allowed() {
+    static const bool on = is_on(std::getenv("DL4DS_TRAIN_DIRECT"));
+    return on;
+}
 
-TrainChoice conv_train_choose(const ConvShape& s) {
-    TrainChoice choice{ConvAlgorithm::kLibrary, ConvAlgorithm::kLibrary, ConvAlgorithm::kLibrary};
-    if (active_isa() == Isa::kBaseline || !winograd_allowed() || s.out_height() < 1 || s.out_width() < 1 ||
-        s.pad_h > 2 || s.pad_w > 2 || !conv_supports(ConvAlgorithm::kWinograd2, s)) {
-        return choice;
-    }
+void choose_winograd(const ConvShape& s, TrainChoice& choice) {
     const double lanes = static_cast<double>(conv_kernels().panel) / 2.0;
     const double in = static_cast<double>(s.channels), out = static_cast<double>(s.channels_out);
     const double padded_in = up(s.channels, conv_kernels().panel) * lanes * 2.0;
@@ -63,6 +64,55 @@ TrainChoice conv_train_choose(const ConvShape& s) {
     if (count >= kMinTiles &&
         gemm + count * (in + out) * kTileInCost / lanes + filters * kGradientCost < direct) {
         choice.wgrad = ConvAlgorithm::kWinograd2;
+    }
+}
+
+/// The direct product where it was measured ahead of oneDNN: on the layers of ResNet-18, ResNet-50 and
+/// DenseNet-121 (batches 16 and 1; docs/cpu-engine.md), with cold caches. Nearly all of its gain are copies
+/// and packs, so that rules of thumb on the sizes describe it better than cycles do.
+void choose_direct(const ConvShape& s, TrainChoice& choice) {
+    const int64_t panel = conv_kernels().panel, pixels = s.n * s.out_height() * s.out_width();
+    // Lanes that compute nothing may cost a twentieth.
+    const auto filled = [](int64_t channels, int64_t unit) {
+        return up(channels, unit) * static_cast<double>(unit) <= 1.06 * static_cast<double>(channels);
+    };
+    const bool fills_in = filled(s.channels, panel), fills_out = filled(s.channels_out, panel);
+    if (s.taps() == 1 && s.pad_h == 0 && s.pad_w == 0) {
+        if (pixels < kMinPixels || s.channels * s.channels_out < kMinWeights) {
+            return;
+        }
+        choice.forward = fills_out ? ConvAlgorithm::kDirect : choice.forward;
+        choice.dgrad = fills_in && conv_dgrad_direct_supports(s) ? ConvAlgorithm::kDirect : choice.dgrad;
+        choice.wgrad = fills_in && filled(s.channels_out, kChunk) ? ConvAlgorithm::kDirect : choice.wgrad;
+        return;
+    }
+    // Larger kernels: forward, and the gradient of x of wide maps, are the library's, who has no fields to
+    // copy.
+    const bool strided = s.stride_h > 1 && s.stride_w > 1;
+    if (!strided || s.channels < kMinFieldChannels || s.channels_out < kMinFieldChannels ||
+        pixels < kMinTaps) {
+        return;
+    }
+    if (filled(s.channels * s.taps(), panel) && filled(s.channels_out, kChunk)) {
+        choice.wgrad = ConvAlgorithm::kDirect;
+    }
+    if (s.out_width() <= kNarrow && fills_in && conv_dgrad_direct_supports(s)) {
+        choice.dgrad = ConvAlgorithm::kDirect;
+    }
+}
+
+}  // namespace
+
+TrainChoice conv_train_choose(const ConvShape& s) {
+    TrainChoice choice{ConvAlgorithm::kLibrary, ConvAlgorithm::kLibrary, ConvAlgorithm::kLibrary};
+    if (active_isa() == Isa::kBaseline || s.groups != 1 || s.out_height() < 1 || s.out_width() < 1) {
+        return choice;
+    }
+    if (winograd_allowed() && s.pad_h <= 2 && s.pad_w <= 2 && conv_supports(ConvAlgorithm::kWinograd2, s)) {
+        choose_winograd(s, choice);
+    }
+    if (direct_allowed()) {
+        choose_direct(s, choice);
     }
     return choice;
 }

@@ -1,5 +1,6 @@
-// A 3x3 convolution of a training step by Winograd's F(2x2, 3x3): conv2d_winograd and its gradients. The
-// library's convolution answers where a transform would spread an infinite value (see conv_engine_cpu.h).
+// The convolutions of a training step on our own kernels: conv2d_exact and its gradients. The library's
+// convolution answers where ours would spread an infinite value: a transform over its tile (see
+// conv_engine_cpu.h), a product with the zeros of the padding that the library leaves out.
 #include "ops/conv_bn_act/conv_train_cpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
@@ -10,7 +11,7 @@
 namespace dl4ds {
 namespace {
 
-constexpr const char* kOp = "conv2d_winograd";
+constexpr const char* kOp = "conv2d_exact";
 
 /// A weight that is dense in one of the two layouts, copied if it is not.
 struct Filters {
@@ -19,42 +20,72 @@ struct Filters {
     FilterLayout layout;
 
     explicit Filters(const Tensor& weight) : tensor(weight), info(tensor_info(weight)) {
-        DL4DS_CHECK(info.dim == 4 && info.sizes[2] == 3 && info.sizes[3] == 3, kOp,
-                    ": weight: expected shape (C_out, C, 3, 3), got ", info.shape());
+        DL4DS_CHECK(info.dim == 4, kOp, ": weight: expected shape (C_out, C, kH, kW), got ", info.shape());
         check_dtype(kOp, "weight", info, DType::kFloat32);
-        const int64_t channels = info.sizes[1];
+        const int64_t channels = info.sizes[1], taps = info.sizes[2] * info.sizes[3];
         if (is_contiguous(info.sizes, info.strides, info.dim)) {
-            layout = {9 * channels, 9, 1};
+            layout = {taps * channels, taps, 1};
             return;
         }
         tensor = dense_channels_last(tensor, info);
         info = tensor_info(tensor);
-        layout = {9 * channels, 1, channels};
+        layout = {taps * channels, 1, channels};
     }
 };
 
-ConvShape shape_of(const TensorInfo& x, const TensorInfo& weight, const std::vector<int64_t>& padding) {
+ConvAlgorithm algorithm_of(int64_t code, const char* argument, bool may_be_none) {
+    DL4DS_CHECK(code == 1 || code == 2 || (may_be_none && code == 0), kOp, ": ", argument,
+                ": expected 1 (direct)",
+                may_be_none ? ", 2 (Winograd) or 0 (not computed)" : " or 2 (Winograd)", ", got ", code);
+    return static_cast<ConvAlgorithm>(code);
+}
+
+ConvShape shape_of(const TensorInfo& x, const TensorInfo& weight, const Convolution& conv) {
     ConvShape s = conv_weight_shape(weight, 1);
-    DL4DS_CHECK(
-        padding.size() == 2 && padding[0] >= 0 && padding[0] <= 2 && padding[1] >= 0 && padding[1] <= 2, kOp,
-        ": padding: expected two numbers from 0 to 2");
+    const auto pair = [](const char* name, const std::vector<int64_t>& value, int64_t least) {
+        DL4DS_CHECK(value.size() == 2 && value[0] >= least && value[1] >= least, kOp, ": ", name,
+                    ": expected two numbers from ", least, " up");
+    };
+    pair("stride", conv.stride, 1), pair("padding", conv.padding, 0), pair("dilation", conv.dilation, 1);
     DL4DS_CHECK(x.dim == 4 && x.sizes[1] == s.channels, kOp, ": x: expected shape (N, ", s.channels,
                 ", H, W), got ", x.shape());
     check_dtype(kOp, "x", x, DType::kFloat32);
-    s.n = x.sizes[0], s.height = x.sizes[2], s.width = x.sizes[3], s.pad_h = padding[0], s.pad_w = padding[1];
-    DL4DS_CHECK(s.out_height() >= 1 && s.out_width() >= 1, kOp,
-                ": x: expected a padded input at least as large as the kernel, got ", x.shape());
+    s.n = x.sizes[0], s.height = x.sizes[2], s.width = x.sizes[3];
+    s.stride_h = conv.stride[0], s.stride_w = conv.stride[1];
+    s.pad_h = conv.padding[0], s.pad_w = conv.padding[1];
+    s.dilation_h = conv.dilation[0], s.dilation_w = conv.dilation[1];
+    DL4DS_CHECK(s.height + 2 * s.pad_h > s.dilation_h * (s.kernel_h - 1) &&
+                    s.width + 2 * s.pad_w > s.dilation_w * (s.kernel_w - 1),
+                kOp, ": x: expected a padded input at least as large as the kernel, got ", x.shape());
     return s;
 }
 
-/// The convolution of `x` with filters of this layout (see conv_pack_filters2). False: see conv_run.
-bool convolve(const ConvShape& s, const TensorInfo& x, const Filters& filters, bool gradient,
-              const TensorInfo& bias, float* out) {
-    const int64_t floats = conv_packed_floats(ConvAlgorithm::kWinograd2, s);
+void check_algorithm(ConvAlgorithm algorithm, const char* argument, const ConvShape& s) {
+    DL4DS_CHECK(algorithm != ConvAlgorithm::kWinograd2 ||
+                    (conv_supports(algorithm, s) && s.pad_h <= 2 && s.pad_w <= 2),
+                kOp, ": ", argument, ": Winograd takes a 3x3 kernel, stride and dilation 1, padding to 2");
+}
+
+/// The convolution of `x` with filters of this layout; kWinograd2, `gradient`: see conv_pack_filters2.
+/// False: see conv_run and conv_pack_taps.
+bool convolve(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
+              bool gradient, const TensorInfo& bias, float* out) {
+    const int64_t floats = conv_packed_floats(algorithm, s);
     const int64_t entries = s.channels_out + conv_kernels().panel;
     Scratch scratch((floats + 2 * entries) * 4);
     float *packed = scratch.as<float>(), *scale = packed + floats, *shift = scale + entries;
-    conv_pack_filters2(s, filters.info.as<float>(), filters.layout, gradient, packed);
+    if (algorithm == ConvAlgorithm::kWinograd2) {
+        conv_pack_filters2(s, filters.info.as<float>(), filters.layout, gradient, packed);
+    } else {
+        std::vector<int64_t> taps(static_cast<size_t>(s.taps()));
+        for (size_t t = 0; t < taps.size(); ++t) {
+            taps[t] = static_cast<int64_t>(t) * filters.layout.tap;
+        }
+        if (!conv_pack_taps(s, filters.info.as<float>(), filters.layout, false, taps, packed) &&
+            s.pad_h + s.pad_w > 0) {
+            return false;
+        }
+    }
     std::fill(scale, scale + entries, 1.0f);
     std::fill(shift, shift + entries, 0.0f);
     for (int64_t c = 0; bias.present && c < s.channels_out; ++c) {
@@ -65,7 +96,21 @@ bool convolve(const ConvShape& s, const TensorInfo& x, const Filters& filters, b
     args.x = x.as<float>();
     args.stride_n = x.strides[0], args.stride_h = x.strides[2], args.stride_w = x.strides[3];
     args.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
-    return conv_run(ConvAlgorithm::kWinograd2, args);
+    return conv_run(algorithm, args);
+}
+
+/// dx by the algorithm. False: as convolve.
+bool gradient_of_x(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& dout,
+                   const Filters& filters, float* dx) {
+    if (algorithm == ConvAlgorithm::kDirect) {
+        return conv_dgrad_direct({s, dout.as<float>(), dout.strides[0], dout.strides[2], dout.strides[3],
+                                  filters.info.as<float>(), filters.layout, dx, num_threads()});
+    }
+    ConvShape back = s;  // a convolution of dout, filters turned
+    back.channels = s.channels_out, back.channels_out = s.channels;
+    back.height = s.out_height(), back.width = s.out_width();
+    back.pad_h = 2 - s.pad_h, back.pad_w = 2 - s.pad_w;
+    return convolve(algorithm, back, dout, filters, true, TensorInfo{}, dx);
 }
 
 Tensor readable(const Tensor& x) {
@@ -74,20 +119,21 @@ Tensor readable(const Tensor& x) {
 }
 
 /// aten::convolution_backward for one of (dx, dweight).
-Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                        const std::vector<int64_t>& padding, int which) {
+Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                        int which) {
     using BackwardFn = AOTITorchError(
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, const int64_t**, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t,
         const int32_t*, int64_t, AtenTensorHandle*, AtenTensorHandle*, AtenTensorHandle*);
     static BackwardFn* const backward = find_shim<BackwardFn>("aoti_torch_cpu_convolution_backward");
     DL4DS_CHECK(backward != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution_backward");
-    const int64_t ones[2] = {1, 1}, zeros[2] = {0, 0};
+    const int64_t zeros[2] = {0, 0};
     const int32_t mask[3] = {which == 0, which == 1, 0};
     AtenTensorHandle results[3] = {nullptr, nullptr, nullptr};
-    shim_check(backward(dout.get(), x.get(), weight.get(), nullptr, 0, ones, 2, padding.data(), 2, ones, 2, 0,
-                        zeros, 2, 1, mask, 3, &results[0], &results[1], &results[2]),
-               "conv2d_winograd_bwd: aten::convolution_backward");
+    shim_check(
+        backward(dout.get(), x.get(), weight.get(), nullptr, 0, conv.stride.data(), 2, conv.padding.data(), 2,
+                 conv.dilation.data(), 2, 0, zeros, 2, 1, mask, 3, &results[0], &results[1], &results[2]),
+        "conv2d_exact_bwd: aten::convolution_backward");
     Tensor result(results[which]);
     for (int i = 0; i < 3; ++i) {
         if (i != which && results[i] != nullptr) {
@@ -99,32 +145,45 @@ Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weigh
 
 }  // namespace
 
-Tensor conv2d_winograd(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> padding) {
+Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
+                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm) {
     const Filters filters(weight);
     const Tensor source = readable(x);
     const TensorInfo xi = tensor_info(source), bi = tensor_info(bias);
-    const ConvShape s = shape_of(xi, filters.info, padding);
+    const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), 1};
+    const ConvShape s = shape_of(xi, filters.info, conv);
+    const ConvAlgorithm how = algorithm_of(algorithm, "algorithm", false);
+    check_algorithm(how, "algorithm", s);
     Tensor out = empty_channels_last(s.n, s.channels_out, s.out_height(), s.out_width(), DType::kFloat32,
                                      /*lasting=*/true);
     const TensorInfo oi = tensor_info(out);
     check_channel_vector(kOp, "bias", bi, oi);
-    if (oi.numel > 0 && !convolve(s, xi, filters, false, bi, oi.as<float>())) {
+    bool done = oi.numel == 0;
+    with_team(num_threads(),
+              [&] { done = done || convolve(how, s, xi, filters, false, bi, oi.as<float>()); });
+    if (!done) {
         const BnVectors none{std::nullopt, std::nullopt, std::nullopt,      std::nullopt,
                              0.0,          false,        Activation::kNone, 0.0};
-        return conv_bn_act_library(source, weight, bias, {{1, 1}, std::move(padding), {1, 1}, 1}, none,
-                                   std::nullopt);
+        return conv_bn_act_library(source, weight, bias, conv, none, std::nullopt);
     }
     return out;
 }
 
-/// (dx, dweight); what is not needed is empty.
-std::tuple<Tensor, Tensor> conv2d_winograd_bwd(Tensor dout, Tensor x, Tensor weight,
-                                               std::vector<int64_t> padding, bool need_dx,
-                                               bool need_dweight) {
+/// (dx, dweight); what is not computed (code 0) is empty.
+std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                            int64_t dgrad, int64_t wgrad) {
     const Filters filters(weight);
     const Tensor source = readable(x);
     const TensorInfo xi = tensor_info(source);
-    const ConvShape s = shape_of(xi, filters.info, padding);
+    const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), 1};
+    const ConvShape s = shape_of(xi, filters.info, conv);
+    const ConvAlgorithm for_x = algorithm_of(dgrad, "dgrad", true),
+                        for_w = algorithm_of(wgrad, "wgrad", true);
+    check_algorithm(for_x, "dgrad", s);
+    check_algorithm(for_w, "wgrad", s);
+    DL4DS_CHECK(for_x != ConvAlgorithm::kDirect || conv_dgrad_direct_supports(s), kOp,
+                ": dgrad: no stride together with dilation, no padding beyond the kernel");
     TensorInfo di = tensor_info(dout);
     const int64_t sizes[4] = {s.n, s.channels_out, s.out_height(), s.out_width()};
     DL4DS_CHECK(di.dim == 4 && std::equal(sizes, sizes + 4, di.sizes), kOp,
@@ -133,18 +192,17 @@ std::tuple<Tensor, Tensor> conv2d_winograd_bwd(Tensor dout, Tensor x, Tensor wei
     const Tensor gradient = dense_channels_last(dout, di);
     di = tensor_info(gradient);
     Tensor dx = empty_vector_cpu(0, DType::kFloat32), dweight = empty_vector_cpu(0, DType::kFloat32);
-    if (need_dx) {
+    if (dgrad != 0) {
         dx = empty_channels_last(s.n, s.channels, s.height, s.width, DType::kFloat32);
-        ConvShape back = s;  // a convolution of dout, filters turned
-        back.channels = s.channels_out, back.channels_out = s.channels;
-        back.height = s.out_height(), back.width = s.out_width();
-        back.pad_h = 2 - s.pad_h, back.pad_w = 2 - s.pad_w;
         const TensorInfo to = tensor_info(dx);
-        if (to.numel > 0 && !convolve(back, di, filters, true, TensorInfo{}, to.as<float>())) {
-            dx = library_gradient(gradient, source, weight, padding, 0);
+        bool done = to.numel == 0;
+        with_team(num_threads(),
+                  [&] { done = done || gradient_of_x(for_x, s, di, filters, to.as<float>()); });
+        if (!done) {
+            dx = library_gradient(gradient, source, weight, conv, 0);
         }
     }
-    if (need_dweight) {
+    if (wgrad != 0) {
         const TensorInfo& wi = filters.info;
         dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32, /*lasting=*/true);
         const WgradArgs args{s,
@@ -156,16 +214,17 @@ std::tuple<Tensor, Tensor> conv2d_winograd_bwd(Tensor dout, Tensor x, Tensor wei
                              tensor_info(dweight).as<float>(),
                              filters.layout,
                              num_threads()};
-        if (di.numel == 0 || !conv_wgrad_winograd2(args)) {
-            dweight = library_gradient(gradient, source, weight, padding, 1);
+        const auto compute = for_w == ConvAlgorithm::kDirect ? &conv_wgrad_direct : &conv_wgrad_winograd2;
+        if (di.numel == 0 || !compute(args)) {
+            dweight = library_gradient(gradient, source, weight, conv, 1);
         }
     }
     return {std::move(dx), std::move(dweight)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
-    m.impl("conv2d_winograd", TORCH_BOX(&conv2d_winograd));
-    m.impl("conv2d_winograd_bwd", TORCH_BOX(&conv2d_winograd_bwd));
+    m.impl("conv2d_exact", TORCH_BOX(&conv2d_exact));
+    m.impl("conv2d_exact_bwd", TORCH_BOX(&conv2d_exact_bwd));
 }
 
 }  // namespace dl4ds

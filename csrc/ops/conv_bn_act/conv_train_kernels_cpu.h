@@ -10,6 +10,14 @@ constexpr int kTrainPanel = kTrainVecs * kLanes<float>;
 // Accumulators for the latency of fma and no more: the rows have to divide kChunk.
 constexpr int kTrainRows = DL4DS_VEC_BYTES == 64 ? 8 : 4;
 
+}  // namespace DL4DS_ISA
+}  // namespace dl4ds
+
+#include "ops/conv_bn_act/conv_lanes_kernels_cpu.h"
+
+namespace dl4ds {
+namespace DL4DS_ISA {
+
 /// G w of one column of a filter.
 DL4DS_INLINE void filter_column(const Vec<float>* w, Vec<float>* o) {
     const Vec<float> half = broadcast(0.5f), ends = half * (w[0] + w[2]), middle = half * w[1];
@@ -123,7 +131,7 @@ inline void wgrad_in(const WgradInArgs& args) {
 }
 
 /// kTrainRows x panel sums over `k` tiles, from zero.
-DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, int64_t ahead,
+DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, const char* ahead,
                             Vec<float> (&acc)[kTrainRows][kTrainVecs]) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTrainRows; ++i) {
@@ -139,7 +147,7 @@ DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, in
         for (int j = 0; j < kTrainVecs; ++j) {
             vb[j] = load(b[j] + at);
         }
-        __builtin_prefetch(a + at + ahead, 0, 3);
+        __builtin_prefetch(ahead + at * 4, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < kTrainRows; ++i) {
             const Vec<float> va = broadcast(a[at + i]);
@@ -171,19 +179,19 @@ inline void wgrad_gemm(const WgradGemmArgs& args) {
         b[j] = p.b + at / kChunk * p.b_chunk + at % kChunk;
     }
     Vec<float> acc[kTrainRows][kTrainVecs];
-    if (p.k <= kWgradChain) {
-        sum_tiles(p.a, b, p.k, p.b_chunk, acc);
+    if (p.k <= p.chain) {
+        sum_tiles(p.a, b, p.k, p.prefetch, acc);
         put_sums(p.d, p.add, acc);
         return;
     }
     alignas(64) float sums[kTrainRows * kTrainPanel] = {};
-    for (int64_t k = 0; k < p.k; k += kWgradChain) {
+    for (int64_t k = 0; k < p.k; k += p.chain) {
         const float* from[kTrainVecs];
 #pragma GCC unroll 2
         for (int j = 0; j < kTrainVecs; ++j) {
             from[j] = b[j] + k * kChunk;
         }
-        sum_tiles(p.a + k * kChunk, from, p.k - k < kWgradChain ? p.k - k : kWgradChain, p.b_chunk, acc);
+        sum_tiles(p.a + k * kChunk, from, p.k - k < p.chain ? p.k - k : p.chain, p.prefetch + k * 64, acc);
         put_sums(sums, k > 0, acc);
     }
 #pragma GCC unroll 8
@@ -245,7 +253,7 @@ inline bool wgrad_out(const WgradOutArgs& args) {
     return to_bits<float>(poison != poison) == 0;
 }
 
-const TrainKernels kTrainKernels = {kTrainRows, &filter, &wgrad_in, &wgrad_gemm, &wgrad_out};
+const TrainKernels kTrainKernels = {kTrainRows, &pack_lanes, &filter, &wgrad_in, &wgrad_gemm, &wgrad_out};
 
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds

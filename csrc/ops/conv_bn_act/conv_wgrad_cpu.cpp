@@ -21,7 +21,7 @@ struct Plan {
           tiles_w(ceil_div(s.out_width(), 2)),
           tiles(s.n * tiles_h * tiles_w) {
         panels = ceil_div(s.channels, conv_kernels().panel);
-        in_chunks = panels * conv_kernels().panel / kChunk;
+        in_chunks = ceil_div(panels * conv_kernels().panel, kChunk);
         out_chunks = chunks_of(s.channels_out);
         const int64_t fit = kBlockBytes / (kPositions * (in_chunks + out_chunks) * kChunk * 4);
         block = std::min(std::clamp(fit / kCall * kCall, kMinBlock, kMaxBlock), tiles);
@@ -57,15 +57,17 @@ void multiply(const Plan& plan, int64_t item, int64_t tiles, bool add, const flo
     const TrainKernels& kernels = train_kernels();
     const int64_t width = conv_kernels().panel, panel = item % plan.panels, position = item / plan.panels;
     const int64_t stride = plan.block * kChunk;
-    const float* b = v + position * plan.v_position() + panel * (width / kChunk) * stride;
+    const float* b =
+        v + position * plan.v_position() + panel * width / kChunk * stride + panel * width % kChunk;
     for (int64_t k = 0; k < tiles; k += kCall) {
         const float* a = e + position * plan.e_position() + k * kChunk;
         float* to = d + position * plan.d_position() + panel * plan.d_block();
         for (int64_t chunk = 0; chunk < plan.out_chunks;
              ++chunk, a += stride, to += plan.panels * plan.d_block()) {
             for (int64_t row = 0; row < kChunk; row += kernels.gemm_rows) {
-                kernels.wgrad_gemm({a + row, b + k * kChunk, stride, std::min(kCall, tiles - k),
-                                    to + row * width, add || k > 0});
+                kernels.wgrad_gemm({a + row, b + k * kChunk, stride, std::min(kCall, tiles - k), kTileChain,
+                                    to + row * width, add || k > 0,
+                                    reinterpret_cast<const char*>(a + stride)});
             }
         }
     }
