@@ -65,7 +65,8 @@ def dense_block(
     try:
         if has_torch_function_variadic(x):
             return handle_torch_function(dense_block, (x,), x, layers, **options)
-        if not all(len(layer) in (1, 2) and len(layer) == len(layers[0]) for layer in layers):
+        alike = all(len(layer) in (1, 2) and len(layer) == len(layers[0]) for layer in layers)
+        if not alike or any(conv.norm is None for layer in layers for conv in layer):
             raise ValueError("dense_block")  # in words below
         return run_dense_layers(x, layers, **options)
     except Exception:
@@ -141,7 +142,7 @@ def _fits(x: Tensor, layers: Sequence[Sequence[ConvParams]], training: bool) -> 
     device = x.device.type  # under autocast stock's concatenation promotes, a buffer would not
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
         return False
-    return all(conv.norm is not None and _keeps_size(conv) for layer in layers for conv in layer)
+    return all(_keeps_size(conv) for layer in layers for conv in layer)
 
 
 def _keeps_size(conv: ConvParams) -> bool:

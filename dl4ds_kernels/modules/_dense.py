@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._backend import STOCK, select
 from ..functional.dense_block import run_dense_layers
 from ._block import _fits, _is_recorded, _params, _uses_batch
 from ._run import ActSpec, _act_fusable, _autocast_differs, _no_global_hooks, _slope
@@ -24,7 +25,7 @@ def run_dense_training(
 ) -> Tensor | None:
     """The block of these stock modules with gradients; None where its layers must go one by one.
 
-    That is inference, frozen BatchNorms, NCHW, hooks, other types; and CUDA, where single layers have kernels (statistics and
+    That is inference, frozen BatchNorms, NCHW, small maps, hooks, other types; and CUDA, where single layers have kernels (statistics and
     gradients fused into the convolutions) that the block's schedule does not use.
     """
     if not (
@@ -51,7 +52,7 @@ def run_dense_training(
             if not (alike and _fits(conv, bn) and _uses_batch(bn) and _keeps_size(conv)):
                 return None
             trained = trained or any(p is not None and p.requires_grad for m in (bn, conv) for p in m._parameters.values())
-    if not trained or x.numel() == x.shape[1]:
+    if not trained or x.numel() == x.shape[1] or select("dense_block", x, backend) == STOCK:
         return None
     return run_dense_layers(
         x, [[_params(conv, bn) for bn, _, conv in layer] for layer in layers], training=True, activation=first.name,

@@ -56,7 +56,7 @@ class _Pass(Gradient):
         features = self.out[:, : layer.channels]
         return _dense.normalise(self.namespace, features, *self.vectors_of(norm, layer.channels), *self.scalars(norm))
 
-    def slice(self, start: int, stop: int) -> Tensor:
+    def gradient_of(self, start: int, stop: int) -> Tensor:
         """The gradient of these channels, dense; no layer adds to it any more."""
         if self.buffer is None:
             return self.total[:, start:stop].contiguous(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ class _Pass(Gradient):
         """One layer: from the gradient of its slice to what it adds to that of all before."""
         first, norm = layer.convs[0], layer.convs[0].norm
         need_features = before or self.norm_needs(norm)
-        dy = self.slice(layer.channels, layer.channels + layer.new)
+        dy = self.gradient_of(layer.channels, layer.channels + layer.new)
         z = None  # the first convolution's input
         if len(layer.convs) == 2:
             last = layer.convs[1]
@@ -174,5 +174,14 @@ def gradients(
         if before or own:
             g.layer_back(layer, held, mean, rstd, before)
     if needs[0]:
-        g.grads[0] = g.slice(0, channels)
+        g.grads[0] = g.gradient_of(0, channels)
+    for place, weight in enumerate(convs, 1):
+        if needs[place]:
+            g.grads[place] = _laid_out_like(g.grads[place], weight)
     return [g.grads[place] for place, need in enumerate(needs) if need]
+
+
+def _laid_out_like(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient with the weight's strides, which autograd would copy it to anyway; the library has its own."""
+    pairs = zip(weight.shape, grad.stride(), weight.stride(), strict=True)
+    return grad if all(n == 1 or a == b for n, a, b in pairs) else torch.empty_like(weight).copy_(grad)

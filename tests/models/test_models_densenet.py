@@ -43,7 +43,7 @@ def op_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def batch(steps: int = 0) -> Tensor:
-    return image(4, C, 20, 20, seed=steps, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    return image(4, C, 20, 20, seed=steps).double().contiguous(memory_format=torch.channels_last)
 
 
 def check_steps(block: nn.Module, stock: nn.Module, batches: list[Tensor]) -> None:
@@ -94,12 +94,12 @@ def _frozen_weights(block: nn.Module) -> None:
 def test_settings_of_the_batch_norms(
     make: Callable[..., nn.Module], change: Callable[[nn.Module], None], op_calls: list[int], kernels: None
 ) -> None:
-    """The cumulative average, and BatchNorms without running statistics."""
+    """The cumulative average, and BatchNorms without running statistics (which optimize leaves alone)."""
     stock = stock_block()
     block = our_block(stock) if make is our_block else copy.deepcopy(stock)
     change(stock), change(block)
     check_steps(dk.optimize(block) if make is optimized else block, stock, [batch(0), batch(1)])
-    assert op_calls == [LAYERS] * 2
+    assert op_calls == ([] if (make, change) == (optimized, _untracked) else [LAYERS] * 2)
 
 
 def _eval_norm(block: nn.Module) -> None:
