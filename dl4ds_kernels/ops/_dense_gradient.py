@@ -125,10 +125,8 @@ class _Pass(Gradient):
         # The gradient of a 1x1 convolution's input does not read that input, which can so be made on the way.
         later = z is None and need_features and need_weight and _is_pointwise(weight, first) and _dense.has_steps(self.namespace, dy)
         if later:
-            n, _, *size = dy.shape
-            unread = torch.empty(
-                (n, layer.channels, *size), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
-            )  # fmt: skip
+            sizes = (dy.shape[0], layer.channels, *dy.shape[2:])
+            unread = torch.empty(sizes, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
             dz = convolve_back(dy, unread, weight, first.bias >= 0, first.geometry, (True, False, False))[0]
             del unread
             self.add(dz, layer, True)
