@@ -154,7 +154,8 @@ def _transition(module: nn.Module, options: Options, skip: Collection[str], shar
 def _dense_block(options: Options) -> Plan:
     """torchvision's DenseNet block: in inference its layers read their inputs where they lie, in training they are one op.
 
-    The chains of the report are the layers' own. Only layers that ``optimize`` took whole take part: their forward is the fused one, without hooks or exclusions.
+    The chains of the report are the layers' own. Only layers that ``optimize`` took whole take part: their forward is the fused
+    one, without hooks or exclusions.
     """
     from .forward import FusedForward
 
@@ -179,9 +180,7 @@ def _dense_block(options: Options) -> Plan:
             if any(layer.memory_efficient for layer in modules):  # checkpoints itself, and counts a batch twice
                 return MISS
             steps = [(layer[:3], layer[3:]) for layer in layers]
-            out = run_dense_training(
-                init_features, steps, memory_efficient=options.memory_efficient, **training_keywords
-            )  # fmt: skip
+            out = run_dense_training(init_features, steps, memory_efficient=options.memory_efficient, **training_keywords)
             return MISS if out is None else out
         return run_dense_block(init_features, layers, **keywords)
 

@@ -25,14 +25,14 @@ def run_dense_training(
 ) -> Tensor | None:
     """The block of these stock modules with gradients; None where its layers must go one by one.
 
-    That is inference, frozen BatchNorms, NCHW, small maps, hooks, other types; and CUDA, where single layers have kernels (statistics and
-    gradients fused into the convolutions) that the block's schedule does not use.
+    That is inference, frozen BatchNorms, NCHW, small maps, hooks, other types; and CUDA, where single layers have kernels
+    (statistics and gradients fused into the convolutions) that the block's schedule does not use.
     """
     if not (
         isinstance(x, Tensor)
         and x.dim() == 4
         and layers
-        and (x.device.type == "cpu" or backend is not None)
+        and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)

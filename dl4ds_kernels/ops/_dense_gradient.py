@@ -93,9 +93,7 @@ class _Pass(Gradient):
     def conv_needs(self, conv: Conv) -> bool:
         return self.needs[1 + conv.weight] or (conv.bias >= 0 and self.needs[1 + conv.bias])
 
-    def layer_back(
-        self, layer: Layer, held: Tensors, mean: Tensor | None, rstd: Tensor | None, before: bool
-    ) -> None:
+    def layer_back(self, layer: Layer, held: Tensors, mean: Tensor | None, rstd: Tensor | None, before: bool) -> None:
         """One layer: from the gradient of its slice to what it adds to that of all before."""
         first, norm = layer.convs[0], layer.convs[0].norm
         need_features = before or self.norm_needs(norm)
@@ -123,7 +121,13 @@ class _Pass(Gradient):
         need_weight = self.conv_needs(first)
         weight = self._convs[first.weight]
         # The gradient of a 1x1 convolution's input does not read that input, which can so be made on the way.
-        later = z is None and need_features and need_weight and _is_pointwise(weight, first) and _dense.has_steps(self.namespace, dy)
+        later = (
+            z is None
+            and need_features
+            and need_weight
+            and _is_pointwise(weight, first)
+            and _dense.has_steps(self.namespace, dy)
+        )
         if later:
             sizes = (dy.shape[0], layer.channels, *dy.shape[2:])
             unread = torch.empty(sizes, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)

@@ -115,7 +115,12 @@ def _fake(
 
     widths = [convs[own[0].weight].shape[0] for _, _, own in layers] if per_layer == 2 and save else []
     statistics = [vector(total), vector(total), *(vector(w) for w in widths for _ in range(2))] if save else []
-    return features(total), [features(w) for w in widths for _ in range(keep)], statistics, [torch.empty_like(t) for t in running]
+    return (
+        features(total),
+        [features(w) for w in widths for _ in range(keep)],
+        statistics,
+        [torch.empty_like(t) for t in running],
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

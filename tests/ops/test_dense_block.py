@@ -157,7 +157,9 @@ CASES = [Case(width=width, **keep) for width in (12, 0) for keep in KEEP]
 CASES += [Case((2, 32, 14, 14), 4, 16, 64, **keep) for keep in KEEP] + [Case(layout="nchw"), Case(training=False)]
 CASES += [Case(activation=a, width=w) for a, w in itertools.product(("none", "leaky_relu", "silu"), (12, 0))]
 CASES += [Case(affine=False), Case(bias=True), Case(running=False), Case(eps_mode="std"), Case(layers=1), Case(layers=0)]
-CASES += [Case(dtype=d, wide=w, width=b) for d, w, b in ((FP64, False, 12), (BF16, True, 12), (FP16, False, 0), (BF16, False, 12))]
+CASES += [
+    Case(dtype=d, wide=w, width=b) for d, w, b in ((FP64, False, 12), (BF16, True, 12), (FP16, False, 0), (BF16, False, 12))
+]
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -358,12 +360,18 @@ def test_a_changed_output_is_noticed(kernels: None) -> None:
         out.sum().backward()
 
 
+def _first(p: list[list[F.ConvParams]], **changed: Any) -> list[list[F.ConvParams]]:
+    return [[p[0][0]._replace(**changed), p[0][1]], *p[1:]]
+
+
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
-    "count": (lambda p: [p[0], p[1][:1]], ValueError, r"layers\[1\]: expected 1 or 2 convolutions, as many in every layer, got 1"),
-    "norm": (lambda p: [[p[0][0]._replace(norm=None), p[0][1]]], ValueError, r"layers\[0\]\[0\].norm: expected BNParams, got None"),
+    "count": (
+        lambda p: [p[0], p[1][:1]], ValueError, r"layers\[1\]: expected 1 or 2 convolutions, as many in every layer, got 1"
+    ),
+    "norm": (lambda p: _first(p, norm=None), ValueError, r"layers\[0\]\[0\].norm: expected BNParams, got None"),
     "channels": (lambda p: [p[1]], RuntimeError, r"layers\[0\]\[0\].weight: expected 19 channels in"),
-    "dtype": (lambda p: [[p[0][0]._replace(weight=p[0][0].weight.double()), p[0][1]]], RuntimeError, "expected dtype torch.float32"),
-    "size": (lambda p: [[p[0][0], p[0][1]._replace(padding=0)], p[1]], RuntimeError, "keeps height and width, got stride 1, padding 0"),
+    "dtype": (lambda p: _first(p, weight=p[0][0].weight.double()), RuntimeError, "expected dtype torch.float32"),
+    "size": (lambda p: _first(p, padding=1), RuntimeError, "keeps height and width, got stride 1, padding 1"),
     "type": (lambda p: [1], TypeError, "layers: expected lists of ConvParams, got list"),
 }  # fmt: skip
 
