@@ -105,9 +105,9 @@ class DenseBlock(nn.ModuleDict):
     block is one op call; elsewhere all features lie in one buffer, of which a layer's BatchNorm reads the first channels and
     behind which its output is written. In training on the CPU in channels_last the block is one autograd node over such a
     buffer (``functional.dense_block``): it keeps the buffer and the first convolutions' outputs; ``memory_efficient`` then
-    keeps the buffer alone. Elsewhere (NCHW, CUDA, dropout, hooks) every layer concatenates and keeps the concatenation and its first
-    convolution's output; ``memory_efficient`` then keeps only the layers' outputs and computes each layer again in backward.
-    Running statistics see a batch once (torchvision's see it twice in its ``memory_efficient``).
+    keeps the buffer alone. Elsewhere (NCHW, CUDA, dropout, hooks) every layer concatenates and keeps the concatenation and
+    its first convolution's output; ``memory_efficient`` then keeps only the layers' outputs and computes each layer again in
+    backward. Running statistics see a batch once (torchvision's see it twice in its ``memory_efficient``).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).
     """

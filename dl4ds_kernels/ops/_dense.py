@@ -23,8 +23,8 @@ def has_steps(namespace: str, x: Tensor) -> bool:
 
 def empty(namespace: str, like: Tensor, channels: int, lasting: bool = False) -> Tensor:
     """An uninitialised channels_last buffer for this many channels of ``like``'s pixels; ``lasting``: kept for backward."""
-    if has_kernel("dense_empty", namespace, like.device.type):
-        return op("dense_empty", namespace)(like, channels, lasting)
+    if has_kernel("dense_buffer", namespace, like.device.type):
+        return op("dense_buffer", namespace)(like, channels, lasting)
     n, _, *size = like.shape
     return torch.empty((n, channels, *size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -77,7 +77,7 @@ def normalise(
 def take(namespace: str, grad: Tensor, x: Tensor, mean: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
     """The gradient of ``x``, dense, once every layer that reads x has added its part to ``grad`` and ``linear``."""
     if has_steps(namespace, x):
-        return op("dense_take", namespace)(grad, x, mean, *linear)
+        return op("dense_take_step", namespace)(grad, x, mean, *linear)
     return grad.contiguous(memory_format=torch.channels_last)  # back() has left nothing in `linear`
 
 
@@ -99,7 +99,7 @@ def _fake_take(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-define_op("dense_empty", "(Tensor like, int channels, bool lasting) -> Tensor", fake=_fake_empty, stem="bn_act", triton=False)
+define_op("dense_buffer", "(Tensor like, int channels, bool lasting) -> Tensor", fake=_fake_empty, stem="bn_act", triton=False)
 define_op(
     "dense_append_into",
     "(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var) -> ()",
@@ -117,7 +117,7 @@ define_op(
     triton=False,
 )
 define_op(
-    "dense_take",
+    "dense_take_step",
     "(Tensor grad, Tensor x, Tensor mean, Tensor factor, Tensor offset) -> Tensor",
     fake=_fake_take,
     stem="bn_act",

@@ -396,7 +396,7 @@ def test_steps_check_what_they_write(kernels: None) -> None:
     """The CPU kernels refuse what would write outside a tensor."""
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     v, d = torch.zeros(4), torch.zeros(4, dtype=FP64)
-    append, back, take = (op(f"dense_{name}") for name in ("append_into", "back_into", "take"))
+    append, back, take = (op(f"dense_{name}") for name in ("append_into", "back_into", "take_step"))
     for message, call in {
         "dense_append_into: out: expected shape": lambda: append(x, x[:1], v, v),
         "dense_append_into: out: expected channels_last": lambda: append(x, x.contiguous(), v, v),
@@ -404,8 +404,8 @@ def test_steps_check_what_they_write(kernels: None) -> None:
         "dense_append_into: var: expected dtype": lambda: append(x, x.clone(), v, d),
         "dense_back_into: grad: expected shape": lambda: back(x, x, None, None, v, v, x[:1], x, d, d, EPS, False, 1, 0.0, True),
         "dense_back_into: factor: expected dtype": lambda: back(x, x, None, None, v, v, x, x, v, d, EPS, False, 1, 0.0, True),
-        "dense_take: offset: expected shape": lambda: take(x, x, v, d, d[:2]),
-        "dense_take: grad: expected channels_last": lambda: take(x.contiguous(), x, v, d, d),
+        "dense_take_step: offset: expected shape": lambda: take(x, x, v, d, d[:2]),
+        "dense_take_step: grad: expected channels_last": lambda: take(x.contiguous(), x, v, d, d),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -184,10 +184,10 @@ void run_take(const TensorInfo& grad, const TensorInfo& x, const TensorInfo& mea
 
 }  // namespace
 
-Tensor dense_empty_cpu(Tensor like, int64_t channels, bool lasting) {
+Tensor dense_buffer_cpu(Tensor like, int64_t channels, bool lasting) {
     const TensorInfo x = tensor_info(like);
-    check_batched("dense_empty", x);
-    DL4DS_CHECK(channels >= 0, "dense_empty: channels: expected 0 or more, got ", channels);
+    check_batched("dense_buffer", x);
+    DL4DS_CHECK(channels >= 0, "dense_buffer: channels: expected 0 or more, got ", channels);
     std::array<int64_t, kMaxDims> sizes{};
     std::copy(x.sizes, x.sizes + x.dim, sizes.begin());
     sizes[1] = channels;
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor> dense_back_cpu(Tensor dz, Tensor x, std::optional<Ten
 }
 
 Tensor dense_take_cpu(Tensor grad, Tensor x, Tensor mean, Tensor factor, Tensor offset) {
-    constexpr const char* kOp = "dense_take";
+    constexpr const char* kOp = "dense_take_step";
     const TensorInfo from = tensor_info(grad), features = tensor_info(x), center = tensor_info(mean);
     const TensorInfo slope = tensor_info(factor), constant = tensor_info(offset);
     check_batched(kOp, features);
@@ -306,10 +306,10 @@ Tensor dense_take_cpu(Tensor grad, Tensor x, Tensor mean, Tensor factor, Tensor 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
-    m.impl("dense_empty", TORCH_BOX(&dense_empty_cpu));
+    m.impl("dense_buffer", TORCH_BOX(&dense_buffer_cpu));
     m.impl("dense_append_into", TORCH_BOX(&dense_append_cpu));
     m.impl("dense_back_into", TORCH_BOX(&dense_back_cpu));
-    m.impl("dense_take", TORCH_BOX(&dense_take_cpu));
+    m.impl("dense_take_step", TORCH_BOX(&dense_take_cpu));
 }
 
 }  // namespace dl4ds
