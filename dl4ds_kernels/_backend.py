@@ -29,7 +29,7 @@ MIN_NUMEL = {
     "add_act": 32768, "add3_act": 65536, "bn_act": 16384, "conv_bn_act": 8192, "conv_transpose_bn_act": 0,
     "local_response_norm": 0, "max_pool_indices": 0, "upsample_add": 16384, "max_pool2d": 0, "avg_pool2d": 0,
     "global_avg_pool2d": 98304, "linear_act": 0, "nms": 0, "batched_nms": 0, "nms_padded": 0,
-    "residual_block": 16384, "bn_act_max_pool": 16384,
+    "residual_block": 16384, "dense_block": 16384, "bn_act_max_pool": 16384,
 }  # fmt: skip
 FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))  # dtypes that the kernels compute in
 _FP64_ON_GPU = frozenset(("nms", "batched_nms", "nms_padded"))  # elsewhere stock torch serves it

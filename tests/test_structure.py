@@ -42,7 +42,7 @@ EXCEPTIONS = {
     ("upsample_add", "header"): "the Params of a CUDA kernel; Triton serves CUDA tensors",
     **{
         (stem, row): "schedules the kernels of other ops (define_op's compose), which bench/ops times"
-        for stem in ("residual_block", "bn_act_max_pool")
+        for stem in ("residual_block", "dense_block", "bn_act_max_pool")
         for row in ("cpu", "cuda", "header", "kernel", "triton", "benchmark")
     },
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, residual_steps, run_blocks, run_chain, run_dense_block
+from ..modules._dense import run_dense_training
 from ..modules._run import NO_ACT, ActSpec, has_hooks, is_plain, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
 from .plan import MISS, Chain, Options, Plan, default_arguments, make_plan, module_problem, run_keywords
 
@@ -151,13 +152,14 @@ def _transition(module: nn.Module, options: Options, skip: Collection[str], shar
 
 
 def _dense_block(options: Options) -> Plan:
-    """torchvision's DenseNet block: in inference its layers read their inputs where they lie. The chains are the layers' own.
+    """torchvision's DenseNet block: in inference its layers read their inputs where they lie, in training they are one op.
 
-    Only layers that ``optimize`` took whole take part: their forward is the fused one, without hooks or exclusions.
+    The chains of the report are the layers' own. Only layers that ``optimize`` took whole take part: their forward is the fused
+    one, without hooks or exclusions.
     """
     from .forward import FusedForward
 
-    keywords = run_keywords(options)
+    keywords, training_keywords = run_keywords(options), run_keywords(options, convolution=False)
 
     def parts(layer: Any) -> DenseLayerParts | None:
         fused = layer.__dict__.get("forward")
@@ -168,11 +170,18 @@ def _dense_block(options: Options) -> Plan:
         return DenseLayerParts(m["norm1"], relu1, m["conv1"], m["norm2"], relu2, m["conv2"])
 
     def forward(self: Any, init_features: Tensor) -> Any:
-        if torch.is_grad_enabled() or self.training or not isinstance(init_features, Tensor):
+        if not isinstance(init_features, Tensor) or (self.training and not torch.is_grad_enabled()):
             return MISS
-        layers = [parts(layer) for layer in self._modules.values()]
+        modules = list(self._modules.values())
+        layers = [parts(layer) for layer in modules]
         if any(layer is None for layer in layers):
             return MISS
+        if torch.is_grad_enabled():
+            if any(layer.memory_efficient for layer in modules):  # checkpoints itself, and counts a batch twice
+                return MISS
+            steps = [(layer[:3], layer[3:]) for layer in layers]
+            out = run_dense_training(init_features, steps, memory_efficient=options.memory_efficient, **training_keywords)
+            return MISS if out is None else out
         return run_dense_block(init_features, layers, **keywords)
 
     return Plan(forward, [], "")

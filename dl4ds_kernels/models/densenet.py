@@ -20,6 +20,7 @@ from ..functional import global_avg_pool2d
 from ..modules import FusedSequential
 from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
+from ..modules._dense import DenseParts, run_dense_training
 from ..modules._linear import run_linear_act
 from ..modules._packed import applies
 from ..modules._run import (
@@ -72,6 +73,11 @@ class DenseLayer(nn.Module):
         relu1, relu2 = ActSpec("relu", 0.0, self.relu1), ActSpec("relu", 0.0, self.relu2)
         return DenseLayerParts(self.norm1, relu1, self.conv1, self.norm2, relu2, self.conv2)
 
+    def steps(self) -> DenseParts:
+        """The layer's BatchNorms, activations and convolutions in order."""
+        first = (self.norm1, ActSpec("relu", 0.0, self.relu1), self.conv1)
+        return [first, (self.norm2, ActSpec("relu", 0.0, self.relu2), self.conv2)] if self.bottleneck else [first]
+
     def forward(self, x: Tensor) -> Tensor:
         pairs = [(self.conv1, self.norm1), (self.conv2, self.norm2)] if self.bottleneck else [(self.conv1, self.norm1)]
         z = None
@@ -97,9 +103,11 @@ class DenseBlock(nn.ModuleDict):
 
     In inference nothing is concatenated layer by layer: on the CPU every bottleneck reads its inputs where they lie and the
     block is one op call; elsewhere all features lie in one buffer, of which a layer's BatchNorm reads the first channels and
-    behind which its output is written. With gradients every layer concatenates and keeps the concatenation and its first
-    convolution's output, no activations; ``memory_efficient`` then keeps only the layers' outputs and computes each layer again
-    in backward (running statistics see a batch once; torchvision's see it twice).
+    behind which its output is written. In training on the CPU in channels_last the block is one autograd node over such a
+    buffer (``functional.dense_block``): it keeps the buffer and the first convolutions' outputs; ``memory_efficient`` then
+    keeps the buffer alone. Elsewhere (NCHW, CUDA, dropout, hooks) every layer concatenates and keeps the concatenation and
+    its first convolution's output; ``memory_efficient`` then keeps only the layers' outputs and computes each layer again in
+    backward. Running statistics see a batch once (torchvision's see it twice in its ``memory_efficient``).
 
     Shape: x (N, C, H, W) -> (N, C + layers * growth, H, W).
     """
@@ -115,6 +123,11 @@ class DenseBlock(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
         if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._in_inference(x)
+        layers = list(self.values())
+        if torch.is_grad_enabled() and all(is_plain(layer) and not (layer.drop_rate and layer.training) for layer in layers):
+            out = run_dense_training(x, [layer.steps() for layer in layers], memory_efficient=self.memory_efficient)
+            if out is not None:
+                return out
         features = [x]
         for layer in self.values():
             if self.memory_efficient and torch.is_grad_enabled() and any(f.requires_grad for f in features):

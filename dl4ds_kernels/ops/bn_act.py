@@ -164,7 +164,8 @@ def _fake_into(x: Tensor, *args: Any) -> None:
     return None
 
 
-# Inference only, and the one op that writes to an argument: a slice of channels of a concatenation's buffer cannot be a result.
+# Inference only; like the steps of _dense.py it writes to an argument: a slice of channels of a concatenation's buffer cannot
+# be a result.
 # A building block. DenseNet's blocks do not use it on the CPU: act(bn(part)) of 4 to 24 parts into one buffer took 1.5 to 4
 # times as long as torch.cat and one bn_act (56x56 to 7x7 maps, fp32 and bf16), for the call of each part and the short rows.
 define_op(

@@ -5,6 +5,7 @@ from .bn_act import bn_act
 from .bn_act_max_pool import bn_act_max_pool
 from .conv_bn_act import conv_bn_act
 from .conv_transpose_bn_act import conv_transpose_bn_act
+from .dense_block import dense_block
 from .linear_act import linear_act
 from .local_response_norm import local_response_norm
 from .max_pool_indices import max_pool_indices, max_unpool
@@ -21,6 +22,7 @@ __all__ = [
     "conv_bn_act",
     "conv_transpose_bn_act",
     "global_avg_pool2d",
+    "dense_block",
     "linear_act",
     "local_response_norm",
     "max_pool2d",

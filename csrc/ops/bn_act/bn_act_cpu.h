@@ -72,12 +72,45 @@ struct BnBwdArgs {
     bool streaming;
 };
 
-/// [dtype][per_row] and [dtype][per_row][activation].
+/// Backward of z = (x - mean) * scale + shift, act(z), where x is the first channels of a dense block's
+/// buffer. Each operand has its own pitch. Of dx only the part with dz is added, in the same pass that takes
+/// the sums: what else dx has is linear in x, and one pass over a channel can add it for all layers that read
+/// it.
+struct BnDenseBwdArgs {
+    void* dz;  // in: gradient of act(z); out: act(z) if `activate`
+    const void* x;
+    const void* grad;
+    void* out;  // grad + act'(z) dz * scale; may be grad itself
+    int64_t rows, len, pitch, x_pitch, grad_pitch, out_pitch;
+    const void* mean;  // acc dtype
+    const void* scale;
+    const void* shift;
+    double slope;
+    bool activate;
+    double* s1;  // += sum act'(z) dz, and that times (x - mean); padded length
+    double* s2;
+    void* scratch;  // bn_reduce_scratch_bytes(len)
+};
+
+/// out = grad + (x - mean) * factor + offset; out without gaps.
+struct BnDenseTakeArgs {
+    const void* grad;
+    const void* x;
+    void* out;
+    int64_t rows, len, grad_pitch, x_pitch;
+    const void* mean;  // acc dtype
+    const void* factor;
+    const void* offset;
+};
+
+/// [dtype][per_row] and [dtype][per_row][activation]; the last two per element only.
 struct BnKernels {
     void (*stats[4][2])(const BnStatsArgs&);
     void (*apply[4][2][kNumActivations])(const BnApplyArgs&);
     void (*bwd_reduce[4][2][kNumActivations])(const BnBwdArgs&);
     void (*bwd_apply[4][2][kNumActivations])(const BnBwdArgs&);
+    void (*dense_bwd[4][kNumActivations])(const BnDenseBwdArgs&);
+    void (*dense_take[4])(const BnDenseTakeArgs&);
 };
 
 /// The table of the active ISA.

@@ -29,6 +29,28 @@ inline Activation activation_from_code(const char* op, int64_t code) {
     return static_cast<Activation>(code);
 }
 
+/// Elements from one pixel to the next if that is the same everywhere and a pixel's channels are side by
+/// side, else 0.
+inline int64_t pixel_pitch(const TensorInfo& t) {
+    if (t.sizes[1] > 1 && t.strides[1] != 1) {
+        return 0;
+    }
+    int64_t pitch = 0, pixels = 1;
+    for (int64_t i = 0; i < t.dim - 1; ++i) {
+        const int64_t d = i == t.dim - 2 ? 0 : t.dim - 1 - i;  // from the innermost: W, H, D, then N
+        if (t.sizes[d] == 1) {
+            continue;
+        }
+        if (pitch == 0) {
+            pitch = t.strides[d];
+        } else if (t.strides[d] != pitch * pixels) {
+            return 0;
+        }
+        pixels *= t.sizes[d];
+    }
+    return pitch == 0 ? t.sizes[1] : pitch;
+}
+
 /// Eval mode on raw pointers: out = act((x - running_mean) * weight * rstd + bias [+ residual]). out may be
 /// x. x follows the plan, residual and out are dense in its order. mask: the mask's bytes, or null.
 struct BnEvalArgs {

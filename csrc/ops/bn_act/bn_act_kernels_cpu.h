@@ -48,6 +48,7 @@ DL4DS_INLINE void flush_sums(T* sums, double* totals, int64_t entries) {
 
 #include "ops/bn_act/bn_act_apply_kernels_cpu.h"
 #include "ops/bn_act/bn_act_bwd_kernels_cpu.h"
+#include "ops/bn_act/bn_act_dense_kernels_cpu.h"
 #include "ops/bn_act/bn_act_stats_kernels_cpu.h"
 
 namespace dl4ds {
@@ -63,6 +64,11 @@ namespace DL4DS_ISA {
     {DL4DS_BOTH_LAYOUTS(kernel, float), DL4DS_BOTH_LAYOUTS(kernel, double), \
      DL4DS_BOTH_LAYOUTS(kernel, half_t), DL4DS_BOTH_LAYOUTS(kernel, bfloat16_t)}
 
+#define DL4DS_EVERY_ACTIVATION(kernel, scalar_t)                                       \
+    {&kernel<scalar_t, Activation::kNone>,      &kernel<scalar_t, Activation::kRelu>,  \
+     &kernel<scalar_t, Activation::kLeakyRelu>, &kernel<scalar_t, Activation::kRelu6>, \
+     &kernel<scalar_t, Activation::kSilu>,      &kernel<scalar_t, Activation::kHardswish>}
+
 const BnKernels kBnKernels = {
     {{&stats_per_element<float>, &stats_per_row<float>},
      {&stats_per_element<double>, &stats_per_row<double>},
@@ -71,11 +77,15 @@ const BnKernels kBnKernels = {
     DL4DS_ALL_DTYPES(apply),
     DL4DS_ALL_DTYPES(bwd_reduce),
     DL4DS_ALL_DTYPES(bwd_apply),
+    {DL4DS_EVERY_ACTIVATION(dense_bwd, float), DL4DS_EVERY_ACTIVATION(dense_bwd, double),
+     DL4DS_EVERY_ACTIVATION(dense_bwd, half_t), DL4DS_EVERY_ACTIVATION(dense_bwd, bfloat16_t)},
+    {&dense_take<float>, &dense_take<double>, &dense_take<half_t>, &dense_take<bfloat16_t>},
 };
 
 #undef DL4DS_ALL_ACTIVATIONS
 #undef DL4DS_BOTH_LAYOUTS
 #undef DL4DS_ALL_DTYPES
+#undef DL4DS_EVERY_ACTIVATION
 
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds

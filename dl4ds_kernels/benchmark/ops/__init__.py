@@ -38,6 +38,7 @@ OPS: dict[str, Any] = {
     "conv_bn_act": conv_bn_act,
     "conv_transpose_bn_act": conv_transpose_bn_act,
     "darknet_nms": nms_variants.darknet_nms,
+    "dense_block": blocks.dense_block,
     "diou_nms": nms_variants.diou_nms,
     "global_avg_pool2d": pool2d.global_avg_pool2d,
     "linear_act": linear_act.linear_act,

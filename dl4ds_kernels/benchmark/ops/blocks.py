@@ -1,4 +1,4 @@
-"""Whole residual blocks and the pooled stem, in inference: stock layers one after the other against one call of ours.
+"""Whole residual blocks, the pooled stem (in inference) and a dense block (in training): stock layers against one call of ours.
 
 Forward only: inside a block a pre-activation within rounding of zero may fall on either side of it, in stock torch as in ours,
 so that gradients have no truth of one element; tests/ops/test_residual_block.py compares them away from the kinks.
@@ -19,6 +19,7 @@ from ._function import Function
 from .bn_act import EPS, VECTORS, make_vectors
 
 DEFAULT = "64x56x56,256x56x56,512x28x28"
+DENSE_LAYERS = 3
 
 
 def _norm(prefix: str, t: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -84,8 +85,49 @@ def _ours_stem(backend: str, x: Tensor, **t: Any) -> Tensor:
     return F.bn_act_max_pool(x, *_norm("bn", t), eps=EPS, backend=backend)
 
 
+def _dense(case: Case, g: torch.Generator) -> dict[str, Tensor]:
+    """Layers that each make C / 2 channels from four times as many; x in channels_last, where we have an op."""
+    c = case.layer.C_out
+    growth = max(1, c // 2)
+    x = randn(case, g, (case.batch, c, case.layer.H_out, case.layer.W_out))
+    found = {"x": x.contiguous(memory_format=torch.channels_last)}
+    for layer in range(DENSE_LAYERS):
+        shapes = ((c + layer * growth, 4 * growth, 1), (4 * growth, growth, 3))
+        for i, (channels, filters, k) in enumerate(shapes):
+            weight = randn(case, g, (filters, channels, k, k)) * (2 / (channels * k * k)) ** 0.5
+            found[f"filter{layer}{i}"] = weight.to(case.torch_dtype)
+            found |= {f"bn{layer}{i}_{name}": vector for name, vector in make_vectors(case, g, channels).items()}
+    return found
+
+
+def _stock_dense(x: Tensor, **t: Tensor) -> Tensor:
+    for layer in range(DENSE_LAYERS):
+        z = x
+        for i in range(2):
+            weight, bias = (t[f"bn{layer}{i}_{name}"] for name in VECTORS[:2])
+            z = TF.relu(TF.batch_norm(z, None, None, weight, bias, True, 0.1, EPS))
+            z = torch.conv2d(z, t[f"filter{layer}{i}"], padding=i)
+        x = torch.cat([x, z], 1)
+    return x
+
+
+def _ours_dense(backend: str, x: Tensor, **t: Tensor) -> Tensor:
+    layers = [
+        [
+            F.ConvParams(
+                t[f"filter{layer}{i}"], F.BNParams(None, None, *(t[f"bn{layer}{i}_{name}"] for name in VECTORS[:2]), eps=EPS),
+                padding=i,
+            )
+            for i in range(2)
+        ]
+        for layer in range(DENSE_LAYERS)
+    ]  # fmt: skip
+    return F.dense_block(x, layers, training=True, backend=backend)
+
+
 basic_block = _block((3, 3), lambda c: c, preact=False)
 bottleneck = _block((1, 3, 1), lambda c: c // 4, preact=False)
 preact_basic_block = _block((3, 3), lambda c: c, preact=True)
 preact_bottleneck = _block((1, 3, 1), lambda c: c // 4, preact=True)
+dense_block = Function(DEFAULT, _dense, _stock_dense, _ours_dense)
 bn_act_max_pool = Function("64x112x112", _stem, _stock_stem, _ours_stem)
