@@ -28,7 +28,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         storage = t.untyped_storage().data_ptr()
         if storage not in own:
             kept[storage] = t.detach()  # keeps the address taken; without its graph, which holds this very dictionary
-        return t
+        return t.detach()  # an output that is saved would hold its own graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.train()(x)

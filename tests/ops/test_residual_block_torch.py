@@ -24,7 +24,7 @@ def saved_bytes(function: Callable[[], Tensor], owned: list[Tensor]) -> int:
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().data_ptr() not in own:
             kept[t.untyped_storage().data_ptr()] = t.detach()
-        return t
+        return t.detach()  # an output that is saved would hold its own graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         function()
