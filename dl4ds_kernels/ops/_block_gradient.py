@@ -140,7 +140,7 @@ class Gradient(Schedule):
             self.normed(projected, other), tuple(known[1:]) or None,
         )  # fmt: skip
         self._note(norm, found.dweight, found.dbias)
-        self._note(other, found.residual_dweight, found.dbias)
+        self._note(other, found.residual_dweight, found.dbias.clone())  # no result is another
         return found.dx, found.dresidual
 
     def convolve_back_fused(

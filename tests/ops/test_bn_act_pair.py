@@ -14,6 +14,7 @@ from dl4ds_kernels._activation import ACTIVATION_CODES
 from dl4ds_kernels._define import op
 from dl4ds_kernels.ops import _bn_act_pair
 from dl4ds_kernels.ops._bn_act_pair import Normed
+from dl4ds_kernels.ops._layout import suggested_format
 
 CODES = [ACTIVATION_CODES[name] for name in ("none", "relu", "leaky_relu", "relu6")]
 SHAPES = (
@@ -71,9 +72,10 @@ def test_two_calls_in_one(case: tuple[Any, ...], kernels: None) -> None:
     dout = lay_out(torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype), layout)
     bits = mask if code else None
     found = _bn_act_pair.apply_back("dl4ds_kernels", dout, bits, code, 0.1, x, residual, None)
+    order = suggested_format(x.y)  # the sums are taken of dense maps in the order of x
     separate = [
         op("bn_act_bwd")(
-            dout, n.y, n.weight, None, n.mean, n.rstd, None, bits, True, n.eps, n.eps_std, code, 0.1, True, True, False
+            dout, n.y.contiguous(memory_format=order), n.weight, None, n.mean, n.rstd, None, bits, True, n.eps, n.eps_std, code, 0.1, True, True, False
         )
         for n in (x, residual)
     ]  # fmt: skip
@@ -120,7 +122,7 @@ def test_opcheck(layout: str, kernels: None) -> None:
     torch.library.opcheck(op("bn_stats"), (x.y, torch.zeros(12), torch.ones(12), 0.1, 1e-3, False))
     for save in (True, False):
         torch.library.opcheck(op("bn_act_pair"), (*x[:5], *residual[:5], 1, 0.0, save))
-    mask = torch.zeros(45, dtype=torch.uint8)
+    mask = torch.zeros(90, dtype=torch.uint8)
     maps = [(n.y, n.weight, n.mean, n.rstd, n.eps, n.eps_std) for n in (x, residual)]
     for known in ((None, None), (torch.zeros(12), torch.zeros(12))):
         torch.library.opcheck(op("bn_act_pair_bwd"), (torch.randn(2, 12, 6, 5), mask, 1, 0.0, *maps[0], *maps[1], *known))

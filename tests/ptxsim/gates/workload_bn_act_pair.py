@@ -1,4 +1,4 @@
-"""Calls of bn_act_pair in both layouts: every activation with a mask and none, vectors that cross planes, tails, small grids."""
+"""Calls of bn_act_pair in both layouts: activations with and without a mask, vectors that cross planes, tails, small grids."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from ..report import Report
 from .limits import Limits, small_work
 from .truth_bn_act import EPS, order_of, over_channels, per_channel, rstd_of
 from .workload import (
-    MASKED, SLOPE, Case, Results, Truth, activation, from_mask, positive, random, random_bits, shifted, size_of, unpacked,
+    MASKED,
+    SLOPE,
+    Case,
+    Results,
+    Truth,
+    activation,
+    from_mask,
+    positive,
+    random,
+    random_bits,
+    shifted,
+    size_of,
+    unpacked,
 )  # fmt: skip
 from .workload_bn_act import laid_out
 
@@ -95,8 +107,9 @@ def backward_truth(t: dict[str, Any]) -> Truth:
 SHAPES = {
     "wide": ((3, 24, 5, 7), ("nhwc", "nchw")), "long": ((2, 24, 20, 21), ("nhwc", "nchw")), "odd": ((2, 63, 5, 3), ("nchw",)),
     "batch": ((120, 3, 5, 7), ("nchw",)), "whole": ((11, 2, 28, 56), ("nchw",)), "tail": ((1, 7, 1, 17), ("nchw",)),
-    "tiles": ((2, 264, 3, 4), ("nhwc", "nchw")), "volume": ((2, 8, 3, 4, 5), ("nhwc", "nchw")), "plane": ((5, 1, 9, 9), ("nchw",)),
-    "many": ((1, 520, 2, 5), ("nhwc", "nchw")), "small": ((1, 8, 1, 8), ("nchw",)), "more": ((70, 16, 5, 9), ("nhwc", "nchw")),
+    "tiles": ((2, 264, 3, 4), ("nhwc", "nchw")), "volume": ((2, 8, 3, 4, 5), ("nhwc", "nchw")),
+    "plane": ((5, 1, 9, 9), ("nchw",)), "many": ((1, 520, 2, 5), ("nhwc", "nchw")), "small": ((1, 8, 1, 8), ("nchw",)),
+    "more": ((70, 16, 5, 9), ("nhwc", "nchw")),
 }  # fmt: skip
 # activation, eps_std of both, dtype of the vectors, affine of both
 VARIANTS = (
