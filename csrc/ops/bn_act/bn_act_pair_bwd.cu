@@ -41,26 +41,29 @@ __global__ void __launch_bounds__(kThreads) bn_act_pair_bwd_table_kernel(const B
                  static_cast<float>(scale), factor, offset);
 }
 
-/// dz, dx and dresidual of kCount neighbouring values from `first` on, the latter two in place of x and
-/// residual. own, theirs: [value][record].
+/// kCount values of dz from `first` on.
 template <typename T, int kVec, int kCount>
-__device__ __forceinline__ void pair_gradient(const BnPairBwdArgs& a, const RawPack<T, kVec>& gradient,
-                                              RawPack<T, kVec>& value, RawPack<T, kVec>& other, int first,
-                                              unsigned bits, const float (&own)[kCount][4],
-                                              const float (&theirs)[kCount][4]) {
-    float dz[kCount], v[kCount], r[kCount];
+__device__ __forceinline__ void pair_dz(const BnPairBwdArgs& a, const RawPack<T, kVec>& gradient, int first,
+                                        unsigned bits, float (&dz)[kCount]) {
     get_values<T, kVec, kCount>(gradient, first, dz);
-    get_values<T, kVec, kCount>(value, first, v);
-    get_values<T, kVec, kCount>(other, first, r);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
         const float off = a.leaky ? dz[k] * a.slope : 0.0f;
-        const float g = (bits >> (first + k)) & 1 ? dz[k] : off;
-        v[k] = fmaf(own[k][0], g, fmaf(own[k][1], v[k], own[k][2]));
-        r[k] = fmaf(theirs[k][0], g, fmaf(theirs[k][1], r[k], theirs[k][2]));
+        dz[k] = (bits >> (first + k)) & 1 ? dz[k] : off;
+    }
+}
+
+/// A gradient in place of the values that it is of, with the record of each.
+template <typename T, int kVec, int kCount>
+__device__ __forceinline__ void pair_gradient(RawPack<T, kVec>& value, int first, const float (&dz)[kCount],
+                                              const float (&record)[kCount][4]) {
+    float v[kCount];
+    get_values<T, kVec, kCount>(value, first, v);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+        v[k] = fmaf(record[k][0], dz[k], fmaf(record[k][1], v[k], record[k][2]));
     }
     put_values<T, kVec, kCount>(value, first, v);
-    put_values<T, kVec, kCount>(other, first, r);
 }
 
 /// The grid's stride is a multiple of a pixel's vectors, so a thread keeps its channels. Their records do not
@@ -86,20 +89,30 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_bwd_kernel_nhwc(const
         pin<T, kVec>(gradient);
         pin<T, kVec>(value);
         pin<T, kVec>(other);
-        int place = column;
+        // Addresses are computed where they are needed, not kept for every record.
+        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(f), a.word_bits));
+        // No record is read before the values before are done with: there is no room.
+        const auto wait = [&](const RawPack<T, kVec>& done, int g) {
+            if constexpr (kVec == 8) {
+                place += static_cast<int>(zero_after(word(done, g / 2), a.word_bits));
+            }
+        };
 #pragma unroll
         for (int g = 0; g < kVec; g += kGroup) {
-            if (g > 0) {  // no record is read before the ones before are done with: there is no room
-                place +=
-                    static_cast<int>(zero_after(word(other, kVec == 8 ? g / 2 - 1 : g - 1), a.word_bits));
-            }
-            float own[kGroup][4], theirs[kGroup][4];
+            float dz[kGroup], record[kGroup][4];
+            pair_dz<T, kVec, kGroup>(a, gradient, g, bits, dz);
 #pragma unroll
             for (int k = 0; k < kGroup; ++k) {
-                load_record(a.table, place + (g + k) * row_vecs, own[k]);
-                load_record(a.residual_table, place + (g + k) * row_vecs, theirs[k]);
+                load_record(a.table, place + (g + k) * row_vecs, record[k]);
             }
-            pair_gradient<T, kVec, kGroup>(a, gradient, value, other, g, bits, own, theirs);
+            pair_gradient<T, kVec, kGroup>(value, g, dz, record);
+            wait(value, g);
+#pragma unroll
+            for (int k = 0; k < kGroup; ++k) {
+                load_record(a.residual_table, place + (g + k) * row_vecs, record[k]);
+            }
+            pair_gradient<T, kVec, kGroup>(other, g, dz, record);
+            wait(other, g);
         }
         store_raw<T, kVec>(static_cast<T*>(a.dx) + first, value);
         store_raw<T, kVec>(static_cast<T*>(a.dresidual) + first, other);
@@ -148,7 +161,10 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_bwd_kernel_nchw(const
                     their_mixed[k][i] = g + k < here ? theirs[i] : their_next[i];
                 }
             }
-            pair_gradient<T, kVec, kGroup>(a, gradient, value, other, g, bits, mixed, their_mixed);
+            float dz[kGroup];
+            pair_dz<T, kVec, kGroup>(a, gradient, g, bits, dz);
+            pair_gradient<T, kVec, kGroup>(value, g, dz, mixed);
+            pair_gradient<T, kVec, kGroup>(other, g, dz, their_mixed);
         }
         store_raw_upto<T, kVec>(static_cast<T*>(a.dx) + first, value, left);
         store_raw_upto<T, kVec>(static_cast<T*>(a.dresidual) + first, other, left);
