@@ -3,17 +3,32 @@
 
 namespace dl4ds {
 /// out = act(x * scale + (residual * residual_scale + shift)), the table's records (scale, residual_scale,
-/// shift). none, relu and relu6 keep what is not below `lower` or above `upper`, so NaN too.
+/// shift).
 struct BnPairFwdArgs {
     PairWalk walk;
     const void *x, *residual;
     void* out;
     uint8_t* mask;
     const float* table;
-    bool leaky;
-    float slope, lower, upper;
-    float six;  // arguments from here on round to 6; NaN without that kink
+    Activation activation;
+    float slope;
+    uint32_t word_bits = 32;  // of zero_after()
 };
+
+/// switch_activation() of those that these kernels are for.
+template <typename Fn>
+__device__ __forceinline__ void switch_linear(Activation act, Fn&& fn) {
+    switch (act) {
+        case Activation::kRelu:
+            return fn(ActivationConstant<Activation::kRelu>{});
+        case Activation::kLeakyRelu:
+            return fn(ActivationConstant<Activation::kLeakyRelu>{});
+        case Activation::kRelu6:
+            return fn(ActivationConstant<Activation::kRelu6>{});
+        default:
+            return fn(ActivationConstant<Activation::kNone>{});
+    }
+}
 
 struct BnPairFwdTableArgs {
     int64_t channels;
@@ -39,73 +54,92 @@ __global__ void __launch_bounds__(kThreads) bn_act_pair_fwd_table_kernel(const B
     store_record(a.table, record_index(c, a.channels, a.vec), scale, other, static_cast<float>(shift));
 }
 
-/// Normalises, adds and activates a vector in place of x, four values at a time; returns the mask's bits.
-/// coefficients(k): of value k's channel, (scale, residual_scale, shift).
-template <typename T, int kVec, typename Coefficients>
-__device__ __forceinline__ unsigned pair_vector(const BnPairFwdArgs& a, RawPack<T, kVec>& value,
-                                                RawPack<T, kVec>& other, const Coefficients& coefficients) {
+/// Normalises, adds and activates kCount values from `first` on in place of x; returns the mask's bits of the
+/// vector. record: of each value's channel.
+template <typename T, int kVec, int kCount>
+__device__ __forceinline__ unsigned pair_values(const BnPairFwdArgs& a, RawPack<T, kVec>& value,
+                                                const RawPack<T, kVec>& other, int first,
+                                                const float (&record)[kCount][4]) {
     unsigned bits = 0;
-    pin<T, kVec>(value);
-    pin<T, kVec>(other);
+    float v[kCount], r[kCount];
+    get_values<T, kVec, kCount>(value, first, v);
+    get_values<T, kVec, kCount>(other, first, r);
 #pragma unroll
-    for (int g = 0; g < kVec; g += 4) {
-        float v[4], r[4];
-        get_values<T, kVec, 4>(value, g, v);
-        get_values<T, kVec, 4>(other, g, r);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const auto [scale, residual_scale, shift] = coefficients(g + k);
-            const float z = fmaf(v[k], scale, fmaf(r[k], residual_scale, shift));
-            const bool below = a.leaky ? !(z > rounds_to_zero<T>()) : z <= rounds_to_zero<T>();
-            bits |= below || z >= a.six ? 0u : 1u << (g + k);
-            const float clamped = z < a.lower ? a.lower : z > a.upper ? a.upper : z;
-            v[k] = a.leaky ? (z > 0.0f ? z : z * a.slope) : clamped;
-        }
-        put_values<T, kVec, 4>(value, g, v);
+    for (int k = 0; k < kCount; ++k) {
+        v[k] = fmaf(v[k], record[k][0], fmaf(r[k], record[k][1], record[k][2]));
     }
+    switch_linear(a.activation, [&](auto code) {
+        constexpr Activation kAct = decltype(code)::value;
+        if constexpr (kAct != Activation::kNone) {
+            if (a.mask != nullptr) {
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) {
+                    bits |= rounded_positive<kAct, T>(v[k]) ? 1u << (first + k) : 0u;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) {
+                v[k] = activation_fwd<kAct>(v[k], a.slope);
+            }
+        }
+    });
+    put_values<T, kVec, kCount>(value, first, v);
     return bits;
 }
 
-struct PairCoefficients {
-    float scale, residual_scale, shift;
-};
-
-/// The grid's stride is a multiple of a pixel's vectors, so a thread keeps its channels.
+/// The grid's stride is a multiple of a pixel's vectors, so a thread keeps its channels. Their records do not
+/// fit its registers beside two vectors of each map: they are read for four channels at a time.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_fwd_kernel_nhwc(const BnPairFwdArgs a) {
-    constexpr int kUnroll = 2;
+    constexpr int kUnroll = 2, kGroup = 4;
     const int64_t base = int64_t(blockIdx.x) * kThreads, stride = int64_t(gridDim.x) * kThreads;
     int step = static_cast<int>((a.walk.vecs - 1 - base) / stride);  // the same in all threads of a block
+    const int row_vecs = static_cast<int>(a.walk.row_vecs);
     int64_t f = base + threadIdx.x;
-    const int64_t column = f % a.walk.row_vecs;
-    float own[kVec][4];
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-        load_record(a.table, column + k * a.walk.row_vecs, own[k]);
-    }
+    const int column = static_cast<int>(f % row_vecs);
     for (f += step * stride; step >= 0; step -= kUnroll, f -= kUnroll * stride) {
-        RawPack<T, kVec> value[kUnroll], other[kUnroll];
+        RawPack<T, kVec> value[kUnroll]{}, other[kUnroll]{};
+        unsigned bits[kUnroll] = {};
+        bool valid[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t at = f - u * stride;
-            if (step >= u && at < a.walk.vecs) {
+            valid[u] = step >= u && at < a.walk.vecs;
+            if (valid[u]) {
                 value[u] = load_raw<T, kVec>(static_cast<const T*>(a.x) + at * kVec);
                 other[u] = load_raw<T, kVec>(static_cast<const T*>(a.residual) + at * kVec);
             }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+            pin<T, kVec>(value[u]);
+            pin<T, kVec>(other[u]);
+        }
+        // Addresses are computed where they are needed, not kept for every record.
+        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(f), a.word_bits));
+#pragma unroll
+        for (int g = 0; g < kVec; g += kGroup) {
+            float record[kGroup][4];
+#pragma unroll
+            for (int k = 0; k < kGroup; ++k) {
+                load_record(a.table, place + (g + k) * row_vecs, record[k]);
+            }
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                bits[u] |= pair_values<T, kVec, kGroup>(a, value[u], other[u], g, record);
+            }
+            if constexpr (kVec == 8) {  // no record is read before the values before are done with
+                place += static_cast<int>(zero_after(word(value[kUnroll - 1], g / 2), a.word_bits));
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
             const int64_t at = f - u * stride;
-            const bool valid = step >= u && at < a.walk.vecs;
-            unsigned bits = 0;
-            if (valid) {
-                bits = pair_vector<T, kVec>(a, value[u], other[u], [&](int k) {
-                    return PairCoefficients{own[k][0], own[k][1], own[k][2]};
-                });
+            if (valid[u]) {
                 store_raw<T, kVec>(static_cast<T*>(a.out) + at * kVec, value[u]);
             }
             if (a.mask != nullptr && step >= u) {
-                store_mask<kVec>(a.mask, at, bits, valid);
+                store_mask<kVec>(a.mask, at, bits[u], valid[u]);
             }
         }
     }
@@ -148,11 +182,20 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_fwd_kernel_nchw(const
                 if (here[u] < kVec) {
                     load_record(a.table, c[u] + 1 < planes.channels ? c[u] + 1 : 0, next);
                 }
-                bits = pair_vector<T, kVec>(a, value[u], other[u], [&](int k) {
-                    const bool mine = k < here[u];
-                    return PairCoefficients{mine ? own[0] : next[0], mine ? own[1] : next[1],
-                                            mine ? own[2] : next[2]};
-                });
+                pin<T, kVec>(value[u]);
+                pin<T, kVec>(other[u]);
+#pragma unroll
+                for (int g = 0; g < kVec; g += 4) {
+                    float record[4][4];
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+                        for (int i = 0; i < 3; ++i) {
+                            record[k][i] = g + k < here[u] ? own[i] : next[i];
+                        }
+                    }
+                    bits |= pair_values<T, kVec, 4>(a, value[u], other[u], g, record);
+                }
                 store_raw_upto<T, kVec>(static_cast<T*>(a.out) + vec * kVec, value[u], left);
                 if (left < kVec) {
                     bits &= (1u << left) - 1;
@@ -187,8 +230,6 @@ int launch_bn_act_pair_fwd(const BnActPairFwdParams& p, void* stream) {
         if (error != 0) {
             return error;
         }
-        const bool clamps = p.activation == Activation::kRelu || p.activation == Activation::kRelu6;
-        const bool six = p.activation == Activation::kRelu6;
         BnPairFwdArgs args{};
         args.walk = pair_walk(p.size, p.channels_last, kVec);
         args.x = p.x;
@@ -196,11 +237,8 @@ int launch_bn_act_pair_fwd(const BnActPairFwdParams& p, void* stream) {
         args.out = p.out;
         args.mask = p.mask;
         args.table = table.table;
-        args.leaky = p.activation == Activation::kLeakyRelu;
+        args.activation = p.activation;
         args.slope = static_cast<float>(p.negative_slope);
-        args.lower = clamps ? 0.0f : -INFINITY;
-        args.upper = six ? 6.0f : INFINITY;
-        args.six = six ? rounds_to_six<T>() : NAN;
         const auto kernel =
             p.channels_last ? bn_act_pair_fwd_kernel_nhwc<T, kVec> : bn_act_pair_fwd_kernel_nchw<T, kVec>;
         return launch(kernel, args.walk.blocks, kThreads, stream, args);
