@@ -73,12 +73,13 @@ def test_two_calls_in_one(case: tuple[Any, ...], kernels: None) -> None:
     bits = mask if code else None
     found = _bn_act_pair.apply_back("dl4ds_kernels", dout, bits, code, 0.1, x, residual, None)
     order = suggested_format(x.y)  # the sums are taken of dense maps in the order of x
+    rest = (None, bits, True, x.eps, x.eps_std, code, 0.1, True, True, False)
     separate = [
         op("bn_act_bwd")(
-            dout, n.y.contiguous(memory_format=order), n.weight, None, n.mean, n.rstd, None, bits, True, n.eps, n.eps_std, code, 0.1, True, True, False
+            dout, n.y.contiguous(memory_format=order), n.weight, None, n.mean, n.rstd, *rest[:3], *n[5:], *rest[5:]
         )
         for n in (x, residual)
-    ]  # fmt: skip
+    ]
     (dx, dweight, dbias, _), (dresidual, residual_dweight, other, _) = separate
     assert torch.equal(dbias, other) and torch.equal(found.dbias, dbias)
     assert torch.equal(found.dweight, dweight) and torch.equal(found.residual_dweight, residual_dweight)

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_fwd_kernel_nhwc(const
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int64_t at = f - u * stride;
-            valid[u] = step >= u && at < a.walk.vecs;
+            valid[u] = step >= u && (u > 0 || at < a.walk.vecs);  // only a thread's first can lie behind
             if (valid[u]) {
                 value[u] = load_raw<T, kVec>(static_cast<const T*>(a.x) + at * kVec);
                 other[u] = load_raw<T, kVec>(static_cast<const T*>(a.residual) + at * kVec);
