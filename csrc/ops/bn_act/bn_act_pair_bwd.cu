@@ -16,7 +16,7 @@ struct BnPairBwdArgs {
 };
 
 struct BnPairBwdTableArgs {
-    int64_t channels;
+    int channels;
     int vec;       // of record_index()
     double count;  // values of a channel
     BnPairNorm norm[2];
@@ -26,7 +26,7 @@ struct BnPairBwdTableArgs {
 
 /// Block row 0: x's BatchNorm, 1: the residual's.
 __global__ void __launch_bounds__(kThreads) bn_act_pair_bwd_table_kernel(const BnPairBwdTableArgs a) {
-    const int64_t c = int64_t(blockIdx.x / 2) * kThreads + threadIdx.x;
+    const int c = static_cast<int>(blockIdx.x / 2 * kThreads + threadIdx.x);
     if (c >= a.channels) {
         return;
     }
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_pair_bwd_table_kernel(const B
     const double k = !norm.eps_std ? rstd : sigma > 0 ? 1 / sigma : 0;
     const float factor = static_cast<float>(-scale * k * norm.dweight[c] / a.count);
     const float offset = static_cast<float>(-scale * a.dbias[c] / a.count - double(factor) * norm.mean[c]);
-    store_record(blockIdx.x % 2 == 0 ? a.table[0] : a.table[1], record_index(c, a.channels, a.vec),
+    store_record(blockIdx.x % 2 == 0 ? a.table[0] : a.table[1], c, a.channels, a.vec,
                  static_cast<float>(scale), factor, offset);
 }
 
@@ -183,7 +183,7 @@ int launch_bn_act_pair_bwd(const BnActPairBwdParams& p, void* stream) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(width)::value;
         BnPairBwdTableArgs table{};
-        table.channels = p.size.c;
+        table.channels = static_cast<int>(p.size.c);
         table.vec = p.channels_last ? kVec : 1;
         table.count = static_cast<double>(p.size.n * p.size.plane());
         table.norm[0] = p.norm;

@@ -31,7 +31,7 @@ __device__ __forceinline__ void switch_linear(Activation act, Fn&& fn) {
 }
 
 struct BnPairFwdTableArgs {
-    int64_t channels;
+    int channels;
     int vec;  // of record_index()
     BnPairNorm norm, residual;
     float* table;
@@ -39,7 +39,7 @@ struct BnPairFwdTableArgs {
 
 /// The sum of both shifts has one rounding.
 __global__ void __launch_bounds__(kThreads) bn_act_pair_fwd_table_kernel(const BnPairFwdTableArgs a) {
-    const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const int c = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
     if (c >= a.channels) {
         return;
     }
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_pair_fwd_table_kernel(const B
     if (a.residual.bias.data != nullptr) {
         shift += load_channel<double>(a.residual.bias, c);
     }
-    store_record(a.table, record_index(c, a.channels, a.vec), scale, other, static_cast<float>(shift));
+    store_record(a.table, c, a.channels, a.vec, scale, other, static_cast<float>(shift));
 }
 
 /// Normalises, adds and activates kCount values from `first` on in place of x; returns the mask's bits of the
@@ -220,7 +220,7 @@ int launch_bn_act_pair_fwd(const BnActPairFwdParams& p, void* stream) {
         using T = typename decltype(type)::type;
         constexpr int kVec = decltype(width)::value;
         BnPairFwdTableArgs table{};
-        table.channels = p.size.c;
+        table.channels = static_cast<int>(p.size.c);
         table.vec = p.channels_last ? kVec : 1;
         table.norm = p.norm;
         table.residual = p.residual_norm;

@@ -51,8 +51,11 @@ __device__ __forceinline__ float pair_scale(const BnPairNorm& norm, int64_t c) {
     return norm.weight.data != nullptr ? rstd * load_channel<float>(norm.weight, c) : rstd;
 }
 
-__device__ __forceinline__ void store_record(float* table, int64_t record, float a, float b, float c) {
-    reinterpret_cast<float4*>(table)[record] = make_float4(a, b, c, 0.0f);
+/// Writes channel c's record where the elementwise pass looks for it (record_index(), in 32 bits).
+__device__ __forceinline__ void store_record(float* table, int c, int channels, int vec, float x, float y,
+                                             float z) {
+    const int record = c % vec * (channels / vec) + c / vec;
+    reinterpret_cast<float4*>(table)[record] = make_float4(x, y, z, 0.0f);
 }
 
 /// A record of a table, read again whenever it is needed (see reload_global).

@@ -158,8 +158,10 @@ ARGUMENTS = (
         "loose_comparison|missing_mask", r"^bn_act_bwd_kernel\.cuh: (return c % vec|const int64_t c = int64_t\(blockIdx)",
         TWO_DIVISIONS, kernel="bwd_finalize",
     ),
+    Argument("wrong_grid", "", "threads behind the last channel return", kernel="bn_act_pair_(fwd|bwd)_table_kernel"),
     Argument(
-        "loose_comparison", r"^bn_act_pair_fwd\.cu: for \(.*step >= 0;", "one step more, of which no vector is valid",
+        "loose_comparison", r"^bn_act_pair_fwd\.cu: (for \(.*step >= 0;|valid\[u\] = step >= u)",
+        "the loop's end: one step more, of which no vector is valid",
     ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
     Argument(
