@@ -89,8 +89,10 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_bwd_kernel_nhwc(const
         pin<T, kVec>(gradient);
         pin<T, kVec>(value);
         pin<T, kVec>(other);
-        // Addresses are computed where they are needed, not kept for every record.
-        int place = column + static_cast<int>(zero_after(static_cast<uint32_t>(f), a.word_bits));
+        // No record before the maps are here: all three loads are then under way together. (Addresses are
+        // computed where they are needed, not kept for every record.)
+        const uint32_t all = word(gradient, 0) ^ word(value, 0) ^ word(other, 0);
+        int place = column + static_cast<int>(zero_after(all, a.word_bits));
         // No record is read before the values before are done with: there is no room.
         const auto wait = [&](const RawPack<T, kVec>& done, int g) {
             if constexpr (kVec == 8) {
