@@ -160,7 +160,7 @@ ARGUMENTS = (
     ),
     Argument("wrong_grid", "", "threads behind the last channel return", kernel="bn_act_pair_(fwd|bwd)_table_kernel"),
     Argument(
-        "loose_comparison", r"^bn_act_pair_fwd\.cu: (for \(.*step >= 0;|valid\[u\] = step >= u)",
+        "loose_comparison", r"^bn_act_pair_fwd\.cu: (for \(.*step >= 0;|valid\[u\] = step >= u|if \(step >= u && left)",
         "the loop's end: one step more, of which no vector is valid",
     ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
