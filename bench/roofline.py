@@ -46,7 +46,8 @@ def small_bytes(row: dict[str, Any], site: dict[str, Any]) -> float:
     for stem, way in REDUCING.items():
         if row["kernel"].startswith(stem):
             return site["workspace"][way]
-    return 0.0 if row["kernel"].startswith("add_act") else 16.0 * site["shape"][1]
+    records = {"add_act": 0, "bn_act_pair_bwd": 2}  # of 16 bytes a channel
+    return 16.0 * site["shape"][1] * next((n for stem, n in records.items() if row["kernel"].startswith(stem)), 1)
 
 
 def launches(found: dict[str, Any], sites: dict[Site, int]) -> Iterable[dict[str, Any]]:
@@ -222,7 +223,7 @@ def main() -> int:
     else:
         sites = sorted({tuple(site[:4]) for site in resnet50()[0]})
         asked = {"sites": sites, "dtypes": ["float16", "bfloat16", "float32"], "layouts": ["nhwc", "nchw"]}
-        found = counts(json.dumps({**asked, "names": ["train", "eval", "add_act"]}))
+        found = counts(json.dumps({**asked, "names": ["train", "eval", "add_act", "pair"]}))
         lrn = counts("windows", compiled=True)
     document = rounded({**model(found, lrn), "lrn": lrn})
     save(options.output, document)

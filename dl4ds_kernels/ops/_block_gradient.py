@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import op
-from . import _conv_dgrad
+from . import _bn_act_pair, _conv_dgrad
 from ._block_code import IDENTITY, NO_SHORTCUT, Block, Conv, Norm, decode
 from ._conv2d import convolve, convolve_back
 from ._conv_dgrad import Added, Site, Sums
@@ -44,6 +44,11 @@ class Schedule:
         if norm.running < 0:
             return None, None
         return self._running[norm.running], self._running[norm.running + 1]
+
+    def pairs(self, block: Block) -> bool:
+        """Whether the projection's BatchNorm is applied with the last one."""
+        both = not block.preact and block.projection is not None and block.projection.norm is not None
+        return both and self.training and _bn_act_pair.wanted(self.namespace, self.x, block.activation)
 
     def again(self, y: Tensor, norm: Norm, activation: int) -> Tensor:
         """``act(bn(y))`` as the forward pass computed it, bit for bit; running statistics are not touched."""
@@ -121,6 +126,22 @@ class Gradient(Schedule):
         table, dweight, dbias = sums
         self._note(norm, dweight, dbias)
         return _conv_dgrad.apply(self.namespace, dz, table, self.site(y, norm, activation, mask), need_residual)
+
+    def normed(self, y: Tensor, norm: Norm) -> _bn_act_pair.Normed:
+        return _bn_act_pair.Normed(y, *self.statistics[norm.index], *self.vectors(norm), norm.eps, norm.eps_std)
+
+    def normalise_pair(
+        self, dz: Tensor, known: Sequence[Tensor], y: Tensor, norm: Norm, projected: Tensor, other: Norm, activation: int,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``(dy, dprojected)`` of ``act(bn(y) + bn(projected))``; known: the sums of y's, if they were taken."""
+        found = _bn_act_pair.apply_back(
+            self.namespace, dz, mask, activation, self.block.negative_slope, self.normed(y, norm),
+            self.normed(projected, other), tuple(known[1:]) or None,
+        )  # fmt: skip
+        self._note(norm, found.dweight, found.dbias)
+        self._note(other, found.residual_dweight, found.dbias.clone())  # no result is another
+        return found.dx, found.dresidual
 
     def convolve_back_fused(
         self, dy: Tensor, z: Tensor, conv: Conv, added: Added | None, site: Site | None
@@ -216,7 +237,7 @@ def gradients(
     elif projection is not None:
         source = x
     bits = mask if mask.numel() else None
-    lean = g.lean and not block.preact
+    lean, pair = g.lean and not block.preact, g.pairs(block)
     step = 0 if block.shortcut == NO_SHORTCUT else g.compact_step(projection) if projection is not None else 1
     first = lean and need_x and g.serves(x, block.convs[0], step, front_site)
     if block.preact:
@@ -235,23 +256,25 @@ def gradients(
                 residual = projected if has_projected else g.convolve(source, projection)
                 residual = g.again(residual, projection.norm, 0) if has_projected else residual
         # The bits stand for the residual's gradient where all its readers take them.
-        by_bits = bits is not None and (lean and has_projected or first and block.shortcut == IDENTITY)
+        by_bits = not pair and bits is not None and (lean and has_projected or first and block.shortcut == IDENTITY)
         need_residual = block.shortcut != 0 and act != 0 and not by_bits
         norm = block.convs[last].norm
-        if known:
+        if pair:
+            dy, dresidual = g.normalise_pair(dout, known, outputs.pop(), norm, projected, projection.norm, act, bits)
+        elif known:
             dy, dresidual = g.normalise_known(dout, tuple(known), outputs.pop(), norm, act, bits, need_residual)
         else:
             dy, dresidual = g.normalise(dout, outputs.pop(), norm, act, residual, bits, True, need_residual)
-        if act == 0 or by_bits:
+        if by_bits or act == 0 and not pair:
             dresidual = dout
     # The shortcut.
     added = Added(dresidual) if block.preact or not by_bits else Added(dout, bits, act, block.negative_slope)
     need_source = need_x or (block.preact and _any_needed(block.convs[0].norm, len(convs), needs))
     if projection is not None:
-        if has_projected:
+        if has_projected and not pair:
             through = (act, None, bits) if not block.preact and by_bits else (0, None, None)
             dresidual, _ = g.normalise(dresidual, projected, projection.norm, *through, True, False)
-            del projected
+        del projected
         compact = first and step > 1
         made = (g.compact_back if compact else g.convolve_back)(dresidual, source, projection, need_source)
         added = Added(made, step=step if compact else 1)

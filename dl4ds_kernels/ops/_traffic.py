@@ -71,6 +71,24 @@ def _bn_act_apply_bwd(a: Any) -> Passes:
     return {"dout": (1, 0), "x": (1, 0), "mask": (int(a.activation != 0), 0), "dx": (0, 1), "dresidual": (0, 1)}
 
 
+def _bn_act_pair_bwd(a: Any) -> Passes:
+    """Both gradients in one pass; before it one for the sums of the residual, and one for those of x if they are not known."""
+    taken = int(a.dweight is None)
+    return {"dout": (2 + taken, 0), "mask": (2 + taken, 0), "x": (1 + taken, 0), "residual": (2, 0)} | {
+        "dx": (0, 1), "dresidual": (0, 1),
+    }  # fmt: skip
+
+
+def _conv_bn_stats(a: Any) -> Passes:
+    return {"x": (1, 0), "y": (1, 1)}
+
+
+def _conv_bn_stats_fused(a: Any) -> Passes:
+    """As _conv_bn_act_train_fused, without the elementwise pass."""
+    reads, writes = _conv_bn_act_train_fused(a)["y"]
+    return {"x": (1, 0), "y": (reads - 1, writes)}
+
+
 def _bn_act_conv(a: Any) -> Passes:
     """``bn_act`` over x, then the library's convolution, and with a BatchNorm behind it one more pass in place.
 
@@ -115,6 +133,9 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::bn_act": _bn_act,
     "dl4ds_kernels::bn_act_bwd": _bn_act_bwd,
     "dl4ds_kernels::bn_act_apply_bwd": _bn_act_apply_bwd,
+    "dl4ds_kernels::bn_act_pair": lambda a: {"x": (1, 0), "residual": (1, 0), "out": (0, 1), "mask": (0, 1)},
+    "dl4ds_kernels::bn_act_pair_bwd": _bn_act_pair_bwd,
+    "dl4ds_kernels::bn_stats": lambda a: {"x": (1, 0)},
     "dl4ds_kernels::conv_bn_act_dgrad_bwd": _dgrad,
     "dl4ds_kernels::add_act": _add_act,
     "dl4ds_kernels::add_act_bwd": _add_act_bwd,
@@ -122,6 +143,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::conv_bn_act": _conv_bn_act,
     "dl4ds_kernels::conv_bn_act_tail": _conv_bn_act_tail,
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train,
+    "dl4ds_kernels::conv_bn_stats": _conv_bn_stats,
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
     # Stock torch, for the comparison: three passes of a training BatchNorm, five of its gradient.
@@ -141,6 +163,7 @@ PASSES: dict[str, Callable[[Any], Passes]] = {
 FUSED: dict[str, Callable[[Any], Passes]] = {
     "dl4ds_kernels::conv_bn_act": lambda a: {"x": (1, 0), "residual": (1, 0), "result": (0, 1)},
     "dl4ds_kernels::conv_bn_act_train": _conv_bn_act_train_fused,
+    "dl4ds_kernels::conv_bn_stats": _conv_bn_stats_fused,
     "dl4ds_kernels::bn_act_conv": _bn_act_conv_fused,
     "dl4ds_kernels::conv_bn_act_tail": _conv_bn_act_tail_fused,
 }
@@ -149,9 +172,12 @@ _RESULTS = {
     "bn_act": ("out", "mean", "rstd", "mask"),
     "bn_act_bwd": ("dx", "dweight", "dbias", "dresidual"),
     "bn_act_apply_bwd": ("dx", "dresidual"),
+    "bn_act_pair": ("out", "mask"),
+    "bn_act_pair_bwd": ("dx", "dresidual", "dweight_", "dbias_", "residual_dweight"),
     "conv_bn_act_dgrad_bwd": ("dx", "table", "dweight", "dbias"),
     "add_act": ("out", "mask"),
     "conv_bn_act_train": ("out", "y", "mean", "rstd", "mask"),
+    "conv_bn_stats": ("y", "mean", "rstd"),
 }
 
 

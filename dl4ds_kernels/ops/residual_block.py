@@ -1,7 +1,8 @@
 """Contract and schedule of ``residual_block``: a whole residual block, forward and backward, over the fused ops.
 
-No kernel of its own: convolutions (as ``conv2d_step`` chooses them; in training on CUDA ``conv_bn_act_train``), ``bn_act``,
-``add_act`` and their gradient ops, in the namespace the op belongs to. What one op for the whole block buys is memory. Kept for
+No kernel of its own: convolutions (as ``conv2d_step`` chooses them; in training on CUDA ``conv_bn_act_train``), ``bn_act``
+(``bn_act_pair`` where a projection's BatchNorm joins the last one), ``add_act`` and their gradient ops, in the namespace the op
+belongs to. What one op for the whole block buys is memory. Kept for
 backward are the block's input, the output of every convolution in front of a BatchNorm, per-channel statistics and one bit an
 element for the activation behind the sum; activations inside the block are computed again in backward from the convolution's
 output and the very statistics of the forward pass (the same bits; running statistics are not touched).
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
-from . import _conv_bn_act_train, _conv_dgrad
+from . import _bn_act_pair, _conv_bn_act_train, _conv_dgrad
 from ._block_code import IDENTITY, PROJECTION, Conv, Norm, decode
 from ._block_gradient import Schedule, gradients, pack_site
 from ._conv_dgrad import Site
@@ -80,6 +81,17 @@ def _forward(
         note(norm, mean, rstd, *new)
         return y, out, mask
 
+    def normed(z: Tensor, conv: Conv) -> _bn_act_pair.Normed:
+        """``conv(z)`` with its statistics."""
+        stride, padding, dilation, *_ = conv.geometry
+        norm, bias = conv.norm, convs[conv.bias] if conv.bias >= 0 else None
+        y, mean, rstd, *new = _bn_act_pair.convolve_and_sum(
+            namespace, z, convs[conv.weight], bias, *s.running(norm), (stride, padding, dilation, conv.groups), norm.momentum,
+            norm.eps, norm.eps_std,
+        )  # fmt: skip
+        note(norm, mean, rstd, *new)
+        return _bn_act_pair.Normed(y, mean, rstd, *s.vectors(norm), norm.eps, norm.eps_std)
+
     def keep(y: Tensor, wanted: bool = True) -> None:
         if save and wanted:
             kept.append(y)
@@ -96,11 +108,14 @@ def _forward(
         if block.keep_activations and save:
             activations.append(z)
     # The shortcut comes first: the last layer adds it.
-    projected = None
+    projected = pair = None
     residual = x if block.shortcut == IDENTITY else None
     if block.shortcut == PROJECTION:
         if block.projection.norm is None:
             residual = s.convolve(source, block.projection)
+        elif s.pairs(block):
+            pair = normed(source, block.projection)
+            projected = pair.y
         else:
             projected, residual, _ = layer(source, block.projection, block.projection.norm, 0)
     del source
@@ -111,6 +126,11 @@ def _forward(
         elif block.alpha != 1.0:
             y = y * block.alpha
         out = y
+    elif pair is not None:
+        end = normed(z, block.convs[last])
+        saved = save and act in MASK_CODES
+        out, mask = _bn_act_pair.apply(namespace, end, pair, act, block.negative_slope, saved)
+        keep(end.y, not memory_efficient)
     else:
         y, out, mask = layer(z, block.convs[last], block.convs[last].norm, act, residual)
         keep(y, not memory_efficient)

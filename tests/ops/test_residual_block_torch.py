@@ -56,9 +56,11 @@ def test_launches(kernels: None) -> None:
             out = ours(case, "cpu")(leaves) if forwards else out.sum().backward()
         counts.append(collections.Counter(event.name for event in profile.events()))
     forward, backward = counts
-    assert forward["aten::convolution"] == 4 and forward["dl4ds_kernels::bn_act"] == 4 and forward["aten::_foreach_copy_"] == 1
+    assert forward["aten::convolution"] == 4 and forward["dl4ds_kernels::bn_act"] == 2 and forward["aten::_foreach_copy_"] == 1
+    assert forward["dl4ds_kernels::bn_stats"] == 2 and forward["dl4ds_kernels::bn_act_pair"] == 1
     # Two plain activations are made again, no convolution is.
-    assert backward["aten::convolution_backward"] == 4 and backward["dl4ds_kernels::bn_act_bwd"] == 4
+    assert backward["aten::convolution_backward"] == 4 and backward["dl4ds_kernels::bn_act_bwd"] == 2
+    assert backward["dl4ds_kernels::bn_act_pair_bwd"] == 1
     assert backward["dl4ds_kernels::bn_act"] == 2 and backward["aten::convolution"] == 0 and backward["aten::add_"] >= 1
 
 

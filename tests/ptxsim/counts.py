@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import _cuda_launch as launchers
+import _cuda_pair as pair
 import torch
 
 from ptxsim import Report, build, compile_cuda, sass, toolchain
@@ -27,8 +28,9 @@ RELU, NONE = 1, 0
 
 def source_of(kernel: str) -> Path:
     """The .cu file of a kernel of bn_act or add_act."""
-    op = "add_act" if "add_act" in kernel else "bn_act"
-    return launchers.CSRC / "ops" / op / f"{op}_{'bwd' if '_bwd_' in kernel else 'fwd'}.cu"
+    folder = "add_act" if "add_act" in kernel else "bn_act"
+    op = "bn_act_pair" if "bn_act_pair" in kernel else folder
+    return launchers.CSRC / "ops" / folder / f"{op}_{'bwd' if '_bwd_' in kernel else 'fwd'}.cu"
 
 
 @functools.cache
@@ -102,11 +104,21 @@ def add_act(way: str, dtype: torch.dtype, layout: str, lines: int) -> list[Repor
     return forward + launchers.add_act_bwd(dout, mask, None, None, 1.0, RELU, 0.1)[1]
 
 
+def bn_act_pair(way: str, dtype: torch.dtype, layout: str, lines: int) -> list[Report]:
+    """The end of a block with a projection, forward and backward with its mask."""
+    x, residual, dout = (_laid_out(lines, dtype, layout) for _ in range(3))
+    weight, bias, mean, rstd = _vectors(x.shape[1])
+    norm = pair.Norm(mean, rstd, weight, bias, dweight=bias)
+    results, forward = pair.pair_fwd(x, residual, norm, norm, RELU, save_mask=True)
+    return forward + pair.pair_bwd(dout, results["mask"], x, residual, norm, norm, bias, RELU)[1]
+
+
 # name -> (call, ways)
 CALLS: dict[str, tuple[Callable[..., list[Report]], tuple[str, ...]]] = {
     "train": (bn_act, ("plain", "residual", "linear")),
     "eval": (bn_eval, ("plain", "residual", "linear")),
     "add_act": (add_act, ("residual",)),
+    "pair": (bn_act_pair, ("linear",)),  # sites: those of the projection's BatchNorm
 }
 
 
@@ -158,7 +170,8 @@ def kernels(dtypes: tuple[torch.dtype, ...], layouts: tuple[str, ...], names: tu
                     elements = _laid_out(lines, dtype, layout).numel()
                     for report in reports:
                         reduces = "stats" in report.kernel or "reduce" in report.kernel
-                        if "finalize" not in report.kernel and reduces == (part == "reduce"):
+                        merges = "finalize" in report.kernel or "table" in report.kernel
+                        if not merges and reduces == (part == "reduce"):
                             rows.setdefault(report.kernel, []).append(_measured(report, elements, dtype))
             for kernel, (small, large) in rows.items():
                 facts = {arch: assembled(source_of(kernel), arch)[1][kernel] for arch in ARCHITECTURES}

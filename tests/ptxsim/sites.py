@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import _cuda_launch as launchers
+import _cuda_pair as pair
 import torch
 
 from ptxsim import Module
@@ -67,6 +68,30 @@ def grids(
         }
 
 
+def pair_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> dict[str, int]:
+    """Blocks of the kernels of bn_act_pair, as grids()."""
+    address, blocks = 1 << 20, {}
+    vector = {"data": address, "dtype": "kFloat32"}
+    norm = {"mean": address, "rstd": address, "weight": vector, "bias": vector, "dweight": address}
+    maps = {"fwd": ("x", "residual", "out", "mask"), "bwd": ("dout", "x", "residual", "mask", "dbias", "dx", "dresidual")}
+    for way, names in maps.items():
+        with ExitStack() as stack:
+            module = _returning(launchers.CSRC / "ops" / "bn_act" / f"bn_act_pair_{way}.cu")
+            for kernel in module.kernels:
+                stack.enter_context(module.replacing(kernel))
+            session = stack.enter_context(launchers.library().session(traffic=0, races=0))
+            params = pair.headers().make(
+                f"BnActPair{way.capitalize()}Params", lambda value: value, dtype=launchers.DTYPES[dtype],
+                channels_last=layout == "nhwc", size=launchers.dims(shape), activation=RELU, norm=norm, residual_norm=norm,
+                workspace=address, **dict.fromkeys(names, address),
+            )  # fmt: skip
+            assert session.call(f"launch_bn_act_pair_{way}", params, None) == 0
+            blocks |= {
+                re.search(r"(bn_act_pair_\w*kernel(?:_n\w\w\w)?)", r.kernel).group(1): r.grid[0] for r in session.reports
+            }
+    return blocks
+
+
 def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Of all kernels of bn_act (forward and backward in training) and add_act at one site."""
     address = 1 << 20
@@ -81,7 +106,13 @@ def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
     added = grids("add_act", "fwd", dtype, layout, shape, x=address, residual=address, out=address, activation=RELU)
     taken = grids("add_act", "bwd", dtype, layout, shape, dout=address, mask=address, dx=address, activation=RELU)
     return {
-        "blocks": {**forward["blocks"], **backward["blocks"], **added["blocks"], **taken["blocks"]},
+        "blocks": {
+            **forward["blocks"],
+            **backward["blocks"],
+            **added["blocks"],
+            **taken["blocks"],
+            **pair_grids(dtype, layout, shape),
+        },
         "workspace": {"fwd": forward["workspace"], "bwd": backward["workspace"]},
     }
 

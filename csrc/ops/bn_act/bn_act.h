@@ -22,7 +22,7 @@ struct BnActFwdParams {
     double momentum = 0.1, eps = 1e-5;
     Activation activation = Activation::kNone;
     double negative_slope = 0;
-    void* out = nullptr;
+    void* out = nullptr;      // null, in training: the statistics alone
     uint8_t* mask = nullptr;  // null: not wanted; else ceil(numel / 8) bytes, bits in memory order of out
     // Training only: (C,) in the accumulator type; new running statistics in the dtype of the old, or null.
     void* mean = nullptr;

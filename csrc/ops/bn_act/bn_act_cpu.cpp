@@ -50,22 +50,6 @@ struct TrainOutputs {
     TensorInfo new_running_mean, new_running_var;
 };
 
-void write_entry(const TensorInfo& v, int64_t c, double value) {
-    switch (v.dtype) {
-        case DType::kFloat64:
-            v.as<double>()[c] = value;
-            return;
-        case DType::kFloat32:
-            v.as<float>()[c] = static_cast<float>(value);
-            return;
-        case DType::kFloat16:
-            v.as<half_t>()[c] = to_half(static_cast<float>(value));
-            return;
-        default:
-            v.as<bfloat16_t>()[c] = to_bfloat16(static_cast<float>(value));
-    }
-}
-
 /// From a channel's moments to its constants, its outputs and its new running statistics.
 template <typename T>
 void finish_channel(const Forward& f, ChannelArrays<T>& arrays, const TrainOutputs<T>& outputs, int64_t count,

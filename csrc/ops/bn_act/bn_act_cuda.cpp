@@ -115,6 +115,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     return {out, mean, rstd, mask, new_mean, new_var};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_statistics(Tensor x_tensor, std::optional<Tensor> running_mean,
+                                                         std::optional<Tensor> running_var, double momentum,
+                                                         double eps, bool eps_std, BnMoments moments) {
+    constexpr const char* kStatsOp = "bn_stats";
+    Operand x(x_tensor), none;
+    check_batched(kStatsOp, x.info);
+    check_cuda(kStatsOp, x.info);
+    const CudaScope scope(x.info);
+    const Operand rm = channel_operand(kStatsOp, "running_mean", running_mean, x.info);
+    const Operand rv = channel_operand(kStatsOp, "running_var", running_var, x.info);
+    DL4DS_CHECK(rm.info.present == rv.info.present, kStatsOp,
+                ": expected running_mean and running_var both given or both None");
+    BnActFwdParams p;
+    read_or_copy(p, x, none, suggest_format(x.info));
+    const DType acc = acc_dtype(x.info.dtype);
+    const int64_t running = rm.info.present ? p.size.c : 0;
+    Tensor mean = empty_vector_cuda(x.info, p.size.c, acc), rstd = empty_vector_cuda(x.info, p.size.c, acc);
+    Tensor new_mean = empty_vector_cuda(x.info, running, rm.info.present ? rm.info.dtype : acc);
+    Tensor new_var = empty_vector_cuda(x.info, running, rv.info.present ? rv.info.dtype : acc);
+    p.running_mean = channel_vector(rm);
+    p.running_var = channel_vector(rv);
+    p.training = true;
+    p.eps_std = eps_std;
+    p.momentum = momentum;
+    p.eps = eps;
+    p.mean = tensor_info(mean).data;
+    p.rstd = tensor_info(rstd).data;
+    p.moments = moments.data;
+    p.moments_parts = moments.parts;
+    p.new_running_mean = running > 0 ? tensor_info(new_mean).data : nullptr;
+    p.new_running_var = running > 0 ? tensor_info(new_var).data : nullptr;
+    const Tensor workspace = empty_vector_cuda(x.info, bn_act_fwd_workspace(p), DType::kUInt8);
+    p.workspace = tensor_info(workspace).data;
+    check_launch(launch_bn_act_fwd(p, scope.stream()), kStatsOp);
+    return {mean, rstd, new_mean, new_var};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cuda(
     Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, std::optional<Tensor> residual, bool training, double momentum,

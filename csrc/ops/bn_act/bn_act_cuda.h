@@ -25,4 +25,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_forward(
     std::optional<Tensor> residual_tensor, bool training, double momentum, double eps, bool eps_std,
     int64_t activation, double negative_slope, bool save_mask, BnMoments moments);
 
+/// The op bn_stats: mean, rstd, new running mean and variance of x in training.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_statistics(Tensor x_tensor, std::optional<Tensor> running_mean,
+                                                         std::optional<Tensor> running_var, double momentum,
+                                                         double eps, bool eps_std, BnMoments moments);
+
 }  // namespace dl4ds

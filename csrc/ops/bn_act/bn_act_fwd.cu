@@ -132,7 +132,7 @@ int launch_bn_act_fwd(const BnActFwdParams& p, void* stream) {
         if (error != 0) {
             return error;
         }
-        if (p.size.numel() == 0) {
+        if (p.size.numel() == 0 || p.out == nullptr) {
             return 0;
         }
     }

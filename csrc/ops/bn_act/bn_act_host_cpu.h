@@ -23,6 +23,23 @@ inline double bn_rstd(double var, double eps, bool eps_std) {
     return eps_std ? 1.0 / (std::sqrt(var) + eps) : 1.0 / std::sqrt(var + eps);
 }
 
+/// Entry c of a per-channel tensor without gaps.
+inline void write_entry(const TensorInfo& v, int64_t c, double value) {
+    switch (v.dtype) {
+        case DType::kFloat64:
+            v.as<double>()[c] = value;
+            return;
+        case DType::kFloat32:
+            v.as<float>()[c] = static_cast<float>(value);
+            return;
+        case DType::kFloat16:
+            v.as<half_t>()[c] = to_half(static_cast<float>(value));
+            return;
+        default:
+            v.as<bfloat16_t>()[c] = to_bfloat16(static_cast<float>(value));
+    }
+}
+
 inline Activation activation_from_code(const char* op, int64_t code) {
     DL4DS_CHECK(code >= 0 && code < kNumActivations, op, ": activation: expected a code in [0, ",
                 kNumActivations, "), got ", code);

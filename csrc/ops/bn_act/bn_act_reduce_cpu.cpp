@@ -135,6 +135,19 @@ void reduce_block(const BnPlan& plan, Activation act, const BnBwdArgs& whole, co
                  });
 }
 
+/// Of one channel, from those of all blocks.
+void merge_blocks(const BnPlan& plan, const ElementBlocks& blocks, BlockSums& sums, int64_t c, double& s1,
+                  double& s2) {
+    s1 = s2 = 0;
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+        const int64_t groups = block == blocks.rows.count ? 1 : plan.group;
+        for (int64_t g = 0; g < groups; ++g) {
+            s1 += sums.first(block)[g * plan.channels + c];
+            s2 += sums.second(block)[g * plan.channels + c];
+        }
+    }
+}
+
 void reduce_per_element(const BnPlan& plan, Activation act, const BnBwdArgs& whole, double* s1, double* s2) {
     const ElementBlocks blocks(plan);
     BlockSums sums(blocks.count(), pad_elements(plan.len));
@@ -145,14 +158,7 @@ void reduce_per_element(const BnPlan& plan, Activation act, const BnBwdArgs& who
     });
     parallel_for(plan.channels, blocks.count() * plan.len * 16, [&](int64_t begin, int64_t end) {
         for (int64_t c = begin; c < end; ++c) {
-            s1[c] = s2[c] = 0;
-            for (int64_t block = 0; block < blocks.count(); ++block) {
-                const int64_t groups = block == blocks.rows.count ? 1 : plan.group;
-                for (int64_t g = 0; g < groups; ++g) {
-                    s1[c] += sums.first(block)[g * plan.channels + c];
-                    s2[c] += sums.second(block)[g * plan.channels + c];
-                }
-            }
+            merge_blocks(plan, blocks, sums, c, s1[c], s2[c]);
         }
     });
 }
@@ -292,6 +298,31 @@ void bn_bwd_reduce_all(const BnPlan& plan, Activation act, const BnBwdArgs& whol
             s2[c] += sums.second(n)[c];
         }
     }
+}
+
+void bn_bwd_reduce_both(const BnPlan& plan, Activation act, const BnBwdArgs* first, const BnBwdArgs& second,
+                        double* s1, double* first_s2, double* second_s2) {
+    if (first == nullptr || plan.per_row) {
+        if (first != nullptr) {
+            bn_bwd_reduce_all(plan, act, *first, s1, first_s2);
+        }
+        bn_bwd_reduce_all(plan, act, second, s1, second_s2);
+        return;
+    }
+    const ElementBlocks blocks(plan);
+    BlockSums sums(blocks.count(), pad_elements(plan.len)), more(blocks.count(), pad_elements(plan.len));
+    parallel_for(blocks.count(), 3 * plan.bytes(), [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            reduce_block(plan, act, *first, blocks, block, sums.first(block), sums.second(block));
+            reduce_block(plan, act, second, blocks, block, more.first(block), more.second(block));
+        }
+    });
+    parallel_for(plan.channels, blocks.count() * plan.len * 32, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+            merge_blocks(plan, blocks, sums, c, s1[c], first_s2[c]);
+            merge_blocks(plan, blocks, more, c, s1[c], second_s2[c]);
+        }
+    });
 }
 
 }  // namespace dl4ds

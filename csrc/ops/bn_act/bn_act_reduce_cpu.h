@@ -17,6 +17,11 @@ void bn_stats_channel(const BnPlan& plan, const void* x, int64_t c, double& mean
 /// tensors' first elements and the channel arrays.
 void bn_bwd_reduce_all(const BnPlan& plan, Activation act, const BnBwdArgs& whole, double* s1, double* s2);
 
+/// The same of two BatchNorms behind one dout, whose blocks are read from memory once where both passes take
+/// them in turn; s1 is the same of both. first null: of the second alone.
+void bn_bwd_reduce_both(const BnPlan& plan, Activation act, const BnBwdArgs* first, const BnBwdArgs& second,
+                        double* s1, double* first_s2, double* second_s2);
+
 /// The same for one channel of the per-row layout.
 void bn_bwd_reduce_channel(const BnPlan& plan, Activation act, const BnBwdArgs& whole, int64_t c, double& s1,
                            double& s2);

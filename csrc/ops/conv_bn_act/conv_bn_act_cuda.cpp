@@ -135,6 +135,44 @@ Tensor conv_bn_act_cuda(Tensor x, Tensor weight, std::optional<Tensor> bias, Ten
                : by_library(scope, x, weight, bias, residual, geometry, v);
 }
 
+namespace {
+
+/// A convolution in training; where the route is the fused one, with the moments of its output.
+struct ConvMoments {
+    Tensor y, memory;  // the latter keeps what `known` points to
+    BnMoments known;
+};
+
+ConvMoments convolve_with_moments(const char* op, const Tensor& x, const Tensor& weight,
+                                  const std::optional<Tensor>& bias, const ConvGeometry& geometry) {
+    const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
+    check_batched(op, xi);
+    check_cuda(op, xi);
+    check_same_device(op, "weight", wi, xi);
+    const CudaScope scope(xi);
+    ConvRoute route = conv_route(xi, wi, false, geometry, Activation::kNone, {.stats = true});
+    ConvMoments made;
+    if (route.reason != static_cast<int>(ConvReason::kFused)) {
+        made.y = convolve(x, weight, bias, geometry);
+        return made;
+    }
+    ConvBnActFwdParams& p = route.params;
+    const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
+    made.y = empty_cuda(xi, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, xi.dtype);
+    const TensorInfo yi = tensor_info(made.y);
+    const Operand filter = dense_filter(weight), cb = channel_operand(op, "bias", bias, yi);
+    p.weight = filter.info.data;
+    p.conv_bias = channel_vector(cb);
+    p.out = yi.data;
+    made.memory = empty_vector_cuda(xi, conv_bn_act_moments(p), DType::kFloat32);
+    p.moments = tensor_info(made.memory).as<float>();
+    check_launch(launch_conv_bn_act_fwd(p, scope.stream()), op);
+    made.known = {p.moments, conv_bn_act_parts(p)};
+    return made;
+}
+
+}  // namespace
+
 /// Training: the convolution, the batch statistics of its output and act(bn(.) [+ residual]). Where the route
 /// is the fused one, the statistics come with the convolution; else a kernel of bn_act reads its output
 /// again.
@@ -144,36 +182,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_t
     std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, int64_t groups, double momentum, double eps, bool eps_std,
     int64_t activation, double negative_slope, bool save_mask) {
-    constexpr const char* kTrainOp = "conv_bn_act_train";
-    const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
-    check_batched(kTrainOp, xi);
-    check_cuda(kTrainOp, xi);
-    check_same_device(kTrainOp, "weight", wi, xi);
     const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
-    const CudaScope scope(xi);
-    ConvRoute route = conv_route(xi, wi, false, geometry, Activation::kNone, {.stats = true});
-    Tensor y, moments;  // the latter keeps what the next kernel reads
-    BnMoments known;
-    if (route.reason == static_cast<int>(ConvReason::kFused)) {
-        ConvBnActFwdParams& p = route.params;
-        const int64_t sizes[4] = {p.batch, p.channels_out, p.height_out, p.width_out};
-        y = empty_cuda(xi, sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, xi.dtype);
-        const TensorInfo yi = tensor_info(y);
-        const Operand filter = dense_filter(weight), cb = channel_operand(kTrainOp, "bias", bias, yi);
-        p.weight = filter.info.data;
-        p.conv_bias = channel_vector(cb);
-        p.out = yi.data;
-        moments = empty_vector_cuda(xi, conv_bn_act_moments(p), DType::kFloat32);
-        p.moments = tensor_info(moments).as<float>();
-        check_launch(launch_conv_bn_act_fwd(p, scope.stream()), kTrainOp);
-        known = {p.moments, conv_bn_act_parts(p)};
-    } else {
-        y = convolve(x, weight, bias, geometry);
-    }
+    const ConvMoments made = convolve_with_moments("conv_bn_act_train", x, weight, bias, geometry);
     auto [out, mean, rstd, mask, new_mean, new_var] =
-        bn_act_forward(y, bn_weight, bn_bias, running_mean, running_var, residual, true, momentum, eps,
-                       eps_std, activation, negative_slope, save_mask, known);
-    return {out, y, mean, rstd, mask, new_mean, new_var};
+        bn_act_forward(made.y, bn_weight, bn_bias, running_mean, running_var, residual, true, momentum, eps,
+                       eps_std, activation, negative_slope, save_mask, made.known);
+    return {out, made.y, mean, rstd, mask, new_mean, new_var};
+}
+
+/// The same without the elementwise pass, which another op makes of several outputs.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_stats_cuda(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, int64_t groups, double momentum, double eps, bool eps_std) {
+    const ConvGeometry geometry{std::move(stride), std::move(padding), std::move(dilation), groups};
+    const ConvMoments made = convolve_with_moments("conv_bn_stats", x, weight, bias, geometry);
+    auto [mean, rstd, new_mean, new_var] =
+        bn_statistics(made.y, running_mean, running_var, momentum, eps, eps_std, made.known);
+    return {made.y, mean, rstd, new_mean, new_var};
 }
 
 /// For dk.explain.
@@ -194,6 +220,7 @@ std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residu
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CUDA, m) {
     m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act_cuda));
     m.impl("conv_bn_act_train", TORCH_BOX(&conv_bn_act_train_cuda));
+    m.impl("conv_bn_stats", TORCH_BOX(&conv_bn_stats_cuda));
     m.impl("conv_bn_act_route", TORCH_BOX(&conv_bn_act_route_cuda));
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .survivor import Argument
 
-DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|(a|in)\.row_vecs|stride|planes\.(length|channels))"
+DIVISION = r"[/%] (a\.plan\.(tiles|parts|windows)|((a|in)\.)?row_vecs|stride|planes\.(length|channels))"
 COPIES = "|".join(
     (
         r"^bn_act_bwd_kernel\.cuh: (if \(a\.dresidual != nullptr|if \(step < u \|\| left <= 0)",
@@ -157,6 +157,11 @@ ARGUMENTS = (
     Argument(
         "loose_comparison|missing_mask", r"^bn_act_bwd_kernel\.cuh: (return c % vec|const int64_t c = int64_t\(blockIdx)",
         TWO_DIVISIONS, kernel="bwd_finalize",
+    ),
+    Argument("wrong_grid", "", "threads behind the last channel return", kernel="bn_act_pair_(fwd|bwd)_table_kernel"),
+    Argument(
+        "loose_comparison", r"^bn_act_pair_fwd\.cu: (for \(.*step >= 0;|valid\[u\] = step >= u|if \(step >= u && left)",
+        "the loop's end: one step more, of which no vector is valid",
     ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
     Argument(
