@@ -23,8 +23,9 @@ from typing import Any
 
 from _results import RESULTS, save
 from roof import page, picture
-from roof.model import CHIPS, MOST_ISSUE, MOST_RATIO, convolution, finalize, issue_share, streaming
-from roof.sites import BATCH, Layer, Site, resnet50
+from roof.layers import convolutions, gradients, tails
+from roof.model import CHIPS, MOST_ISSUE, MOST_RATIO, finalize, issue_share, streaming
+from roof.sites import BATCH, Site, resnet50
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # kernel -> launcher whose workspace holds its partial results, or none
@@ -114,37 +115,15 @@ def operations(rows: list[dict[str, Any]], found: dict[str, Any], sites: dict[Si
         total["predicted_us"] += row["predicted_us"] * row["times"]
         if any(row["kernel"].startswith(stem) for stem in REDUCING):
             site = grids[(row["dtype"], row["layout"], *row["shape"])]
-            tiles = (
-                max(1, row["shape"][1] // (256 if row["dtype"] != "float32" else 128))
-                if row["layout"] == "nhwc"
-                else row["shape"][1]
-            )
+            # Channels of a block: 512 bytes of a row, or one.
+            wide = 128 if row["dtype"] == "float32" else 256
+            tiles = max(1, row["shape"][1] // wide) if row["layout"] == "nhwc" else row["shape"][1]
             merging = finalize(chips[row["chip"]], max(1, row["blocks"] // tiles), site["workspace"][way])
             total["predicted_us"] += merging * row["times"]
     return [
         {"chip": chip, "dtype": dtype, "layout": layout, "op": op, **total, "ratio": total["predicted_us"] / total["floor_us"]}
         for (chip, dtype, layout, op), total in totals.items()
     ]
-
-
-def convolutions(found: dict[str, Any], layers: dict[Layer, int]) -> list[dict[str, Any]]:
-    """Every convolution that the fused kernel can serve, each with the tile that this model likes best."""
-    table = []
-    for (n, c, h, w, outputs, kernel, stride, residual), times in layers.items():
-        if c % 8 or not found["convolutions"]:
-            continue
-        rows = n * (-(-h // stride)) * (-(-w // stride))
-        for chip in CHIPS:
-            tried = [
-                (convolution(tile, chip, rows, outputs, c, kernel**2, n * c * h * w, residual), tile["tile"])
-                for tile in found["convolutions"]
-            ]
-            figures, tile = min(tried, key=lambda pair: pair[0]["predicted_us"])
-            table.append({
-                "chip": chip.name, "layer": f"{c} to {outputs}, {kernel}x{kernel}/{stride} at {h}x{w}", "residual": residual,
-                "times": times, "tile": tile, **figures,
-            })  # fmt: skip
-    return table
 
 
 def boxes(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,7 +176,8 @@ def model(found: dict[str, Any], lrn: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "schema": 1, "chips": [vars(chip) for chip in CHIPS], "batch": BATCH, "kernels": table,
         "operations": operations(rows, found, sites),
-        "convolutions": convolutions(found, layers), "nms": boxes(found), "windows": windows(lrn), "missed": missed,
+        "convolutions": convolutions(found, layers), "gradients": gradients(found, layers), "tails": tails(found),
+        "nms": boxes(found), "windows": windows(lrn), "missed": missed,
         "counts": found,
     }  # fmt: skip
 

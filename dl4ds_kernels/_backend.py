@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,7 @@ MIN_NUMEL = {
     "global_avg_pool2d": 98304, "linear_act": 0, "nms": 0, "batched_nms": 0, "nms_padded": 0,
     "residual_block": 16384, "dense_block": 16384, "bn_act_max_pool": 16384,
 }  # fmt: skip
+_CHOSEN_AS = {"bn_act_conv": "bn_act", "bottleneck": "residual_block", "basic_block": "residual_block"}  # whose row decides
 FLOATING = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))  # dtypes that the kernels compute in
 _FP64_ON_GPU = frozenset(("nms", "batched_nms", "nms_padded"))  # elsewhere stock torch serves it
 
@@ -150,6 +152,8 @@ def explain(
     groups: int = 1,
     activation: str = "relu",
     training: bool = False,
+    convs: Sequence[Any] = (),
+    shortcut: bool = True,
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Which path a call of ``op`` on ``x`` takes and why, as a dict: op, backend asked for, path, device, reason.
@@ -157,12 +161,16 @@ def explain(
     ``weight`` and what follows it are those of ``conv_bn_act`` (or ``bn_act_conv`` in inference): on CUDA the dict then says
     too which kernels run the layer ("kernels", "kernels_reason", modelled times), the fused convolution or cuDNN and
     ``bn_act``'s kernel; with ``behind``, the filters of the 1x1 layer behind it (a bottleneck block's end; the residual is that
-    layer's), whether both are one kernel. On the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step
-    takes ("training", "training_reason").
+    layer's), whether both are one kernel; in training, as "input_gradient", the same of the gradient of x where x comes from a
+    BatchNorm with this activation. On the CPU, for ``conv_bn_act``, which algorithm each convolution of a training step takes
+    ("training", "training_reason").
+
+    ``convs`` (of ``residual_block``, ``bottleneck``, ``basic_block``): the ``ConvParams`` of the block's branch, ``shortcut``
+    whether something is added; on CUDA "layers" then tells that of each, and "tail" (inference) of the block's end.
     """
-    chosen_as = "bn_act" if op == "bn_act_conv" else op  # what decides on its path
+    chosen_as = _CHOSEN_AS.get(op, op)
     if chosen_as not in MIN_NUMEL:
-        raise ValueError(f"explain: op: expected one of {', '.join(MIN_NUMEL)}, bn_act_conv, got {op!r}")
+        raise ValueError(f"explain: op: expected one of {', '.join((*MIN_NUMEL, *_CHOSEN_AS))}, got {op!r}")
     path = select(chosen_as, x, backend)
     asked = backend or current()
     if path != STOCK:
@@ -177,6 +185,8 @@ def explain(
         reason = f"no kernel for {x.dtype} on {x.device.type}, or a model is being exported"
     names = {CPP: f"C++ ({x.device.type})", TRITON: "Triton", REFERENCE: "reference", STOCK: "stock torch"}
     report = {"op": op, "backend": asked, "path": names[path], "device": str(x.device), "reason": reason}
+    if chosen_as == "residual_block" and convs and path == CPP and x.device.type == "cuda":
+        return report | _cuda_conv.explain_block(x, convs, shortcut, ACTIVATION_CODES[activation], training)
     if op not in ("conv_bn_act", "bn_act_conv") or weight is None or path != CPP:
         return report
     pairs = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
@@ -188,6 +198,8 @@ def explain(
             found = _cuda_conv.explain_tail(x, weight, behind, residual is not None, *pairs, code)
         elif op == "conv_bn_act":
             found = _cuda_conv.explain(x, weight, residual is not None, *pairs, groups, code, training)
+            if training:
+                found["input_gradient"] = _cuda_conv.explain_dgrad(x, weight, *pairs, groups, code)
         else:
             found = _cuda_conv.explain_prologue(x, weight, *pairs, groups, code)
         report |= {"kernels": found.pop("kernels"), "kernels_reason": found.pop("reason"), **found}

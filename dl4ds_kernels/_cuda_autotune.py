@@ -1,10 +1,11 @@
 """``DL4DS_AUTOTUNE=1`` on CUDA: which kernels a convolution layer takes, by timing instead of by the model.
 
-csrc/ops/conv_bn_act/conv_route_cuda.cpp asks :func:`choose` at each call that the fused kernel could serve. The answer is one
-of the candidates: the library's convolution (cuDNN) with BatchNorm and activation behind it, always, and the fused kernel with
-each tile and number of slices that applies. It comes from this process, from the file of _autotune.py, or from timing now: on
-tensors of the call's sizes, with CUDA events, after a warm-up, candidates in turn, L2 emptied before each sample, medians
-compared. The fused kernel is taken where it needs less than 97 % of the library's time.
+The C++ part asks :func:`choose` at each call that one of our kernels could serve: a layer forward, the input's gradient of one,
+the end of a bottleneck block (_cuda_candidates.py). The answer is one of the candidates: what the kernel replaces, always
+(cuDNN and the passes behind it, or two layers), and the kernel with each tile, number of slices or parts that applies. It comes
+from this process, from the file of _autotune.py, or from timing now: on tensors of the call's sizes, with CUDA events, after a
+warm-up, candidates in turn, L2 emptied before each sample, medians compared. The kernel is taken where it needs less than 97 %
+of the time of what it replaces.
 
 Nothing is timed while a graph is captured, under deterministic algorithms, while tracing, or while torch reports
 synchronizations: then the static table of the model (conv_bn_act_plan.h) decides, and deterministic algorithms never use times.
@@ -24,34 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _autotune
-from ._define import op
+from ._cuda_candidates import LIBRARY, Call, Kind
 from ._version import __version__
 
-UNDECIDED, LIBRARY = -1, 0
-TILES = ((128, 128), (128, 64), (64, 64))  # output pixels x channels: ConvTile of conv_bn_act.h
-SMALLEST = 2  # the tile that serves any number of channels, and slices
-_DTYPES = {0: torch.float32, 2: torch.float16, 3: torch.bfloat16}  # DType of common/dispatch.h
+UNDECIDED = -1
 _WARM_UP, _ROUNDS = 3, 11
 _HOPELESS = 2.0  # times the fastest of the warm-up: not timed any further
-
-FIELDS = (
-    "architecture", "dtype", "stats", "residual", "activation", "n", "c", "h", "w", "k", "r", "s", "stride_h", "stride_w",
-    "pad_h", "pad_w", "dilation_h", "dilation_w", "slices",
-)  # fmt: skip
-Call = dict[str, int]  # FIELDS -> value
-
-
-def code_of(tile: int, slices: int = 1) -> int:
-    """The candidate's number, as conv_route_cuda.cpp reads it: 1 + tile + 4 * (slices - 1); 0 is the library."""
-    return 1 + tile + 4 * (slices - 1)
-
-
-def words(code: int) -> str:
-    """For people."""
-    if code == LIBRARY:
-        return "cuDNN"
-    (pixels, channels), slices = TILES[(code - 1) % 4], 1 + (code - 1) // 4
-    return f"fused {pixels}x{channels}" + (f" in {slices} slices" if slices > 1 else "")
 
 
 class Cuda:
@@ -97,7 +76,7 @@ device: Any = Cuda()  # tests put another clock here
 
 
 class _State(threading.local):
-    forced: int | None = None  # what is being timed
+    forced: tuple[str, int] | None = None  # what is being timed: a kind's name and a candidate
     asking: bool = False  # dk.explain: never times
     why: str = ""  # of the last answer on this thread
     times: Mapping[int, float] = {}
@@ -119,46 +98,27 @@ def asking() -> Iterator[_State]:
 
 
 @contextmanager
-def _force(code: int) -> Iterator[None]:
-    before, _state.forced = _state.forced, code
+def _force(kind: Kind, code: int) -> Iterator[None]:
+    before, _state.forced = _state.forced, (kind.name, code)
     try:
         yield
     finally:
         _state.forced = before
 
 
-def candidates(call: Call) -> list[int]:
-    """The library, and the fused kernel's tiles and slices that serve the sizes."""
-    found = [LIBRARY, code_of(SMALLEST)]
-    if call["k"] * _DTYPES[call["dtype"]].itemsize % 16 == 0:
-        found += [code_of(0), code_of(1)]
-    if call["slices"] > 1 and not call["stats"]:
-        found.append(code_of(SMALLEST, call["slices"]))
-    return found
+def choose(kind: Kind, values: Sequence[int]) -> int:
+    """A candidate's number for a call, or UNDECIDED: the model's. ``values``: of the kind's fields.
 
-
-def key_of(call: Call) -> str:
-    """The sizes in words, the same in every process."""
-    name = "conv_bn_act_train" if call["stats"] else "conv_bn_act"
-    flags = f"act{call['activation']}" + (" residual" if call["residual"] else "")
-    pairs = " ".join(
-        f"{short}{call[f'{long}_h']}x{call[f'{long}_w']}"
-        for short, long in zip("spd", ("stride", "pad", "dilation"), strict=True)
-    )
-    sizes = f"N{call['n']} C{call['c']} H{call['h']} W{call['w']} K{call['k']} k{call['r']}x{call['s']}"
-    return f"{name} sm_{call['architecture']} {str(_DTYPES[call['dtype']])[6:]} {sizes} {pairs} {flags}"
-
-
-def choose(values: Sequence[int]) -> int:
-    """A candidate's number for a call, or UNDECIDED: the model's. ``values``: of FIELDS. The op ``conv_bn_act_measured``."""
-    if _state.forced is not None:
-        return _state.forced
-    call = dict(zip(FIELDS, values, strict=True))
+    Candidates may themselves be calls that ask about another kind (two layers instead of a block's end): that is settled first.
+    """
+    if _state.forced is not None and _state.forced[0] == kind.name:
+        return _state.forced[1]
+    call = dict(zip(kind.fields, values, strict=True))
     _state.times = {}
     if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
         _state.why = "deterministic"
         return UNDECIDED
-    machine, key, codes = device.machine(), key_of(call), candidates(call)
+    machine, key, codes = device.machine(), kind.key(call), kind.candidates(call)
     with _autotune.lock:
         times = _autotune.known(machine, key)
         if not times.keys() >= set(codes):
@@ -166,7 +126,7 @@ def choose(values: Sequence[int]) -> int:
             if _state.why:
                 return UNDECIDED
             try:
-                times = times | time_candidates(call, codes)
+                times = times | time_candidates(kind, call, codes)
             except torch.OutOfMemoryError:
                 _failed.add((machine, key))
                 _state.why = "no memory"
@@ -184,14 +144,14 @@ def _why_not(machine: str, key: str) -> str:
     return device.forbids() or ("no memory" if (machine, key) in _failed else "")
 
 
-def time_candidates(call: Call, codes: Sequence[int]) -> _autotune.Times:
+def time_candidates(kind: Kind, call: Call, codes: Sequence[int]) -> _autotune.Times:
     """Median microseconds of every candidate: a warm-up, then samples in turn; hopeless ones keep the time of their warm-up."""
-    run = _runner(call)
+    run = kind.runner(device, call)
 
     def calls(code: int) -> Callable[[], Any]:
         def once() -> None:
-            with _force(code):
-                run()
+            with _force(kind, code):
+                run(code)
 
         return once
 
@@ -205,24 +165,3 @@ def time_candidates(call: Call, codes: Sequence[int]) -> _autotune.Times:
             for code in hopeful if index % 2 else reversed(hopeful):
                 samples[code].append(device.sample(calls(code)))
     return {code: statistics.median(samples[code]) if code in samples else warm[code] for code in codes}
-
-
-def _runner(call: Call) -> Callable[[], Any]:
-    """The op on tensors of the call's sizes."""
-    dtype, n, k = _DTYPES[call["dtype"]], call["n"], call["k"]
-    x = device.tensor((n, call["c"], call["h"], call["w"]), dtype)
-    weight = device.tensor((k, call["c"], call["r"], call["s"]), dtype)
-    zeros, ones = x.new_zeros(k, dtype=torch.float32), x.new_ones(k, dtype=torch.float32)
-    pairs = [[call[f"{name}_h"], call[f"{name}_w"]] for name in ("stride", "pad", "dilation")]
-    spans = [
-        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, pad, dilation in zip((call["h"], call["w"]), (call["r"], call["s"]), *pairs, strict=True)
-    ]
-    residual = device.tensor((n, k, *spans), dtype) if call["residual"] else None
-    if call["stats"]:
-        train = op("conv_bn_act_train")
-        return lambda: train(x, weight, None, None, None, ones, zeros, None, *pairs, 1, 0.1, 1e-5, False, 1, 0.0, False)
-    infer = op("conv_bn_act")
-    return lambda: infer(
-        x, weight, None, zeros, ones, ones, zeros, residual, *pairs, 1, 1e-5, False, call["activation"], 0.1
-    )  # fmt: skip

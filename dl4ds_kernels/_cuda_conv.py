@@ -8,12 +8,14 @@ The choice is made in C++, at each call (csrc/ops/conv_bn_act/conv_route_cuda.cp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _autotune, _cuda_autotune
+from ._cuda_candidates import DGRAD, LAYER, TAIL, Kind
 from ._define import op
 
 TILES = ("128x128", "128x64", "64x64")  # output pixels x channels of a thread block: ConvTile in conv_bn_act.h
@@ -63,6 +65,27 @@ def _facts(tile: int, fused_ns: int, library_ns: int, **more: int) -> dict[str, 
     return {"tile": TILES[tile], **more, "fused_us": fused_ns / 1e3, "library_us": library_ns / 1e3} if fused_ns > 0 else {}
 
 
+def _ask(kind: Kind, question: Callable[..., list[int]], *args: Any) -> tuple[list[int], bool, dict[str, Any]]:
+    """The route's answer, whether times decided, and what there is to say of that."""
+    with _cuda_autotune.asking() as answer:
+        found = question(*args)
+        why, times = answer.why, dict(answer.times)
+    told: dict[str, Any] = {}
+    if _autotune.wanted() and why:
+        told["chosen_by"] = TABLE.get(why, why)
+        if times:
+            told["measured_us"] = {kind.words(code): us for code, us in times.items()}
+    return found, why == "measured", told
+
+
+def _reason(reason: int, measured: bool, faster: str, slower: str) -> str:
+    """In words; ``faster``, ``slower``: than what."""
+    how = "measured" if measured else "modelled (not measured)"
+    if reason == 0:
+        return f"{how} to be faster {faster}"
+    return f"measured to be no faster {slower}" if reason == _MODEL and measured else REASONS[reason]
+
+
 def explain(
     x: Tensor, weight: Tensor, residual: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int,
     activation: int, training: bool = False, question: Callable[..., list[int]] | None = None,
@@ -71,32 +94,41 @@ def explain(
 
     In training both ways end in one pass that normalises; the times are those of all that comes before.
     """
-    ask = question or op("conv_bn_act_route")
-    with _cuda_autotune.asking() as answer:
-        reason, tile, slices, fused_ns, library_ns = ask(
-            x, weight, residual, stride, padding, dilation, groups, activation, training
-        )
-        why, times = answer.why, dict(answer.times)
-    facts = _facts(tile, fused_ns, library_ns, slices=slices)
-    if _autotune.wanted() and why:
-        facts["chosen_by"] = TABLE.get(why, why)
-        if times:
-            facts["measured_us"] = {_cuda_autotune.words(code): us for code, us in times.items()}
+    (reason, tile, slices, fused_ns, library_ns), measured, told = _ask(
+        LAYER, question or op("conv_bn_act_route"), x, weight, residual, stride, padding, dilation, groups, activation, training
+    )
     if reason == 0:
-        return {
-            "kernels": "a convolution that leaves its batch statistics (CUTLASS main loop), then BatchNorm and activation"
-            if training
-            else "one fused kernel (CUTLASS main loop)",
-            "reason": "measured to be faster fused" if why == "measured" else "modelled (not measured) to be faster fused",
-            **facts,
-        }
-    behind = "batch statistics, BatchNorm and activation" if training else "BatchNorm and activation in place"
-    timed = reason == _MODEL and why == "measured"
-    return {
-        "kernels": f"cuDNN, then {behind}",
-        "reason": "measured to be no faster fused" if timed else REASONS[reason],
-        **facts,
-    }
+        kernels = "one fused kernel (CUTLASS main loop)"
+        if training:
+            kernels = "a convolution that leaves its batch statistics (CUTLASS main loop), then BatchNorm and activation"
+    else:
+        kernels = (
+            f"cuDNN, then {'batch statistics, BatchNorm and activation' if training else 'BatchNorm and activation in place'}"
+        )
+    why = _reason(reason, measured, "fused", "fused")
+    return {"kernels": kernels, "reason": why, **_facts(tile, fused_ns, library_ns, slices=slices), **told}
+
+
+def explain_dgrad(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: int,
+    added: int = 0, masked: bool = False, sums: bool = True, question: Callable[..., list[int]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of the gradient of x in the backward pass of a convolution, ``x = act(bn(...))`` in training.
+
+    sums: the BatchNorm in front is known (it made x, nothing else reads x), and its sums are taken on the way. added: another
+    gradient is added: 0: none, else the step of its rows and columns. The times are those of all that comes before the
+    elementwise pass of that BatchNorm.
+    """
+    (reason, tile, _, fused_ns, library_ns), measured, told = _ask(
+        DGRAD, question or op("conv_bn_act_dgrad_route"), x, weight, stride, padding, dilation, groups, added, masked, sums,
+        activation,
+    )  # fmt: skip
+    around = [*(["what is added"] if added else []), *(["the sums of the BatchNorm in front"] if sums else [])]
+    kernels = "cuDNN" + (f", then {' and '.join(around)}" if around else "")
+    if reason == 0:
+        kernels = "one fused kernel (CUTLASS main loop)" + (f" with {' and '.join(around)}" if around else "")
+    why = _reason(reason, measured, "fused", "fused")
+    return {"kernels": kernels, "reason": why, **_facts(tile, fused_ns, library_ns), **told}
 
 
 def explain_prologue(
@@ -126,11 +158,64 @@ def explain_tail(
 
     ``parts``: blocks of threads that share a tile of 64 pixels.
     """
-    ask = question or op("conv_bn_act_tail_route")
-    reason, parts, fused_ns, apart_ns = ask(x, weight, weight2, residual, stride, padding, dilation, activation, activation)
+    (reason, parts, fused_ns, apart_ns), measured, told = _ask(
+        TAIL, question or op("conv_bn_act_tail_route"), x, weight, weight2, residual, stride, padding, dilation, activation,
+        activation,
+    )  # fmt: skip
     facts = {"parts": parts, "fused_us": fused_ns / 1e3, "apart_us": apart_ns / 1e3} if fused_ns > 0 else {}
+    kernels = "two layers: conv_bn_act, then conv_bn_act"
     if reason == 0:
-        asked = os.environ.get("DL4DS_CUDA_TAIL") == "1"
-        why = "asked for: DL4DS_CUDA_TAIL=1" if asked else "modelled (not measured) to be faster than two layers"
-        return {"kernels": "one fused kernel: the convolution and the 1x1 one behind it", "reason": why, **facts}
-    return {"kernels": "two layers: conv_bn_act, then conv_bn_act", "reason": REASONS[reason], **facts}
+        kernels = "one fused kernel: the convolution and the 1x1 one behind it"
+    why = _reason(reason, measured, "than two layers", "than two layers")
+    if reason == 0 and os.environ.get("DL4DS_CUDA_TAIL") == "1":
+        why = "asked for: DL4DS_CUDA_TAIL=1"
+    return {"kernels": kernels, "reason": why, **facts, **told}
+
+
+def explain_block(
+    x: Tensor, convs: Sequence[Any], shortcut: bool, activation: int, training: bool = False,
+    question: Callable[[str], Callable[..., list[int]]] = op,
+) -> dict[str, Any]:  # fmt: skip
+    """The layers of a residual block's branch (``ConvParams``, BatchNorm behind each convolution), in order.
+
+    In inference "tail" tells whether the last two are one kernel; then one entry of "layers" stands for both. In training each
+    layer has its "input_gradient"; to the first layer's the shortcut's gradient is added.
+    """
+    layers: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"layers": layers}
+    skip = False
+    for i, conv in enumerate(convs):
+        k, c, r, s = conv.weight.shape
+        pairs = [[v, v] if isinstance(v, int) else list(v) for v in (conv.stride, conv.padding, conv.dilation)]
+        last = i == len(convs) - 1
+        if not skip:
+            entry: dict[str, Any] = {"layer": f"{r}x{s}, {c} to {k} channels at {x.shape[2]}x{x.shape[3]}"}
+            behind = convs[i + 1] if i == len(convs) - 2 and not training else None
+            if behind is not None and conv.groups == 1 and behind.groups == 1 and _pointwise(behind):
+                ask = question("conv_bn_act_tail_route")
+                report["tail"] = explain_tail(x, conv.weight, behind.weight, shortcut, *pairs, activation, ask)
+                skip = report["tail"]["kernels"].startswith("one")
+            if skip:
+                entry |= {"layer": f"{entry['layer']}, and the 1x1 one behind it", **report["tail"]}
+            else:
+                added = shortcut and last and not training  # in training the passes behind the convolution add
+                ask = question("conv_bn_act_route")
+                entry |= explain(x, conv.weight, added, *pairs, conv.groups, activation, training, ask)
+            if training:
+                first = shortcut and i == 0
+                entry["input_gradient"] = explain_dgrad(
+                    x, conv.weight, *pairs, conv.groups, activation, int(first), first and activation != 0,
+                    question=question("conv_bn_act_dgrad_route"),
+                )  # fmt: skip
+            layers.append(entry)
+        size = [
+            (length + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, pad, dilation in zip(x.shape[2:], (r, s), *pairs, strict=True)
+        ]
+        x = torch.empty(x.shape[0], k, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return report
+
+
+def _pointwise(conv: Any) -> bool:
+    """Stride 1 and no padding, as the tail's second convolution must have."""
+    return conv.stride in (1, (1, 1)) and conv.padding in (0, (0, 0))

@@ -22,7 +22,9 @@ from _cuda_conv import require_fused_conv
 from _cuda_host import host
 
 import dl4ds_kernels as dk
-from dl4ds_kernels import _autotune, _cuda_autotune, _cuda_conv
+from dl4ds_kernels import _autotune, _cuda_autotune, _cuda_candidates, _cuda_conv
+from dl4ds_kernels._cuda_candidates import DGRAD, LAYER, TAIL
+from dl4ds_kernels.functional import BNParams, ConvParams
 
 CODES = {"cuDNN": 0, "128x128": 1, "128x64": 2, "64x64": 3}
 
@@ -31,8 +33,10 @@ class Clock:
     """Stands in for a GPU: runs each candidate once, says the times it was given."""
 
     def __init__(self) -> None:
-        self.times: dict[int, float] = {}
+        self.times: dict[Any, float] = {}  # by code, or by (kind, code)
         self.ran: list[int] = []
+        self.kinds: list[str] = []
+        self.known: set[Any] = set()
         self.forbidden: str | None = None
         self.full = False
 
@@ -51,16 +55,20 @@ class Clock:
     def sample(self, call: Any) -> float:
         call()
         noise = 1 + 0.01 * (len(self.ran) % 3)
-        return self.times.get(self.ran[-1], 1000.0) * noise
+        ran = (self.kinds[-1], self.ran[-1])
+        return self.times.get(ran, self.times.get(ran[1], 1000.0)) * noise
 
     def op(self, name: str) -> Any:
         real = getattr(torch.ops.dl4ds_sim, name)
 
-        def run(*args: Any) -> None:
-            code = _cuda_autotune._state.forced
-            self.ran.append(code)
-            if self.ran.count(code) == 1:
-                real(*args)
+        def run(*args: Any) -> Any:
+            forced = _cuda_autotune._state.forced
+            if (name, forced) not in self.known:
+                self.known.add((name, forced))
+                self.result = real(*args)
+            self.kinds.append(forced[0])  # after the call: it may have timed other candidates
+            self.ran.append(forced[1])
+            return self.result
 
         return run
 
@@ -89,7 +97,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(_cuda_autotune, "device", found)
-    monkeypatch.setattr(_cuda_autotune, "op", found.op)
+    monkeypatch.setattr(_cuda_candidates, "op", found.op)
     return found
 
 
@@ -188,13 +196,13 @@ def test_an_explicit_wish_is_stronger(clock: Clock, monkeypatch: pytest.MonkeyPa
 
 def test_candidates(clock: Clock) -> None:
     """Only what serves the sizes; slices where the model sees few pixels, never with statistics."""
-    base = dict.fromkeys(_cuda_autotune.FIELDS, 1) | {"dtype": 2, "stats": 0, "k": 24}
-    assert _cuda_autotune.candidates(base) == [0, 3, 1, 2]
-    assert _cuda_autotune.candidates(base | {"k": 21}) == [0, 3]
-    assert _cuda_autotune.candidates(base | {"dtype": 0, "k": 12}) == [0, 3, 1, 2]
-    sliced = _cuda_autotune.candidates(base | {"slices": 6})
-    assert sliced == [0, 3, 1, 2, 3 + 4 * 5] and _cuda_autotune.words(sliced[-1]) == "fused 64x64 in 6 slices"
-    assert _cuda_autotune.candidates(base | {"slices": 6, "stats": 1}) == [0, 3, 1, 2]
+    base = dict.fromkeys(LAYER.fields, 1) | {"dtype": 2, "stats": 0, "k": 24}
+    assert LAYER.candidates(base) == [0, 3, 1, 2]
+    assert LAYER.candidates(base | {"k": 21}) == [0, 3]
+    assert LAYER.candidates(base | {"dtype": 0, "k": 12}) == [0, 3, 1, 2]
+    sliced = LAYER.candidates(base | {"slices": 6})
+    assert sliced == [0, 3, 1, 2, 3 + 4 * 5] and LAYER.words(sliced[-1]) == "fused 64x64 in 6 slices"
+    assert LAYER.candidates(base | {"slices": 6, "stats": 1}) == [0, 3, 1, 2]
     x = torch.randn(1, 72, 4, 4).half().contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(21, 72, 3, 3) / 25).half().contiguous(memory_format=torch.channels_last)
     run(x, weight)
@@ -211,6 +219,86 @@ def test_training_has_times_of_its_own(clock: Clock, cache: Path) -> None:
     assert told(x, weight)["chosen_by"].startswith("table: not measured yet")
     ((_, entries),) = json.loads(cache.read_text())["machines"].items()
     assert [key.split()[0] for key in entries] == ["conv_bn_act_train"]
+
+
+def gradient_route(clock: Clock, added: int, masked: bool, asking: bool = False) -> dict[str, Any]:
+    x, weight = layer()
+    ask = lambda *args: host()("conv_bn_act_dgrad_route", *args)  # noqa: E731
+    pairs = [1, 1], [1, 1], [1, 1]
+    if not asking:
+        ask(x, weight, *pairs, 1, added, masked, True, 1)
+    return _cuda_conv.explain_dgrad(x, weight, *pairs, 1, 1, added, masked, question=ask)
+
+
+@pytest.mark.parametrize("added, masked, winner", [(1, True, 3), (2, False, 0)])
+def test_the_input_gradient_is_timed_with_what_is_around_it(
+    clock: Clock, cache: Path, added: int, masked: bool, winner: int
+) -> None:
+    """Both ways compute the same; the faster one is the route, and explain says so."""
+    before = gradient_route(clock, added, masked, asking=True)
+    assert before["chosen_by"].startswith("table: not measured yet") and not clock.ran
+    clock.forbidden, clock.times = "capture", {winner: 10.0}
+    assert gradient_route(clock, added, masked)["chosen_by"].startswith("table: a graph") and not clock.ran
+    clock.forbidden = None
+    found = gradient_route(clock, added, masked)
+    assert set(clock.ran) == {0, 3} and set(clock.kinds) == {DGRAD.name} and found["chosen_by"] == "measured"
+    assert found["measured_us"].keys() == {"cuDNN and the passes behind it", "fused 64x64"}
+    assert found["kernels"].startswith("one fused" if winner else "cuDNN, then what is added and the sums")
+    assert found["reason"] == ("measured to be faster fused" if winner else "measured to be no faster fused")
+    ((_, entries),) = json.loads(cache.read_text())["machines"].items()
+    what = "added by bits" if masked else "added step2"
+    assert list(entries) == [f"conv_bn_act_dgrad sm_80 float16 N1 C16 H6 W5 K24 k3x3 p1x1 d1x1 {what} sums act1"]
+    call = dict(zip(DGRAD.fields, (80, 2, added, masked, 1, 1, 1, 16, 6, 5, 24, 3, 3, 1, 1, 1, 1, 2), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cuda_candidates, "op", lambda name: lambda *args: host()(name, *args))
+        run = DGRAD.runner(clock, call)
+        for ours, theirs in zip(run(3), run(0), strict=True):
+            scale = float(theirs.double().abs().max())
+            assert float((ours.double() - theirs.double()).abs().max()) <= 5e-3 * scale
+
+
+def block() -> list[ConvParams]:
+    torch.manual_seed(2)
+    norms = [BNParams(torch.zeros(64), torch.ones(64)), BNParams(torch.zeros(72), torch.ones(72))]
+    weights = torch.randn(64, 16, 3, 3).half() / 12, torch.randn(72, 64, 1, 1).half() / 8
+    return [ConvParams(weights[0], norms[0], padding=1), ConvParams(weights[1], norms[1])]
+
+
+def told_of_block(training: bool = False) -> dict[str, Any]:
+    question = lambda name: lambda *args: host()(name, *args)  # noqa: E731
+    return _cuda_conv.explain_block(layer()[0], block(), False, 1, training, question)
+
+
+@pytest.mark.parametrize("winner", ["two layers", "one kernel"])
+def test_the_end_of_a_block_is_timed_against_two_layers(clock: Clock, cache: Path, winner: str) -> None:
+    """The two layers are those that their own times choose; what runs is right, and explain tells of the block."""
+    before = told_of_block()
+    assert before["tail"]["chosen_by"].startswith("table: not measured yet") and not clock.ran
+    clock.times = {(TAIL.name, 0 if winner == "two layers" else 1): 10.0, (LAYER.name, 3): 20.0}
+    (x, _), (first, second) = layer(), block()
+    sides = [
+        (None, bn.running_mean, bn.running_var, None, None, 1e-5, False, 1) for bn in (first.norm, second.norm)
+    ]  # fmt: skip
+    out = host()(
+        "conv_bn_act_tail", x, first.weight, *sides[0], [1, 1], [1, 1], [1, 1], second.weight, *sides[1], 0.1, None
+    )  # fmt: skip
+    truth = torch.relu(torch.conv2d(x.double(), first.weight.double(), None, 1, 1))
+    truth = torch.relu(torch.conv2d(truth, second.weight.double()))
+    assert float((out.double() - truth).abs().max()) < 1e-2
+    assert {TAIL.name, LAYER.name} == set(clock.kinds)
+    found = told_of_block()
+    assert found["tail"]["chosen_by"] == "measured" and found["tail"]["measured_us"].keys() >= {"two layers", "one kernel"}
+    assert found["tail"]["kernels"].startswith("one fused" if winner == "one kernel" else "two layers")
+    assert len(found["layers"]) == (1 if winner == "one kernel" else 2)
+    if winner == "two layers":
+        assert all(entry["chosen_by"] == "measured" and entry["tile"] == "64x64" for entry in found["layers"])
+    ((_, entries),) = json.loads(cache.read_text())["machines"].items()
+    assert sorted(key.split()[0] for key in entries) == ["conv_bn_act", "conv_bn_act", "conv_bn_act_tail"]
+    asked = len(clock.ran)
+    clock.forbidden = "capture"
+    assert told_of_block()["tail"]["chosen_by"] == "measured" and len(clock.ran) == asked
+    gradients = [entry["input_gradient"] for entry in told_of_block(training=True)["layers"]]
+    assert len(gradients) == 2 and all(g["chosen_by"].startswith("table") and "fused_us" in g for g in gradients)
 
 
 def test_what_does_not_fit_is_asked_once(clock: Clock, cache: Path) -> None:
@@ -249,7 +337,7 @@ def test_threads_time_one_after_another(clock: Clock, monkeypatch: pytest.Monkey
     """Eight threads with two layers: each is timed once, and no thread sees another's forced candidate."""
     inside, most = [], []
 
-    def timed(call: Any, codes: Any) -> dict[int, float]:
+    def timed(kind: Any, call: Any, codes: Any) -> dict[int, float]:
         inside.append(call["k"])
         most.append(len(inside))
         time = dict.fromkeys(codes, 100.0) | {3: 10.0}
@@ -257,12 +345,12 @@ def test_threads_time_one_after_another(clock: Clock, monkeypatch: pytest.Monkey
         return time
 
     monkeypatch.setattr(_cuda_autotune, "time_candidates", timed)
-    base = dict.fromkeys(_cuda_autotune.FIELDS, 1) | {"dtype": 2, "stats": 0}
+    base = dict.fromkeys(LAYER.fields, 1) | {"dtype": 2, "stats": 0}
     answers: list[int] = []
 
     def work(k: int) -> None:
         for _ in range(50):
-            answers.append(_cuda_autotune.choose(list((base | {"k": k}).values())))
+            answers.append(_cuda_autotune.choose(LAYER, list((base | {"k": k}).values())))
 
     threads = [threading.Thread(target=work, args=(8 * (i % 2 + 1),)) for i in range(8)]
     for t in threads:
@@ -275,14 +363,15 @@ def test_threads_time_one_after_another(clock: Clock, monkeypatch: pytest.Monkey
 _CHILD = """
 import sys
 from dl4ds_kernels import _cuda_autotune as tune
+from dl4ds_kernels._cuda_candidates import LAYER
 class Clock:
     machine = staticmethod(lambda: "a made-up GPU")
     forbids = staticmethod(lambda: None)
 tune.device = Clock()
-tune.time_candidates = lambda call, codes: dict.fromkeys(codes, 100.0) | {3: 10.0}
-base = dict.fromkeys(tune.FIELDS, 1) | {"dtype": 2, "stats": 0}
+tune.time_candidates = lambda kind, call, codes: dict.fromkeys(codes, 100.0) | {3: 10.0}
+base = dict.fromkeys(LAYER.fields, 1) | {"dtype": 2, "stats": 0}
 for i in range(30):
-    assert tune.choose(list((base | {"k": 8, "n": 100 * int(sys.argv[1]) + i}).values())) == 3
+    assert tune.choose(LAYER, list((base | {"k": 8, "n": 100 * int(sys.argv[1]) + i}).values())) == 3
 """
 
 
@@ -310,7 +399,7 @@ def test_the_real_clock_interleaves_and_drops_the_hopeless(monkeypatch: pytest.M
             return 300.0 if slow else 100.0 + 5 * code + (1000.0 if len(order) == 20 else 0.0)  # one outlier
 
     monkeypatch.setattr(_cuda_autotune, "device", Device())
-    monkeypatch.setattr(_cuda_autotune, "_runner", lambda call: lambda: order.append(_cuda_autotune._state.forced))
-    times = _cuda_autotune.time_candidates({}, [0, 1, 2])
+    kind = LAYER._replace(runner=lambda device, call: lambda code: order.append(_cuda_autotune._state.forced[1]))
+    times = _cuda_autotune.time_candidates(kind, {}, [0, 1, 2])
     assert times == {0: 100.0, 1: 105.0, 2: 300.0} and order.count(2) == 3
     assert order[9:15] == [1, 0, 0, 1, 1, 0], "in turn, first and last alternating"

@@ -102,7 +102,7 @@ def test_committed_figures_are_the_models(roofline: ModuleType, document: dict[s
     fresh = json.loads(
         json.dumps(roofline.rounded({**roofline.model(document["counts"], document["lrn"]), "lrn": document["lrn"]}))
     )
-    for part in ("kernels", "operations", "convolutions", "windows", "nms", "missed"):
+    for part in ("kernels", "operations", "convolutions", "gradients", "tails", "windows", "nms", "missed"):
         assert len(fresh[part]) == len(document[part]) > 0, part
         for now, then in zip(fresh[part], document[part], strict=True):
             numbers = [name for name, value in then.items() if isinstance(value, float)]

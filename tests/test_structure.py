@@ -51,6 +51,7 @@ ROOMS = (
     ("_version", "_activation"),
     ("_extension",),
     ("_define", "_autotune"),
+    ("_cuda_candidates",),
     ("_cuda_autotune",),
     ("_cpu_conv", "_cuda_conv"),
     ("_backend",),

@@ -118,12 +118,33 @@ def _measured(file: Path) -> str:
             return f"{layer}: after the first call explain says {told(call)}"
         if not float((out.cpu().double() - truth).abs().max() / truth.abs().max()) <= TOLERANCE["fp16"]:
             return f"{layer}: the measured way is wrong"
+    wrong = _measured_block(place)
+    if wrong:
+        return wrong
     if not file.exists():
         return "no file was written"
     before = file.read_bytes()
     _autotune.forget()  # as in the next process
     _run(call, False)
     return "right" if file.read_bytes() == before else "a known layer was timed again"
+
+
+def _measured_block(place: Place) -> str:
+    """The end of a bottleneck block and the input's gradients of a training step: timed once each, and said so; "" if right."""
+    torch.manual_seed(6)
+    net = Bottleneck(256, 64).to(place.device, torch.float16, memory_format=torch.channels_last)
+    x = torch.randn(1, 256, 56, 56).to(place.device, torch.float16, memory_format=torch.channels_last)
+    layers = [F.ConvParams(c.weight, F.BNParams(bn.running_mean, bn.running_var), None, c.stride, c.padding)
+              for c, bn in net.pairs()]  # fmt: skip
+    with torch.no_grad():
+        net.eval()(x)
+    found = explain("bottleneck", x, convs=layers)
+    if found["tail"].get("chosen_by") != "measured":
+        return f"a block's end: after the first call explain says {found['tail'].get('chosen_by')}"
+    net.train()(x.requires_grad_()).sum().backward()
+    every = [entry["input_gradient"] for entry in explain("bottleneck", x.detach(), convs=layers, training=True)["layers"]]
+    said = [entry.get("chosen_by") for entry in every[1:]]  # x has no BatchNorm in front here
+    return "" if said == ["measured"] * 2 else f"input gradients: after a training step explain says {said}"
 
 
 def tail(place: Place, dtype: str) -> str:

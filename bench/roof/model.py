@@ -122,22 +122,18 @@ def finalize(chip: Chip, parts: int, bytes_: float) -> float:
     return chip.launch_us + chip.ramp_us * rounds + bytes_ / chip.bytes_per_us
 
 
-def convolution(tile: dict[str, Any], chip: Chip, rows: int, columns: int, channels: int, taps: int, input_elements: int,
-                residual: bool) -> dict[str, float]:  # fmt: skip
-    """The fused fp16 convolution with one tile (PTX instructions; machine instructions are not counted here)."""
-    blocks = -(-rows // tile["pixels"]) * -(-columns // tile["outputs"])
-    steps = -(-channels // 32) * taps
-    total = {name: blocks * (tile["per_block"][name] + steps * tile["per_step"][name]) for name in tile["per_step"]}
-    out = 2.0 * rows * columns
-    distinct = 2.0 * (input_elements + channels * taps * columns) + out * (2 if residual else 1)
-    flops = 2.0 * rows * columns * channels * taps
+def product(chip: Chip, facts: dict[str, Any], blocks: int, total: dict[str, float], distinct: float, flops: float,
+            again: float = 0.0) -> dict[str, float]:  # fmt: skip
+    """A kernel on tensor cores from its counts (PTX instructions; machine instructions are not counted here).
+
+    total: counts of the whole grid; distinct: bytes of all operands; again: bytes that move and are not among the counted.
+    """
     floor = max(distinct / chip.bytes_per_us, flops / (chip.tflops * 1e6))
-    facts = tile["facts"][chip.arch]
     resident = resident_blocks(chip, facts["threads"], facts["registers"], facts["shared"])
     times = {
         "tensor_us": total["mma"] * 4096 / (chip.tflops * 1e6 * chip.share), "issue_us": total["ptx"] / chip.issue_per_us,
         "shared_us": total["waves"] / (chip.processors * chip.clock_ghz * 1e3), "memory_us": distinct / chip.bytes_per_us,
-        "l2_us": (total["moved"] + (out if residual else 0)) / (chip.l2_tbs * 1e6),
+        "l2_us": (total["moved"] + again) / (chip.l2_tbs * 1e6),
     }  # fmt: skip
     # The multiprocessor with most blocks decides: whole waves, and a last one that leaves some idle.
     deepest = -(-blocks // chip.processors) * chip.processors / blocks
@@ -149,3 +145,32 @@ def convolution(tile: dict[str, Any], chip: Chip, rows: int, columns: int, chann
         "waves": blocks / (resident * chip.processors), "tflops": flops / (body + chip.launch_us + chip.ramp_us) / 1e6,
         "intensity": flops / distinct, "bound": bound, **times,
     }  # fmt: skip
+
+
+def convolution(tile: dict[str, Any], chip: Chip, rows: int, columns: int, channels: int, taps: int, input_elements: int,
+                maps: float, again: float = 0.0) -> dict[str, float]:  # fmt: skip
+    """An fp16 convolution, or the gradient of one, with one tile. maps: of the output's size that are read and written;
+    again: how many of these the counted launch did not have.
+    """
+    blocks = -(-rows // tile["pixels"]) * -(-columns // tile["outputs"])
+    steps = -(-channels // 32) * taps
+    total = {name: blocks * (tile["per_block"][name] + steps * tile["per_step"][name]) for name in tile["per_step"]}
+    out = 2.0 * rows * columns
+    distinct = 2.0 * (input_elements + channels * taps * columns) + out * maps
+    flops = 2.0 * rows * columns * channels * taps
+    return product(chip, tile["facts"][chip.arch], blocks, total, distinct, flops, again * out)
+
+
+def block_end(counts: dict[str, Any], chip: Chip, rows: int, columns: int, channels: int, taps: int, input_elements: int,
+              parts: int) -> dict[str, float]:  # fmt: skip
+    """The end of a bottleneck block in fp16, with a residual: two products of 64 pixels a block, `parts` blocks a tile."""
+    middle = 64
+    blocks = -(-rows // 64) * parts
+    steps, chunks = -(-channels // 32) * taps, -(-columns // (64 * parts))
+    total = {
+        name: blocks * (counts["per_block"][name] + steps * counts["per_step"][name] + chunks * counts["per_chunk"][name])
+        for name in counts["per_step"]
+    }
+    distinct = 2.0 * (input_elements + channels * taps * middle + middle * columns) + 4.0 * rows * columns
+    flops = 2.0 * rows * middle * (channels * taps + columns)
+    return product(chip, counts["facts"][chip.arch], blocks, total, distinct, flops)

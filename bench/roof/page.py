@@ -66,6 +66,32 @@ def _pairs(rows: list[dict[str, Any]], *names: str) -> list[list[dict[str, Any]]
     return list(found.values())
 
 
+def _products(title: str, found: list[dict[str, Any]], flag: str) -> tuple[str, list[str], list[list[str]]]:
+    """Layers of a kernel that convolves; ``flag``: a column that the name tells."""
+    rows = []
+    for chips in _pairs(found, "layer", flag):
+        cells = [
+            cell for r in chips
+            for cell in (r["tile"][1:], f"{r['floor_us']:.0f}", f"{r['predicted_us']:.0f}", f"{r['tflops']:.0f}", r["bound"])
+        ]  # fmt: skip
+        rows.append([chips[0]["layer"] + (f" + {flag}" if chips[0][flag] else ""), str(chips[0]["times"]), *cells])
+    columns = ("tile", "floor µs", "predicted µs", "TFLOP/s", "bound by")
+    return title, ["layer", "times"] + [f"{c.name.split()[0]} {n}" for c in CHIPS for n in columns], rows
+
+
+def _ends(found: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """Ends of bottleneck blocks."""
+    rows = []
+    for chips in _pairs(found, "images"):
+        cells = []
+        for r in chips:
+            cells += [str(r["parts"]), *(f"{r[f'{name}_us']:.1f}" for name in ("floor", "predicted", "apart")), r["bound"]]
+        rows.append([str(chips[0]["images"]), *cells])
+    columns = ("parts", "floor µs", "predicted µs", "two layers µs", "bound by")
+    header = ["images"] + [f"{c.name.split()[0]} {n}" for c in CHIPS for n in columns]
+    return "The end of a bottleneck block in one kernel, fp16: 3x3 to 64 channels, 1x1 to 256, at 56x56", header, rows
+
+
 def _tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of every table."""
     tables = []
@@ -97,17 +123,14 @@ def _tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
         f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("floor ms", "predicted ms", "ratio")
     ]
     tables.append(("Whole ops (with the launches that merge partial results)", header, rows))
-    rows = []
-    for chips in _pairs(document["convolutions"], "layer", "residual"):
-        cells = [
-            cell for r in chips
-            for cell in (r["tile"][1:], f"{r['floor_us']:.0f}", f"{r['predicted_us']:.0f}", f"{r['tflops']:.0f}", r["bound"])
-        ]  # fmt: skip
-        rows.append([chips[0]["layer"] + (" + residual" if chips[0]["residual"] else ""), str(chips[0]["times"]), *cells])
-    header = ["layer", "times"] + [
-        f"{c.name.split()[0]} {n}" for c in CHIPS for n in ("tile", "floor µs", "predicted µs", "TFLOP/s", "bound by")
-    ]
-    tables.append(("The fused convolution, fp16", header, rows))
+    tables += [
+        _products("The fused convolution, fp16", document["convolutions"], "residual"),
+        _products(
+            "The input's gradient, fp16 (sums of the BatchNorm in front; turning the filter included)", document["gradients"],
+            "added",
+        ),
+        _ends(document["tails"]),
+    ]  # fmt: skip
     rows = [
         [f"`{chips[0]['kernel']}` {chips[0]['dtype']} {chips[0]['layout'].upper()} {'x'.join(map(str, chips[0]['shape']))}"]
         + [cell for r in chips for cell in (f"{r['floor_us']:.0f}", f"{r['predicted_us']:.0f}", r["bound"])]

@@ -152,8 +152,10 @@ class Gradient(Schedule):
             self.namespace, dy, self._convs[conv.weight], (z.shape[2], z.shape[3]), conv.geometry, added, site
         )  # fmt: skip
 
-    def serves(self, z: Tensor, conv: Conv, step: int = 0, site: Site | None = None) -> bool:
-        return self.lean and _conv_dgrad.serves(self.namespace, z, self._convs[conv.weight], conv.geometry, step, site)
+    def serves(self, z: Tensor, conv: Conv, step: int = 0, site: Site | None = None, masked: bool = False) -> bool:
+        if not self.lean:
+            return False
+        return _conv_dgrad.serves(self.namespace, z, self._convs[conv.weight], conv.geometry, step, site, masked)
 
     def compact_step(self, conv: Conv) -> int:
         """The stride of a 1x1 projection, whose source's gradient is zero between its pixels; 1 for other layers."""
@@ -239,7 +241,8 @@ def gradients(
     bits = mask if mask.numel() else None
     lean, pair = g.lean and not block.preact, g.pairs(block)
     step = 0 if block.shortcut == NO_SHORTCUT else g.compact_step(projection) if projection is not None else 1
-    first = lean and need_x and g.serves(x, block.convs[0], step, front_site)
+    masked = bits is not None and block.shortcut == IDENTITY
+    first = lean and need_x and g.serves(x, block.convs[0], step, front_site, masked)
     if block.preact:
         dy = dout if block.alpha == 1.0 else dout * block.alpha
         dresidual = dy

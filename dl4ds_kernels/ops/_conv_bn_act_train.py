@@ -93,7 +93,8 @@ def _convolve_back(namespace: str, ctx: Any, dy: Tensor, x: Tensor, weight: Tens
     needs = ctx.needs_input_grad
     found = _conv_dgrad.site_of(ctx) if needs[0] and _conv_dgrad.has_dgrad(namespace, x) else None
     site = None if found is None else found[1]
-    if needs[0] and (site or left) and _conv_dgrad.serves(namespace, x, weight, ctx.geometry, int(left is not None), site):
+    about = int(left is not None), site, left is not None and left.mask is not None
+    if needs[0] and (site or left) and _conv_dgrad.serves(namespace, x, weight, ctx.geometry, *about):
         grads = convolve_back(dy, x, weight, ctx.has_bias, ctx.geometry, (False, *needs[1:3]))
         grads[0], sums = _conv_dgrad.dgrad(namespace, dy, weight, x.shape[2:], ctx.geometry, left, site)
         if found is not None:

@@ -57,9 +57,13 @@ def has_dgrad(namespace: str, x: Tensor) -> bool:
 
 
 def serves(
-    namespace: str, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], step: int = 0, site: Site | None = None
-) -> bool:
-    """Whether :func:`dgrad` is to make the gradient of x, the input of a convolution. step: of what is added, 0 for nothing."""
+    namespace: str, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], step: int = 0, site: Site | None = None,
+    masked: bool = False,
+) -> bool:  # fmt: skip
+    """Whether :func:`dgrad` is to make the gradient of x, the input of a convolution.
+
+    step: of what is added, 0 for nothing; masked: that is taken through an activation by its bits.
+    """
     if not has_dgrad(namespace, x) or site is not None and not has_bits(site):
         return False
     if _traced() or type(x).__name__ == "FakeTensor":
@@ -67,7 +71,7 @@ def serves(
     stride, padding, dilation, groups = geometry
     code = 0 if site is None else site.activation
     route = op("conv_bn_act_dgrad_route", namespace)
-    return route(x, weight, stride, padding, dilation, groups, step, site is not None, code)[0] == 0
+    return route(x, weight, stride, padding, dilation, groups, step, masked, site is not None, code)[0] == 0
 
 
 def has_bits(site: Site) -> bool:
@@ -227,7 +231,8 @@ define_op(
 )
 define_op(
     "conv_bn_act_dgrad_route",
-    "(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int added, bool sums, int activation) "
+    "(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int added, bool masked, bool sums, "
+    "int activation) "
     "-> int[]",
     fake=_fake_route,
     stem="conv_bn_act",

@@ -6,12 +6,13 @@ this op trades one convolution for memory.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _cuda_autotune
+from .. import _cuda_autotune, _cuda_candidates
 from .._define import define_op, define_question, op
 from .bn_act import eval_statistics
 
@@ -103,7 +104,8 @@ def tf32_allowed() -> bool:
 
 
 define_question("conv_tf32_allowed", "bool", tf32_allowed)
-define_question("conv_bn_act_measured", "int", _cuda_autotune.choose, "int[] call")  # with DL4DS_AUTOTUNE=1 only
+for _kind in (_cuda_candidates.LAYER, _cuda_candidates.DGRAD, _cuda_candidates.TAIL):  # asked with DL4DS_AUTOTUNE=1 only
+    define_question(_kind.name, "int", partial(_cuda_autotune.choose, _kind), "int[] call")
 
 
 def _fake_route(*args: Any) -> list[int]:

@@ -88,7 +88,7 @@ def test_route(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reason(x: Tensor, weight: Tensor, added: int, sums: bool, stride: int = 1, activation: int = 1) -> int:
         padding = [weight.shape[2] // 2] * 2
-        return host()("conv_bn_act_dgrad_route", x, weight, [stride] * 2, padding, [1, 1], 1, added, sums, activation)[0]
+        return host()("conv_bn_act_dgrad_route", x, weight, [stride] * 2, padding, [1, 1], 1, added, False, sums, activation)[0]
 
     x, weight = last(64, 256, 56, 56), last(64, 256, 1, 1)
     assert reason(x, weight, 1, True) == 0 and reason(x, weight, 2, True) == 0 and reason(x, weight, 0, True) == 0

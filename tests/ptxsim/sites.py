@@ -1,4 +1,4 @@
-"""What bench/roofline.py asks for: counts of counts.py at the grids of real sizes, and the convolution, NMS and LRN.
+"""What bench/roofline.py asks for: counts of counts.py at the grids of real sizes, convolutions (sites_conv.py), NMS and LRN.
 
 `python -m ptxsim.sites '{"sites": …}'` (with tests/ on the path) prints it all as JSON.
 """
@@ -20,7 +20,8 @@ import _cuda_pair as pair
 import torch
 
 from ptxsim import Module
-from ptxsim.counts import ARCHITECTURES, RELU, assembled, kernels, ptx_of
+from ptxsim.counts import RELU, kernels, ptx_of
+from ptxsim.sites_conv import convolutions, gradients, tails
 
 
 @functools.cache
@@ -117,38 +118,7 @@ def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
     }
 
 
-# ------------------------------------------------------------------------------------------------------- the convolution, NMS
-
-
-def convolutions() -> list[dict[str, Any]]:
-    """The fused convolution's tiles in fp16: counts of a block, as per_block and per_step (32 channels of one tap)."""
-    import _cuda_conv as conv
-
-    if launchers.cutlass() is None:
-        return []
-    source, dtype, found = launchers.CSRC / "ops/conv_bn_act/conv_bn_act_fwd_float16.cu", torch.float16, []
-    for tile, (pixels, outputs) in conv.TILES.items():
-        counts, facts = [], {}
-        for channels in (128, 256):
-            x = torch.randn(1, channels, 8, pixels // 8).to(dtype).contiguous(memory_format=torch.channels_last)
-            weight = torch.randn(outputs, channels, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
-            mean, var, scale, shift = (torch.rand(outputs) + 0.5 for _ in range(4))
-            (report,) = conv.conv_bn_act_fwd(
-                x, weight, None, mean, var, scale, shift, None, [1, 1], [0, 0], [1, 1], activation=RELU, tile=tile
-            )[1]  # fmt: skip
-            c = report.counters
-            assert c["blocks"] == 1, f"{tile}: {c['blocks']} blocks"
-            moved = 32 * (c["load_sectors"] + c["store_sectors"])
-            counts.append({"ptx": c["warp_instructions"], "mma": c["mma"], "waves": c["shared_waves"], "moved": moved})
-            for arch in ARCHITECTURES:
-                used = assembled(source, arch)[1][report.kernel]
-                facts[arch] = {**used, "shared": report.shared or used["shared"], "threads": report.block[0]}
-        per_step = {name: (counts[1][name] - counts[0][name]) / 4 for name in counts[0]}
-        per_block = {name: counts[0][name] - 4 * per_step[name] for name in counts[0]}
-        found.append(
-            {"tile": tile, "pixels": pixels, "outputs": outputs, "per_block": per_block, "per_step": per_step, "facts": facts}
-        )
-    return found
+# ------------------------------------------------------------------------------------------------------------------ NMS, LRN
 
 
 def boxes() -> list[dict[str, Any]]:
@@ -204,7 +174,9 @@ def collect(sites: list[list[int]], dtypes: list[str], layouts: list[str], names
         for shape in sites:
             found.append({"dtype": str(dtype)[6:], "layout": layout, "shape": shape, **site_grids(dtype, layout, tuple(shape))})
     print(f"{time.time() - start:4.0f} s: grids of {len(found)} sites", file=sys.stderr, flush=True)
-    return {"kernels": rows, "sites": found, "convolutions": convolutions(), "nms": boxes()}
+    products = {"convolutions": convolutions(), "gradients": gradients(), "tails": tails()}
+    print(f"{time.time() - start:4.0f} s: convolutions", file=sys.stderr, flush=True)
+    return {"kernels": rows, "sites": found, **products, "nms": boxes()}
 
 
 def main() -> int:

@@ -211,7 +211,7 @@ std::vector<int64_t> conv_bn_act_route_cuda(Tensor x, Tensor weight, bool residu
     check_batched(kOp, xi);
     check_cuda(kOp, xi);
     const CudaScope scope(xi);
-    const ConvRoute route = conv_route(xi, tensor_info(weight), residual,
+    const ConvRoute route = conv_route(xi, tensor_info(weight), residual && !training,
                                        {std::move(stride), std::move(padding), std::move(dilation), groups},
                                        checked_activation(kOp, activation), {.stats = training});
     return route_answer(route);

@@ -62,6 +62,14 @@ inline bool conv_tf32_allowed() {
     return torch::stable::detail::to<bool>(stack[0]);
 }
 
+/// DL4DS_AUTOTUNE=1: choices by timing, which the Python side makes and keeps.
+bool conv_autotune();
+
+/// Asks the Python side (dl4ds_kernels/_cuda_autotune.py) for the way of a call: -1: the model's; 0: what the
+/// kernel replaces; else the kernel, as the question's numbers say (dl4ds_kernels/_cuda_candidates.py). It
+/// may time the candidates first, by calls that come here again.
+int64_t conv_measured(const char* question, const std::vector<int64_t>& call);
+
 /// What the fused kernel does beside convolving.
 struct ConvWay {
     bool stats = false;     // batch statistics of the output (training), whatever the activation behind it

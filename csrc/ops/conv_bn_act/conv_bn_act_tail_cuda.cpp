@@ -61,6 +61,16 @@ TailRoute tail_route(const TensorInfo& x, const TensorInfo& weight, const Tensor
     const int64_t rows = b.batch * b.height * b.width, pixels = a.batch * a.height * a.width;
     route.choice = choose_conv_tail(conv_bn_act_architecture(), a.dtype, rows, b.channels_out, a.channels,
                                     a.kernel_h * a.kernel_w, pixels, residual);
+    if (wish == ConvWish::kAuto && conv_autotune()) {
+        const int64_t code =
+            conv_measured("conv_bn_act_tail_measured",
+                          {conv_bn_act_architecture(), static_cast<int64_t>(a.dtype), residual,
+                           static_cast<int64_t>(activation), static_cast<int64_t>(activation2), a.batch,
+                           a.channels, a.height, a.width, b.channels_out, a.kernel_h, a.kernel_w, a.stride_h,
+                           a.stride_w, a.pad_h, a.pad_w, a.dilation_h, a.dilation_w, route.choice.parts});
+        route.choice.fused = code < 0 ? route.choice.fused : code > 0;
+        route.choice.parts = code > 0 ? static_cast<int>(code) : route.choice.parts;
+    }
     route.params.parts = route.choice.parts;
     if (!route.choice.fused && wish == ConvWish::kAuto) {
         route.reason = static_cast<int>(ConvReason::kModel);

@@ -170,10 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
     return {dx, table, dweight, dbias};
 }
 
-/// reason (0: the kernel), tile, 1, modelled nanoseconds of both ways. added: 0 for nothing, else the step.
+/// reason (0: the kernel), tile, 1, modelled nanoseconds of both ways. added: 0 for nothing, else the step;
+/// masked: what is added is taken through an activation by its bits.
 std::vector<int64_t> conv_bn_act_dgrad_route_cuda(Tensor x, Tensor weight, std::vector<int64_t> stride,
                                                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                  int64_t groups, int64_t added, bool sums,
+                                                  int64_t groups, int64_t added, bool masked, bool sums,
                                                   int64_t activation) {
     const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
     check_cuda(kOp, xi);
@@ -217,6 +218,16 @@ std::vector<int64_t> conv_bn_act_dgrad_route_cuda(Tensor x, Tensor weight, std::
         return answer(static_cast<int>(ConvReason::kNoTf32));
     }
     choose(route, d, architecture, {sums, added > 0, added > 0 ? added : 1});
+    if (wish == ConvWish::kAuto && conv_autotune()) {
+        const ConvBnActFwdParams& p = d.conv;
+        const int64_t code =
+            conv_measured("conv_bn_act_dgrad_measured",
+                          {architecture, static_cast<int64_t>(p.dtype), added, masked, sums,
+                           static_cast<int64_t>(d.activation), p.batch, p.channels_out, p.height_out,
+                           p.width_out, p.channels, p.kernel_h, p.kernel_w, padding[0], padding[1],
+                           p.dilation_h, p.dilation_w, static_cast<int64_t>(route.choice.tile)});
+        route.choice.fused = code < 0 ? route.choice.fused : code > 0;
+    }
     const bool taken = route.choice.fused || wish == ConvWish::kFused;
     return answer(taken ? 0 : static_cast<int>(ConvReason::kModel));
 }

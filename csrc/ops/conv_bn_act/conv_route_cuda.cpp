@@ -14,24 +14,20 @@ int64_t out_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_
     return span < 0 || stride < 1 ? 0 : span / stride + 1;
 }
 
-/// DL4DS_AUTOTUNE=1: choices by timing, which the Python side makes and keeps.
-bool autotune() {
+}  // namespace
+
+bool conv_autotune() {
     const char* value = std::getenv("DL4DS_AUTOTUNE");
     return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-/// Asks the Python side (dl4ds_kernels/_cuda_autotune.py) for the route of a call with these sizes: -1: the
-/// model's; 0: the library; else 1 + tile + 4 * (slices - 1). It may time the candidates first, by calls that
-/// come here again.
-int64_t measured(const std::vector<int64_t>& call) {
+int64_t conv_measured(const char* question, const std::vector<int64_t>& call) {
     using torch::stable::detail::from;
     StableIValue stack[1] = {from(call)};
-    shim_check(torch_call_dispatcher("dl4ds_kernels::conv_bn_act_measured", "", stack, TORCH_ABI_VERSION),
-               "dl4ds_kernels::conv_bn_act_measured");
+    const std::string name = std::string("dl4ds_kernels::") + question;
+    shim_check(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION), name.c_str());
     return torch::stable::detail::to<int64_t>(stack[0]);
 }
-
-}  // namespace
 
 ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residual, const ConvGeometry& g,
                      Activation activation, const ConvWay& way) {
@@ -97,11 +93,12 @@ ConvRoute conv_route(const TensorInfo& x, const TensorInfo& weight, bool residua
                                               p.kernel_h * p.kernel_w, pixels, residual, way.stats);
     p.tile = route.choice.tile;
     p.slices = route.choice.slices;
-    if (wish == ConvWish::kAuto && !way.prologue && way.measure && autotune()) {
-        const int64_t code = measured({architecture, static_cast<int64_t>(p.dtype), way.stats, residual,
-                                       static_cast<int64_t>(p.activation), p.batch, p.channels, p.height,
-                                       p.width, p.channels_out, p.kernel_h, p.kernel_w, p.stride_h,
-                                       p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, p.slices});
+    if (wish == ConvWish::kAuto && !way.prologue && way.measure && conv_autotune()) {
+        const int64_t code = conv_measured(
+            "conv_bn_act_measured", {architecture, static_cast<int64_t>(p.dtype), way.stats, residual,
+                                     static_cast<int64_t>(p.activation), p.batch, p.channels, p.height,
+                                     p.width, p.channels_out, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w,
+                                     p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, p.slices});
         if (code == 0) {
             return library(ConvReason::kModel);
         }
