@@ -51,7 +51,7 @@ def explain(x: Tensor, weight: Tensor, pairs: list[list[int]], groups: int) -> d
     elif not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         reason = (
             "ours need fp32, one group (F(2x2): 3x3, stride 1), and would be slower here; "
-            "or DL4DS_WINOGRAD=0, DL4DS_TRAIN_DIRECT=0"
+            "or DL4DS_WINOGRAD=0, DL4DS_TRAIN_GEMM=0"
         )
     else:
         reason = "ours need x dense in channels_last"

@@ -102,8 +102,9 @@ def plan_b(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_conv_dgrad, "has_dgrad", lambda namespace, x: True)
 
     def serves(
-        namespace: str, x: Tensor, weight: Tensor, geometry: Any, step: int = 0, site: _conv_dgrad.Site | None = None
-    ) -> bool:
+        namespace: str, x: Tensor, weight: Tensor, geometry: Any, step: int = 0, site: _conv_dgrad.Site | None = None,
+        masked: bool = False,
+    ) -> bool:  # fmt: skip
         wanted = step > 0 or site is not None
         return wanted and tuple(geometry[0]) == (1, 1) and geometry[3] == 1 and weight.shape[0] % 8 == 0
 

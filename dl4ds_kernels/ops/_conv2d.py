@@ -4,7 +4,7 @@
 computed by the fastest of the library, our direct product (``conv2d_exact``, algorithm 1) and Winograd's F(2x2, 3x3)
 (algorithm 2), whose rounding errors are at most twice that of stock torch (tests hold them to that). The algorithms of
 inference with a larger error are never taken: training is exact. ``DL4DS_WINOGRAD=0`` leaves Winograd out,
-``DL4DS_TRAIN_DIRECT=0`` the direct product.
+``DL4DS_TRAIN_GEMM=0`` the direct product.
 """
 
 from __future__ import annotations

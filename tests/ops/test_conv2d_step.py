@@ -249,7 +249,7 @@ def test_the_switches_turn_them_off() -> None:
         "print(_cpu_conv.choose(x, torch.randn(64, 64, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),"
         "_cpu_conv.choose(x, torch.randn(128, 64, 1, 1), ((1, 1), (0, 0), (1, 1), 1)))"
     )
-    env = {**os.environ, "DL4DS_WINOGRAD": "0", "DL4DS_TRAIN_DIRECT": "0"}
+    env = {**os.environ, "DL4DS_WINOGRAD": "0", "DL4DS_TRAIN_GEMM": "0"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "(0, 0, 0) (0, 0, 0)"
 

@@ -269,11 +269,10 @@ def test_host_function(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
         host()("conv_bn_act", *args[:4], var[:39], *args[5:], False, 1, 0.1)
 
 
-@pytest.mark.parametrize("files", ["conv_bn_act_fwd*.cu", pytest.param("*.cu", marks=pytest.mark.full)])
-def test_without_headers(files: str) -> None:
+def test_without_headers() -> None:
     """A build without CUTLASS: the launcher is there, refuses every call and says why; the library serves them."""
     flags = cuda.FLAGS[: cuda.FLAGS.index("-isystem")]
-    sources = sorted((cuda.CSRC / "ops" / "conv_bn_act").glob(files))
+    sources = sorted((cuda.CSRC / "ops" / "conv_bn_act").glob("*.cu"))
     library = HostLibrary.from_sources(sources, includes=[cuda.CSRC], flags=flags)
     with library.session() as session:
         assert session.call("conv_bn_act_fused", restype=ctypes.c_bool) is False

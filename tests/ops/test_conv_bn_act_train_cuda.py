@@ -19,7 +19,7 @@ from torch.nn import functional as stock
 from dl4ds_kernels import _cuda_conv
 from dl4ds_kernels._activation import ACTIVATION_CODES
 from dl4ds_kernels._define import op
-from dl4ds_kernels.ops import _conv_bn_act_train
+from dl4ds_kernels.ops import _bn_act_pair, _conv_bn_act_train
 from dl4ds_kernels.ops._block_code import IDENTITY, PROJECTION, Block, Conv, Norm, encode
 from dl4ds_kernels.ops.residual_block import _forward
 
@@ -235,7 +235,8 @@ def test_block(shortcut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     want = op("residual_block")(*given)
     monkeypatch.setenv("DL4DS_CUDA_CONV", "fused")
     monkeypatch.setattr(_conv_bn_act_train, "has_train", lambda namespace, t: True)
-    monkeypatch.setattr(_conv_bn_act_train, "op", lambda name, namespace: lambda *args: host()(name, *args))
+    for module in (_conv_bn_act_train, _bn_act_pair):
+        monkeypatch.setattr(module, "op", lambda name, namespace: lambda *args: host()(name, *args))
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "tf32"

@@ -248,7 +248,7 @@ FUNCTIONS: dict[str, int] = {
     "upsample_add": 2, "nms": 3, "batched_nms": 4, "nms_padded": 3, "soft_nms": 3, "diou_nms": 3, "matrix_nms": 3,
     "darknet_nms": 3, "avg_pool2d": 2, "conv_transpose_bn_act": 3, "global_avg_pool2d": 1, "local_response_norm": 2,
     "max_pool2d": 2, "basic_block": 3, "bottleneck": 3, "preact_basic_block": 3, "preact_bottleneck": 3,
-    "bn_act_max_pool": 5, "linear_act": 2,
+    "bn_act_max_pool": 5, "linear_act": 2, "dense_block": 2,
 }  # fmt: skip
 NEEDED: dict[str, tuple[str, ...]] = {
     "conv_bn_act": ("running_mean", "running_var"), "nms_padded": ("iou_threshold", "max_output"),

@@ -36,7 +36,7 @@ bool winograd_allowed() {
 }
 
 bool direct_allowed() {
-    static const bool on = is_on(std::getenv("DL4DS_TRAIN_DIRECT"));
+    static const bool on = is_on(std::getenv("DL4DS_TRAIN_GEMM"));
     return on;
 }
 
