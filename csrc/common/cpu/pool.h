@@ -30,8 +30,8 @@ struct PoolBlock {
 /// size, which would be missing for as long.
 PoolBlock* pool_acquire(size_t bytes, bool lasting = false);
 
-/// A block for what stays (packed weights): not one of the pool's, so that it neither takes part in the peak, of
-/// which idle blocks may be a share, nor lies idle when it is released, but goes back to the system.
+/// A block for what stays (packed weights): not one of the pool's, so that it neither takes part in the peak,
+/// of which idle blocks may be a share, nor lies idle when it is released, but goes back to the system.
 PoolBlock* pool_acquire_apart(size_t bytes);
 
 /// Gives a block back. Never throws.
