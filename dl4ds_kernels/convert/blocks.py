@@ -62,7 +62,7 @@ def _residual(module: nn.Module, convolutions: int, options: Options, skip: Coll
         if not isinstance(x, Tensor):  # fx.symbolic_trace: no plan fits, and a new one would be this one
             return type(self).forward(self, x)
         shortcut = self.downsample
-        if torch.is_grad_enabled() and (shortcut is None or _projects(shortcut)):
+        if torch.is_grad_enabled() and (shortcut is None or _whole(shortcut)):  # else it is excluded
             m = self._modules
             pairs = [(m[conv], m[bn]) for conv, bn in names]
             out = run_residual_block(x, pairs, ActSpec("relu", 0.0, m["relu"]), shortcut, **keywords)
@@ -78,19 +78,19 @@ def _residual(module: nn.Module, convolutions: int, options: Options, skip: Coll
     return plan._replace(run=forward)
 
 
-def _projects(shortcut: nn.Module) -> bool:
-    """Whether all of a block's shortcut is fused (else it is excluded, or not torchvision's pair)."""
+def _whole(module: Any) -> Any:
+    """The fused forward of a module that ``optimize`` took without exclusions, None for any other."""
     from .forward import FusedForward
 
-    fused = shortcut.__dict__.get("forward")
-    return isinstance(fused, FusedForward) and not fused.skip
+    fused = module.__dict__.get("forward") if isinstance(module, nn.Module) else None
+    return fused if isinstance(fused, FusedForward) and not fused.skip else None
 
 
 def _steps(block: Any, names: list[tuple[str, str]], source: int, first: int) -> tuple[Step, ...] | None:
     """The steps of a block (see ``residual_steps``); None: not all of it is fused."""
     m, shortcut, projection = block._modules, block.downsample, None
     if shortcut is not None:
-        if not _projects(shortcut) or has_hooks(shortcut) or len(shortcut) != 2:
+        if not _whole(shortcut) or has_hooks(shortcut) or len(shortcut) != 2:
             return None
         projection = tuple(shortcut._modules.values())
     return residual_steps([(m[c], m[b]) for c, b in names], ActSpec("relu", 0.0, m["relu"]), projection, source, first)
@@ -98,13 +98,11 @@ def _steps(block: Any, names: list[tuple[str, str]], source: int, first: int) ->
 
 def _stage(options: Options) -> Plan:
     """torchvision's residual blocks in a row, one call where ``optimize`` took them whole."""
-    from .forward import FusedForward
-
     keywords = run_keywords(options)
 
     def steps_of(block: Any, source: int, first: int) -> tuple[Step, ...] | None:
-        fused = block.__dict__.get("forward")
-        if not isinstance(fused, FusedForward) or fused.skip or fused.options != options or has_hooks(block):
+        fused = _whole(block)
+        if fused is None or fused.options != options or has_hooks(block):
             return None
         found = getattr(fused.plan, "steps", None)
         return None if found is None else found(block, source, first)
@@ -157,13 +155,10 @@ def _dense_block(options: Options) -> Plan:
     The chains of the report are the layers' own. Only layers that ``optimize`` took whole take part: their forward is the fused
     one, without hooks or exclusions.
     """
-    from .forward import FusedForward
-
     keywords, training_keywords = run_keywords(options), run_keywords(options, convolution=False)
 
     def parts(layer: Any) -> DenseLayerParts | None:
-        fused = layer.__dict__.get("forward")
-        if not isinstance(fused, FusedForward) or fused.skip or has_hooks(layer) or (layer.drop_rate > 0 and layer.training):
+        if not _whole(layer) or has_hooks(layer) or (layer.drop_rate > 0 and layer.training):
             return None
         m = layer._modules  # nn.Module's attribute lookup is slow, and there are 58 layers
         relu1, relu2 = ActSpec("relu", 0.0, m["relu1"]), ActSpec("relu", 0.0, m["relu2"])

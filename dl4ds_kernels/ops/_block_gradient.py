@@ -23,6 +23,15 @@ from .bn_act import eval_statistics, normalise_again
 Tensors = list[Tensor]
 
 
+def autocast(dtype: torch.dtype, x: Tensor, convs: Tensors, *rest: Any) -> tuple[Any, ...]:
+    """Convolutions run in the autocast dtype; BatchNorm vectors and statistics stay as they are."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return (cast(x), [cast(t) for t in convs], *rest)
+
+
 class Schedule:
     """The tensors and steps that forward and backward share."""
 

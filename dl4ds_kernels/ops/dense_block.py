@@ -21,7 +21,7 @@ from torch import Tensor
 from .._define import define_op, op
 from . import _conv_bn_act_train, _dense
 from ._block_code import decode
-from ._block_gradient import Schedule
+from ._block_gradient import Schedule, autocast
 from ._dense_gradient import Layer, Tensors, gradients, layers_of
 from ._layout import accumulate_dtype
 
@@ -163,15 +163,6 @@ def _fake_gradients(
     return [grad for grad, need in zip(grads, needs, strict=True) if need]
 
 
-def _autocast(dtype: torch.dtype, x: Tensor, convs: Tensors, *rest: Any) -> tuple[Any, ...]:
-    """Convolutions run in the autocast dtype; BatchNorm vectors and statistics stay as they are."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return (cast(x), [cast(t) for t in convs], *rest)
-
-
 define_op(
     "dense_block",
     "(Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, int[] code, float[] numbers, int per_layer, int keep, "
@@ -179,7 +170,7 @@ define_op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast,
+    autocast=autocast,
     composed_of="bn_act",
     compose=_forward,
 )

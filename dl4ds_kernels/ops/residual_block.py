@@ -25,7 +25,7 @@ from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
 from . import _bn_act_pair, _conv_bn_act_train, _conv_dgrad
 from ._block_code import IDENTITY, PROJECTION, Conv, Norm, decode
-from ._block_gradient import Schedule, gradients, pack_site
+from ._block_gradient import Schedule, autocast, gradients, pack_site
 from ._conv_dgrad import Site
 
 Tensors = list[Tensor]
@@ -211,15 +211,6 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
     return (given[0], given[1:count], given[count:], *none)
 
 
-def _autocast(dtype: torch.dtype, x: Tensor, convs: Tensors, *rest: Any) -> tuple[Any, ...]:
-    """Convolutions run in the autocast dtype; BatchNorm vectors and statistics stay as they are."""
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return (cast(x), [cast(t) for t in convs], *rest)
-
-
 define_op(
     "residual_block",
     "(Tensor x, Tensor[] convs, Tensor[] norms, Tensor[] running, int[] code, float[] numbers, bool training, bool save, "
@@ -227,7 +218,7 @@ define_op(
     fake=partial(_forward, CPP),
     setup_context=_setup_context,
     backward=_backward,
-    autocast=_autocast,
+    autocast=autocast,
     composed_of="bn_act",
     compose=_forward,
 )

@@ -80,11 +80,7 @@ class Pool {
         const size_t bytes = class_size(asked);
         PoolBlock* block = take_idle(bytes, lasting);
         if (block == nullptr) {
-            block = map_block(bytes);
-        }
-        if (block == nullptr) {
-            trim();  // what lies idle may be what is missing
-            block = map_block(bytes);
+            block = map_or_trim(bytes);
         }
         if (block == nullptr) {
             {
@@ -99,11 +95,7 @@ class Pool {
 
     PoolBlock* acquire_apart(size_t asked) {
         const size_t page = size_t{4} << 10, bytes = (asked + page - 1) / page * page;
-        PoolBlock* block = map_block(bytes);
-        if (block == nullptr) {
-            trim();
-            block = map_block(bytes);
-        }
+        PoolBlock* block = map_or_trim(bytes);
         if (block == nullptr) {
             no_memory(asked);
         }
@@ -158,6 +150,15 @@ class Pool {
     }
 
   private:
+    PoolBlock* map_or_trim(size_t bytes) {
+        PoolBlock* block = map_block(bytes);
+        if (block == nullptr) {
+            trim();  // what lies idle may be what is missing
+            block = map_block(bytes);
+        }
+        return block;
+    }
+
     [[noreturn]] static void no_memory(size_t asked) {
         throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
                             " bytes, got none from the system");
