@@ -34,8 +34,8 @@ def _points(document: dict[str, Any], chip: str) -> list[tuple[str, float, float
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """One panel a GPU."""
-    figure, panels = plt.subplots(1, len(CHIPS), figsize=(11, 4.6), sharey=True, facecolor="white")
+    """One panel a GPU, one above the other: side by side their letters would be too small on a phone."""
+    figure, panels = plt.subplots(len(CHIPS), 1, figsize=(5.4, 7.6), sharex=True, facecolor="white")
     for chip, axes in zip(CHIPS, panels, strict=True):
         x = np.logspace(-0.7, 3.6, 200)
         roof = np.minimum(chip.bandwidth_tbs * x, chip.tflops)
@@ -57,12 +57,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
                     zorder=3,
                 )
         axes.set_title(f"{chip.name}: {chip.bandwidth_tbs} TB/s, {chip.tflops:.0f} TFLOP/s", fontsize=11)
-        axes.set_xlabel("operations per byte of the least traffic")
+        axes.set_ylabel("TFLOP/s, predicted")
         axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("TFLOP/s, predicted (fp16, ResNet-50, 256 images)")
-    panels[0].legend(loc="lower right", fontsize=9, framealpha=1)
-    panels[1].annotate("dotted: mma.sync (estimate)", (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=9)
+    panels[-1].set_xlabel("operations per byte of the least traffic\n(fp16, ResNet-50, 256 images)")
+    panels[0].legend(loc="lower right", fontsize=10, framealpha=1)
+    panels[-1].annotate("dotted: mma.sync (estimate)", (0.98, 0.04), xycoords="axes fraction", ha="right", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close(figure)
