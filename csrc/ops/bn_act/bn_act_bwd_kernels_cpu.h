@@ -35,42 +35,49 @@ DL4DS_INLINE Dz<acc_t<scalar_t>> dz_lanes(const BnBwdArgs& p, int64_t r, int64_t
     }
 }
 
-/// Adds kRows rows from row r on to the running sums of dz and dz * (x - mean).
-template <typename scalar_t, Activation kAct, int kRows, bool kPartial>
-DL4DS_INLINE void reduce_lanes(const BnBwdArgs& p, int64_t r, int64_t i, int64_t n, acc_t<scalar_t>* sum1,
-                               acc_t<scalar_t>* sum2) {
-    using T = acc_t<scalar_t>;
-    Vec<T> s1 = load(sum1 + i), s2 = load(sum2 + i);
-    for (int k = 0; k < kRows; ++k) {
-        if constexpr (kRows == kFront) {
-            prefetch_ahead(static_cast<const scalar_t*>(p.x) + r * p.x_pitch, i, k);
-            prefetch_ahead(static_cast<const scalar_t*>(p.dout) + r * p.pitch, i, k);
-        }
-        // Lanes past the last channel add to sums that nobody reads.
-        const Dz<T> v = dz_lanes<scalar_t, kAct, false, kPartial>(p, r + k, i, n);
-        s1 += v.dz;
-        s2 += v.dz * v.centered;
-    }
-    store(sum1 + i, s1);
-    store(sum2 + i, s2);
-}
+/// What a pass over rows does to kRows of them from row r on, one vector of channels: it adds to the sums of
+/// dz and dz * (x - mean). Lanes past the last channel add to sums that nobody reads.
+template <typename scalar_type, Activation kAct>
+struct ReduceRows {
+    using scalar_t = scalar_type;
 
-template <typename scalar_t, Activation kAct, int kRows>
-DL4DS_INLINE void reduce_rows(const BnBwdArgs& p, int64_t r, acc_t<scalar_t>* sum1, acc_t<scalar_t>* sum2) {
-    constexpr int W = kLanes<acc_t<scalar_t>>;
+    template <int kRows, bool kPartial>
+    static DL4DS_INLINE void lanes(const BnBwdArgs& p, int64_t r, int64_t i, int64_t n, acc_t<scalar_t>* sum1,
+                                   acc_t<scalar_t>* sum2) {
+        using T = acc_t<scalar_t>;
+        Vec<T> s1 = load(sum1 + i), s2 = load(sum2 + i);
+        for (int k = 0; k < kRows; ++k) {
+            if constexpr (kRows == kFront) {
+                prefetch_ahead(static_cast<const scalar_t*>(p.x) + r * p.x_pitch, i, k);
+                prefetch_ahead(static_cast<const scalar_t*>(p.dout) + r * p.pitch, i, k);
+            }
+            const Dz<T> v = dz_lanes<scalar_t, kAct, false, kPartial>(p, r + k, i, n);
+            s1 += v.dz;
+            s2 += v.dz * v.centered;
+        }
+        store(sum1 + i, s1);
+        store(sum2 + i, s2);
+    }
+};
+
+template <typename Pass, int kRows, typename Args, typename T>
+DL4DS_INLINE void sum_rows(const Args& p, int64_t r, T* sum1, T* sum2) {
+    constexpr int W = kLanes<T>;
     int64_t i = 0;
     for (; i + W <= p.len; i += W) {
-        reduce_lanes<scalar_t, kAct, kRows, false>(p, r, i, W, sum1, sum2);
+        Pass::template lanes<kRows, false>(p, r, i, W, sum1, sum2);
     }
     if (i < p.len) {
-        reduce_lanes<scalar_t, kAct, kRows, true>(p, r, i, p.len - i, sum1, sum2);
+        Pass::template lanes<kRows, true>(p, r, i, p.len - i, sum1, sum2);
     }
 }
 
-template <typename scalar_t, Activation kAct>
-void reduce_per_element(const BnBwdArgs& args) {
-    using T = acc_t<scalar_t>;
-    const BnBwdArgs p = args;  // see apply()
+/// All rows of a task by Pass, front by front; two sums a channel, added to doubles after every kRowGroup
+/// rows.
+template <typename Pass, typename Args>
+void sum_per_element(const Args& args) {
+    using T = acc_t<typename Pass::scalar_t>;
+    const Args p = args;  // see apply()
     const int64_t padded = pad_elements(p.len);
     T* sum1 = static_cast<T*>(p.scratch);
     T* sum2 = sum1 + padded;
@@ -79,10 +86,10 @@ void reduce_per_element(const BnBwdArgs& args) {
     }
     for (int64_t r = 0; r < p.rows;) {
         if (r + kFront <= p.rows) {
-            reduce_rows<scalar_t, kAct, kFront>(p, r, sum1, sum2);
+            sum_rows<Pass, kFront>(p, r, sum1, sum2);
             r += kFront;
         } else {
-            reduce_rows<scalar_t, kAct, 1>(p, r, sum1, sum2);
+            sum_rows<Pass, 1>(p, r, sum1, sum2);
             r += 1;
         }
         if (r % kRowGroup == 0 || r == p.rows) {
@@ -90,6 +97,11 @@ void reduce_per_element(const BnBwdArgs& args) {
             flush_sums<T>(sum2, p.s2, padded);
         }
     }
+}
+
+template <typename scalar_t, Activation kAct>
+void reduce_per_element(const BnBwdArgs& args) {
+    sum_per_element<ReduceRows<scalar_t, kAct>>(args);
 }
 
 /// One channel: sums of up to kChunk vectors stay in registers before they are added to doubles.
