@@ -82,7 +82,7 @@ def bench(
         str | None,
         typer.Option(
             help="resnet50, yolo, unet, all, a layer name such as resnet50.layer1, CxHxW; boxes: yolo, heavy, sparse; "
-            "models: CxHxW"
+            "models: CxHxW (the images: --batch)"
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a batch")] = 1,
