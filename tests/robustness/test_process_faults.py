@@ -256,7 +256,7 @@ def test_F50_fork(kernels: None) -> None:
     """Children use the pool they inherited, also while the parent goes on."""
     if sys.platform == "win32":
         pytest.skip("no fork on this system")
-    assert python(FORK) == "forked\n"
+    assert python(FORK, timeout=120) == "forked\n"
 
 
 FORK_WHILE_BUSY = """
