@@ -23,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = [CSRC / "ops" / op / f"{op}_{way}.cu" for op in ("bn_act", "add_act") for way in ("fwd", "bwd")]
-SOURCES += [CSRC / "ops" / "bn_act" / f"bn_act_pair_{way}.cu" for way in ("fwd", "bwd")]
+SOURCES += [CSRC / "ops" / "bn_act" / f"bn_act_pair_{way}.cu" for way in ("fwd", "bwd", "sums")]
 SOURCES += [CSRC / "ops" / "nms" / "nms_fwd.cu", *sorted((CSRC / "ops" / "conv_bn_act").glob("*.cu"))]
 
 

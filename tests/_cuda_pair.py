@@ -82,3 +82,25 @@ def pair_bwd(
         negative_slope=negative_slope,
     )  # fmt: skip
     return results, reports
+
+
+def pair_sums(
+    dout: Tensor, mask: Tensor | None, x: Tensor, residual: Tensor, norm: Norm, residual_norm: Norm, activation: int, *,
+    negative_slope: float = 0.1, options: dict[str, int] | None = None,
+) -> tuple[dict[str, Tensor], list[Report]]:  # fmt: skip
+    """dweight, residual_dweight, dbias and the reports."""
+    results = {name: torch.empty(x.shape[1]) for name in ("dweight", "residual_dweight", "dbias")}
+    given = {"mean": norm.mean, "rstd": norm.rstd, "residual_mean": residual_norm.mean, "residual_rstd": residual_norm.rstd}
+    maps = {"dout": dout, "x": x, "residual": residual, "mask": mask}
+    with cuda.library().session(**(options or {})) as session:
+        launch = cuda.Launch("bn_act_pair", session, "sums")
+        params = headers().make(
+            launch.struct, lambda value: value, dtype=cuda.DTYPES[x.dtype],
+            channels_last=cuda.suggested(x) != torch.contiguous_format, size=cuda.dims(x.shape), activation=activation,
+            negative_slope=negative_slope, **{name: launch.read(t, name) for name, t in (maps | given).items()},
+            **{name: launch.pointer(t, name, output=True) for name, t in results.items()},
+        )  # fmt: skip
+        workspace = launch.workspace(params)
+        reports = launch.run(params)
+        del workspace
+    return results, reports

@@ -49,6 +49,22 @@ struct BnActPairBwdParams {
     void* workspace = nullptr;  // bn_act_pair_bwd_workspace() bytes, 16-byte aligned
 };
 
+/// The sums of the gradients over batch and places, of both BatchNorms from one read of dout and its bits.
+struct BnActPairSumsParams {
+    DType dtype = DType::kFloat32;
+    bool channels_last = false;
+    Dims size;
+    const void *dout = nullptr, *x = nullptr, *residual = nullptr;
+    const uint8_t* mask = nullptr;  // null: no activation
+    // (C,) floats each, mean and rstd of x and of the residual.
+    const float *mean = nullptr, *rstd = nullptr, *residual_mean = nullptr, *residual_rstd = nullptr;
+    Activation activation = Activation::kNone;
+    double negative_slope = 0;
+    // (C,) floats: sum dz * (x - mean) * rstd, the same of the residual, sum dz.
+    float *dweight = nullptr, *residual_dweight = nullptr, *dbias = nullptr;
+    void* workspace = nullptr;  // bn_act_pair_sums_workspace() bytes, 16-byte aligned
+};
+
 /// Whether the kernels have 16-byte vectors for these sizes: of channels (a multiple of 16 bytes), or in NCHW
 /// order of planes (at least 16 bytes).
 constexpr bool bn_act_pair_serves(DType dtype, bool channels_last, const Dims& size) {
@@ -61,8 +77,12 @@ constexpr bool bn_act_pair_serves(DType dtype, bool channels_last, const Dims& s
 constexpr int64_t bn_act_pair_fwd_workspace(const BnActPairFwdParams& p) { return 16 * p.size.c; }
 constexpr int64_t bn_act_pair_bwd_workspace(const BnActPairBwdParams& p) { return 32 * p.size.c; }
 
+/// Bytes of the partial sums.
+int64_t bn_act_pair_sums_workspace(const BnActPairSumsParams& params);
+
 /// Enqueues the kernels on a cudaStream_t and returns a cudaError_t as int (0: success).
 int launch_bn_act_pair_fwd(const BnActPairFwdParams& params, void* stream);
 int launch_bn_act_pair_bwd(const BnActPairBwdParams& params, void* stream);
+int launch_bn_act_pair_sums(const BnActPairSumsParams& params, void* stream);
 
 }  // namespace dl4ds

@@ -106,16 +106,42 @@ std::tuple<Tensor, Tensor> bn_act_pair_cuda(Tensor x_tensor, Tensor mean, Tensor
     return {out, mask};
 }
 
-/// The kernels of bn_act_bwd up to dweight and dbias of one of the two.
-void sum(const BnActPairBwdParams& p, const BnPairNorm& norm, const void* x, Tensor& dweight, Tensor& dbias,
-         const TensorInfo& like, void* stream) {
+/// dweight of both and dbias from one pass.
+void sum_both(const BnActPairBwdParams& p, Tensor& dweight, Tensor& residual_dweight, Tensor& dbias,
+              const TensorInfo& like, void* stream) {
+    BnActPairSumsParams v;
+    v.dtype = p.dtype;
+    v.channels_last = p.channels_last;
+    v.size = p.size;
+    v.dout = p.dout;
+    v.x = p.x;
+    v.residual = p.residual;
+    v.mask = p.mask;
+    v.mean = p.norm.mean;
+    v.rstd = p.norm.rstd;
+    v.residual_mean = p.residual_norm.mean;
+    v.residual_rstd = p.residual_norm.rstd;
+    v.activation = p.activation;
+    v.negative_slope = p.negative_slope;
+    v.dweight = tensor_info(dweight).as<float>();
+    v.residual_dweight = tensor_info(residual_dweight).as<float>();
+    v.dbias = tensor_info(dbias).as<float>();
+    const Tensor workspace = empty_vector_cuda(like, bn_act_pair_sums_workspace(v), DType::kUInt8);
+    v.workspace = tensor_info(workspace).data;
+    check_launch(launch_bn_act_pair_sums(v, stream), kBwdOp);
+}
+
+/// dweight and dbias of the residual alone, by the kernels of bn_act_bwd: another kernel has taken x's.
+void sum_residual(const BnActPairBwdParams& p, Tensor& dweight, Tensor& dbias, const TensorInfo& like,
+                  void* stream) {
+    const BnPairNorm& norm = p.residual_norm;
     BnActBwdParams v;
     v.dtype = p.dtype;
     v.channels_last = p.channels_last;
     v.size = p.size;
     v.dout_strides = v.x_strides = v.residual_strides = dense_dims(p.size, p.channels_last);
     v.dout = p.dout;
-    v.x = x;
+    v.x = p.residual;
     v.mask = p.mask;
     v.weight = norm.weight;
     v.mean = norm.mean;
@@ -177,7 +203,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cuda(
     const auto vector = [&](int64_t size) { return empty_vector_cuda(x.info, size, DType::kFloat32); };
     Tensor residual_dweight = vector(channels), dbias = vector(channels);
     Tensor dweight = vector(known_dweight ? 0 : channels);
-    sum(p, p.residual_norm, p.residual, residual_dweight, dbias, x.info, scope.stream());
     const Operand given = channel_operand(kBwdOp, "dweight", known_dweight, x.info);
     const Operand given_bias = channel_operand(kBwdOp, "dbias", known_dbias, x.info);
     DL4DS_CHECK(given.info.present == given_bias.info.present, kBwdOp,
@@ -185,8 +210,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cuda(
     if (given.info.present) {
         check_dtype(kBwdOp, "dweight", given.info, DType::kFloat32);
         check_dtype(kBwdOp, "dbias", given_bias.info, DType::kFloat32);
+        sum_residual(p, residual_dweight, dbias, x.info, scope.stream());
     } else {
-        sum(p, p.norm, p.x, dweight, dbias, x.info, scope.stream());
+        sum_both(p, dweight, residual_dweight, dbias, x.info, scope.stream());
     }
     p.norm.dweight = (given.info.present ? given.info : tensor_info(dweight)).as<float>();
     p.residual_norm.dweight = tensor_info(residual_dweight).as<float>();
