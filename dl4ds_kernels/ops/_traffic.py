@@ -72,11 +72,9 @@ def _bn_act_apply_bwd(a: Any) -> Passes:
 
 
 def _bn_act_pair_bwd(a: Any) -> Passes:
-    """Both gradients in one pass; before it one for the sums of the residual, and one for those of x if they are not known."""
+    """Both gradients in one pass; before it one for the sums, which does not read x where its sums are known."""
     taken = int(a.dweight is None)
-    return {"dout": (2 + taken, 0), "mask": (2 + taken, 0), "x": (1 + taken, 0), "residual": (2, 0)} | {
-        "dx": (0, 1), "dresidual": (0, 1),
-    }  # fmt: skip
+    return {"dout": (2, 0), "mask": (2, 0), "x": (1 + taken, 0), "residual": (2, 0), "dx": (0, 1), "dresidual": (0, 1)}
 
 
 def _conv_bn_stats(a: Any) -> Passes:

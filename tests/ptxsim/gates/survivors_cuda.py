@@ -163,6 +163,15 @@ ARGUMENTS = (
         "loose_comparison", r"^bn_act_pair_fwd\.cu: (for \(.*step >= 0;|valid\[u\] = step >= u|if \(step >= u && left)",
         "the loop's end: one step more, of which no vector is valid",
     ),
+    Argument(
+        "missing_mask", r"^bn_act_pair_sums\.cu: if \(inside\[u\] == 0", "none of its bits is set: nothing of it is added",
+        kernel="nchw.*Lb0E",
+    ),
+    Argument("missing_mask", r"^bn_act_pair_sums\.cu: for \(; left > 0", "a round in which no vector is inside adds nothing"),
+    Argument(
+        "stale_shared_memory", r"^bn_act_kernel\.cuh: shared\[k\]\[group\]\[lane\]",
+        "a store of the tree's last level, whose sum its own thread takes on", kernel="bn_act_pair_finalize",
+    ),
     Argument("loose_comparison", r"^bn_act_kernel\.cuh: bits = pos < 0", "bits & (bits << 0) are the bits"),
     Argument(
         "loose_comparison", r"^bn_act_kernel\.cuh: return length - pos >= kVec", "no values left: no bits either way",
