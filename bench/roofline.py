@@ -29,7 +29,7 @@ from roof.sites import BATCH, Site, resnet50
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # kernel -> launcher whose workspace holds its partial results, or none
-REDUCING = {"bn_act_stats": "fwd", "bn_act_bwd_reduce": "bwd"}
+REDUCING = {"bn_act_stats": "fwd", "bn_act_bwd_reduce": "bwd", "bn_act_pair_reduce": "sums"}
 MERGING = {"fwd": "bn_act_finalize_kernel", "bwd": "bn_act_bwd_finalize_kernel"}
 
 

@@ -14,7 +14,10 @@ import numpy as np
 from .model import CHIPS
 
 # Operations for each element of x, of the kernels that move whole tensors (a multiply-add is two).
-OPERATIONS = {"bn_act_stats": 4, "bn_act_fwd": 3, "bn_act_bwd_reduce": 7, "bn_act_bwd": 9, "add_act_fwd": 3, "add_act_bwd": 2}
+OPERATIONS = {
+    "bn_act_stats": 4, "bn_act_fwd": 3, "bn_act_bwd_reduce": 7, "bn_act_bwd": 9, "add_act_fwd": 3, "add_act_bwd": 2,
+    "bn_act_pair_fwd": 6, "bn_act_pair_reduce": 8, "bn_act_pair_bwd": 9,
+}  # fmt: skip
 COLOURS = {"bn_act": "#0a7a70", "add_act": "#b3541e", "conv": "#3b4cc0"}
 
 

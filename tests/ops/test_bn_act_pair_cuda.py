@@ -69,10 +69,12 @@ def test_against_cpu(case: tuple[Any, ...], code: int) -> None:
     maps = [v for n in (x, residual) for v in (n.y, n.weight, n.mean, n.rstd, n.eps, n.eps_std)]
     args = (dout, want[1] if code else None, code, 0.1, *maps)
     gradients = op("bn_act_pair_bwd")(*args, None, None)
-    close(host()("bn_act_pair_bwd", *args, None, None), gradients, dtype)
-    known = host()("bn_act_pair_bwd", *args, *gradients[2:4])
+    found = host()("bn_act_pair_bwd", *args, None, None)
+    close(found, gradients, dtype)
+    known = host()("bn_act_pair_bwd", *args, *found[2:4])
     assert known[2].numel() == 0
-    close((*known[:2], *known[3:]), (*gradients[:2], *gradients[3:]), dtype)
+    # The kernel that sums for both BatchNorms adds in the order of the one that then sums for the residual alone.
+    assert all(torch.equal(known[i], found[i]) for i in (0, 1, 3, 4))
 
 
 def test_errors() -> None:

@@ -29,8 +29,10 @@ RELU, NONE = 1, 0
 def source_of(kernel: str) -> Path:
     """The .cu file of a kernel of bn_act or add_act."""
     folder = "add_act" if "add_act" in kernel else "bn_act"
-    op = "bn_act_pair" if "bn_act_pair" in kernel else folder
-    return launchers.CSRC / "ops" / folder / f"{op}_{'bwd' if '_bwd_' in kernel else 'fwd'}.cu"
+    op, way = folder, "bwd" if "_bwd_" in kernel else "fwd"
+    if "bn_act_pair" in kernel:
+        op, way = "bn_act_pair", "sums" if "reduce" in kernel else way
+    return launchers.CSRC / "ops" / folder / f"{op}_{way}.cu"
 
 
 @functools.cache
@@ -110,7 +112,8 @@ def bn_act_pair(way: str, dtype: torch.dtype, layout: str, lines: int) -> list[R
     weight, bias, mean, rstd = _vectors(x.shape[1])
     norm = pair.Norm(mean, rstd, weight, bias, dweight=bias)
     results, forward = pair.pair_fwd(x, residual, norm, norm, RELU, save_mask=True)
-    return forward + pair.pair_bwd(dout, results["mask"], x, residual, norm, norm, bias, RELU)[1]
+    maps = dout, results["mask"], x, residual, norm, norm
+    return forward + pair.pair_sums(*maps, RELU)[1] + pair.pair_bwd(*maps, bias, RELU)[1]
 
 
 # name -> (call, ways)
@@ -163,7 +166,7 @@ def kernels(dtypes: tuple[torch.dtype, ...], layouts: tuple[str, ...], names: tu
             continue
         for way in ways:
             rows: dict[str, list[dict[str, Any]]] = {}
-            for part in ("reduce", "elements") if name == "train" else ("elements",):
+            for part in ("reduce", "elements") if name in ("train", "pair") else ("elements",):
                 for lines in _sizes(dtype, layout, part):
                     with nullcontext() if part == "reduce" else launchers.small_grids():
                         reports = call(way, dtype, layout, lines)

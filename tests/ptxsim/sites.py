@@ -69,12 +69,16 @@ def grids(
         }
 
 
-def pair_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> dict[str, int]:
-    """Blocks of the kernels of bn_act_pair, as grids()."""
-    address, blocks = 1 << 20, {}
+def pair_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> tuple[dict[str, int], int]:
+    """Blocks of the kernels of bn_act_pair, as grids(), and bytes of the workspace of its sums."""
+    address, blocks, workspace = 1 << 20, {}, 0
     vector = {"data": address, "dtype": "kFloat32"}
     norm = {"mean": address, "rstd": address, "weight": vector, "bias": vector, "dweight": address}
-    maps = {"fwd": ("x", "residual", "out", "mask"), "bwd": ("dout", "x", "residual", "mask", "dbias", "dx", "dresidual")}
+    statistics = [prefix + name for prefix in ("", "residual_") for name in ("mean", "rstd", "dweight")]
+    maps = {
+        "fwd": ("x", "residual", "out", "mask"), "bwd": ("dout", "x", "residual", "mask", "dbias", "dx", "dresidual"),
+        "sums": ("dout", "x", "residual", "mask", "dbias", *statistics),
+    }  # fmt: skip
     for way, names in maps.items():
         with ExitStack() as stack:
             module = _returning(launchers.CSRC / "ops" / "bn_act" / f"bn_act_pair_{way}.cu")
@@ -83,14 +87,16 @@ def pair_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
             session = stack.enter_context(launchers.library().session(traffic=0, races=0))
             params = pair.headers().make(
                 f"BnActPair{way.capitalize()}Params", lambda value: value, dtype=launchers.DTYPES[dtype],
-                channels_last=layout == "nhwc", size=launchers.dims(shape), activation=RELU, norm=norm, residual_norm=norm,
-                workspace=address, **dict.fromkeys(names, address),
+                channels_last=layout == "nhwc", size=launchers.dims(shape), activation=RELU, workspace=address,
+                **dict.fromkeys(names, address), **({} if way == "sums" else {"norm": norm, "residual_norm": norm}),
             )  # fmt: skip
+            if way == "sums":
+                workspace = session.call("bn_act_pair_sums_workspace", params, restype=ctypes.c_int64)
             assert session.call(f"launch_bn_act_pair_{way}", params, None) == 0
             blocks |= {
                 re.search(r"(bn_act_pair_\w*kernel(?:_n\w\w\w)?)", r.kernel).group(1): r.grid[0] for r in session.reports
             }
-    return blocks
+    return blocks, workspace
 
 
 def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
     back = {"dout": address, "dx": address, "dweight": address, "dbias": address, "mean": address, "rstd": address}
     backward = grids("bn_act", "bwd", dtype, layout, shape, **back, **some)
     added = grids("add_act", "fwd", dtype, layout, shape, x=address, residual=address, out=address, activation=RELU)
+    paired, sums = pair_grids(dtype, layout, shape)
     taken = grids("add_act", "bwd", dtype, layout, shape, dout=address, mask=address, dx=address, activation=RELU)
     return {
         "blocks": {
@@ -112,9 +119,9 @@ def site_grids(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
             **backward["blocks"],
             **added["blocks"],
             **taken["blocks"],
-            **pair_grids(dtype, layout, shape),
+            **paired,
         },
-        "workspace": {"fwd": forward["workspace"], "bwd": backward["workspace"]},
+        "workspace": {"fwd": forward["workspace"], "bwd": backward["workspace"], "sums": sums},
     }
 
 

@@ -60,7 +60,7 @@ SHAPES = {
 
 
 def call(label: str, maps: list[Tensor], code: int, **flags: bool) -> Case:
-    """One call; with an odd code the vectors lie beside multiples of 16 bytes, and where no gradient goes through, dout is NaN."""
+    """With an odd code the vectors lie beside multiples of 16 bytes, and where no gradient goes through, dout is NaN."""
     x, residual, dout = maps
     channels, t = x.shape[1], {"x": x, "residual": residual, "activation": code}
     t["mask"] = random_bits(x.numel()) if code else None
