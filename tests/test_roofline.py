@@ -30,6 +30,7 @@ FAST = (
         for way in ("fwd", "bwd")
         for layout in ("nhwc", "nchw")
     }
+    | {(f"bn_act_pair_reduce_kernel_{layout}", "linear"): ("float16", "bfloat16", "float32") for layout in ("nhwc", "nchw")}
     | {
         ("add_act_fwd_kernel", "residual"): ("float16", "bfloat16", "float32"),
         ("add_act_bwd_kernel", "residual"): ("float16", "bfloat16", "float32"),

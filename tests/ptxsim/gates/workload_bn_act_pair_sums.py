@@ -17,7 +17,13 @@ from .workload_bn_act import laid_out
 _MAPS = ("dout", "x", "residual", "mask")
 LIMITS = [
     Limits(
-        "bn_act_pair_reduce_kernel_nhwc", "cuda", _MAPS, waves=1.75, instructions=130, registers=80, wide_stores=False,
+        "bn_act_pair_reduce_kernel_nhwc",
+        "cuda",
+        _MAPS,
+        waves=1.75,
+        instructions=130,
+        registers=80,
+        wide_stores=False,
         note="80 registers in 16-bit types: 24 sums, two vectors of each of three maps; three blocks then have 72 KB under way",
     ),
     Limits("bn_act_pair_reduce_kernel_nchw", "cuda", _MAPS, again=1.15, instructions=155, wide_stores=False),
