@@ -164,15 +164,13 @@ ARGUMENTS = (
         "the loop's end: one step more, of which no vector is valid",
     ),
     Argument(
-        "missing_mask", r"^bn_act_pair_reduce_kernel\.cuh: if \(inside\[u\] == 0", "none of its bits is set: nothing of it is added",
-        kernel="nchw.*Lb0E",
+        "missing_mask", r"^bn_act_pair_reduce_kernel\.cuh: if \(inside\[u\] == 0",
+        "none of its bits is set: nothing of it is added", kernel="nchw.*Lb0E",
     ),
     Argument(
-        "loose_comparison", r"^bn_act_pair_reduce_kernel\.cuh: if \(ty < height",
-        "threads behind the last row of threads read another part's rows; the merge takes no sums of theirs",
-        before=r"setp\.ge\.s32",
+        "missing_mask", r"^bn_act_pair_reduce_kernel\.cuh: for \(; left > 0",
+        "a round in which no vector is inside adds nothing",
     ),
-    Argument("missing_mask", r"^bn_act_pair_reduce_kernel\.cuh: for \(; left > 0", "a round in which no vector is inside adds nothing"),
     Argument(
         "stale_shared_memory", r"^bn_act_kernel\.cuh: shared\[k\]\[group\]\[lane\]",
         "a store of the tree's last level, whose sum its own thread takes on", kernel="bn_act_pair_finalize",
