@@ -37,10 +37,10 @@ def wanted(namespace: str, x: Tensor, activation: int) -> bool:
     """Whether a block of this activation is to take its end from these ops: they have no kernel for the others, in fp64 on CUDA
     or in Triton.
 
-    On the CPU too. ResNet-50's four bottlenecks with a projection, training steps of fp32 on two threads, two ``bn_act``
-    by the pair, taken in turn (median of the ratios): channels_last 1.009, 1.002, 0.998, 1.001; contiguous 1.016, 1.01, 1.00
-    and, of the last block, 1.04 and 0.93 in two runs that moved by more than that. No shape is reliably slower, and the schedule is
-    the GPU's.
+    On the CPU too. ResNet-50's four bottlenecks with a projection, training steps of fp32 on two threads, two calls of
+    ``bn_act`` by the pair, taken in turn (median of the ratios): channels_last 1.009, 1.002, 0.998, 1.001; contiguous 1.016,
+    1.01, 1.00 and, of the last block, 1.04 and 0.93 in two runs that moved by more than that. No shape is reliably slower, and
+    the schedule is the GPU's.
     """
     kernels = has_kernel("bn_act_pair", namespace, x.device.type) and not (x.is_cuda and x.dtype == torch.float64)
     return kernels and (activation == 0 or activation in MASK_CODES)
