@@ -137,9 +137,16 @@ __global__ void __launch_bounds__(kThreads, 4) bn_act_pair_bwd_kernel_nchw(const
         if (left <= 0) {  // a thread's first
             continue;
         }
-        RawPack<T, kVec> gradient = load_raw_upto<T, kVec>(static_cast<const T*>(a.dout) + first, left);
-        RawPack<T, kVec> value = load_raw_upto<T, kVec>(static_cast<const T*>(a.x) + first, left);
-        RawPack<T, kVec> other = load_raw_upto<T, kVec>(static_cast<const T*>(a.residual) + first, left);
+        RawPack<T, kVec> gradient, value, other;
+        if (left >= kVec) {  // one test, not one a load: all three are under way together
+            gradient = load_raw<T, kVec>(static_cast<const T*>(a.dout) + first);
+            value = load_raw<T, kVec>(static_cast<const T*>(a.x) + first);
+            other = load_raw<T, kVec>(static_cast<const T*>(a.residual) + first);
+        } else {
+            gradient = load_raw_upto<T, kVec>(static_cast<const T*>(a.dout) + first, left);
+            value = load_raw_upto<T, kVec>(static_cast<const T*>(a.x) + first, left);
+            other = load_raw_upto<T, kVec>(static_cast<const T*>(a.residual) + first, left);
+        }
         const unsigned bits = a.mask != nullptr ? load_mask<kVec>(a.mask, f) : ~0u;
         float own[4], theirs[4], next[4], their_next[4];
         load_record(a.table, c, own);
