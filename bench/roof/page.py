@@ -27,9 +27,11 @@ times from the model below. Sites: ResNet-50 at 256 images, every launch as ofte
 SEEN = """Why:
 
 - The statistics read each value once and write next to nothing: their floor at ResNet-50's 33 plain sites is 0.62 ms on an
-  H100 in 16-bit types, and 33 launches and ramps of 2.2 µs are 12 % of that (7 % on an A100). Batch statistics from the
-  convolution's own epilogue (`conv_bn_act_train`) have no such launch.
-- At 7x7 there are fewer blocks than fill the last wave, as a thread takes at least five rows.
+  H100 in 16-bit types, and 33 launches and ramps of 2.2 µs are 12 % of that: 1.116x is the least that any kernel with a launch
+  of its own can be predicted there, which is over 1.1x (1.071x on an A100). The kernel for NCHW is predicted just that. Batch
+  statistics from the convolution's own epilogue (`conv_bn_act_train`) have no such launch.
+- NHWC is above it: at 14x14 and 7x7 merging a block costs as many instructions as its rows; at 7x7 there are fewer blocks than
+  fill the last wave, as a thread takes at least five rows.
 """
 MODEL = """## The model
 

@@ -353,11 +353,12 @@ int dispatch_whole(bool whole, Fn&& fn) {
     }
 }
 
-inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
+/// min_steps: rows, or windows, of a thread, at least and on average. Five are a first value to subtract and
+/// one round of an unrolled loop.
+inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec, int64_t min_steps = 5) {
     // Whole waves of four blocks on each of an H100's 132 multiprocessors, so that none is short of loads in
-    // flight (an A100's last is two thirds full). At least five steps a thread: a first value to subtract and
-    // one round of the statistics' unrolled loop.
-    constexpr int64_t kWave = 4 * 132, kBlocks = 3 * kWave, kMinSteps = 5, kMaxSteps = 256;
+    // flight (an A100's last is two thirds full).
+    constexpr int64_t kWave = 4 * 132, kBlocks = 3 * kWave, kMaxSteps = 256;
     ReducePlan plan;
     int64_t steps;  // of all threads together that work on one channel tile
     if (walk.use_rows) {
@@ -372,7 +373,7 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec) {
         steps = ceil_div(walk.planes.batch * windows_of(walk.planes, vec), kThreads);
     }
     const int64_t wanted = kBlocks / plan.tiles;
-    plan.parts = wanted < steps / kMinSteps ? wanted : steps / kMinSteps;
+    plan.parts = wanted < steps / min_steps ? wanted : steps / min_steps;
     if (walk.use_rows && plan.parts * plan.tiles > kWave) {
         plan.parts = plan.parts * plan.tiles / kWave * kWave / plan.tiles;
     }
