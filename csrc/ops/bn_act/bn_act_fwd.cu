@@ -20,10 +20,13 @@ Walk walk_of(const BnActFwdParams& p, bool& readable) {
     return walk;
 }
 
-/// Planes: six windows a thread, so that at 14 x 14 merging a block costs less than the time of its bytes on
-/// an H100, and the last wave is as full as the others.
+/// Merging a block takes as many instructions as eighteen rows a thread, and with fewer than ten in 16-bit
+/// types both take longer than the rows' bytes on an H100: so a second wave of blocks only where it leaves
+/// ten. (One wave has to be full in any case: fewer blocks send too few loads.) Planes: six windows a thread,
+/// so that at 14 x 14 merging a block costs less than the time of its bytes on an H100, and the last wave is
+/// as full as the others.
 ReducePlan plan_stats(const Walk& walk, int64_t channels, int vec) {
-    return plan_reduce(walk, channels, vec, walk.use_rows ? 5 : 6);
+    return walk.use_rows ? plan_reduce(walk, channels, vec, 5, 10) : plan_reduce(walk, channels, vec, 6);
 }
 
 /// scale and shift, first values, partial results, their counts. The first two do not depend on the vector

@@ -354,8 +354,9 @@ int dispatch_whole(bool whole, Fn&& fn) {
 }
 
 /// min_steps: rows, or windows, of a thread, at least and on average. Five are a first value to subtract and
-/// one round of an unrolled loop.
-inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec, int64_t min_steps = 5) {
+/// one round of an unrolled loop. wave_steps: the same of rows where blocks fill more than one wave.
+inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec, int64_t min_steps = 5,
+                              int64_t wave_steps = 5) {
     // Whole waves of four blocks on each of an H100's 132 multiprocessors, so that none is short of loads in
     // flight (an A100's last is two thirds full).
     constexpr int64_t kWave = 4 * 132, kBlocks = 3 * kWave, kMaxSteps = 256;
@@ -375,7 +376,9 @@ inline ReducePlan plan_reduce(const Walk& walk, int64_t channels, int vec, int64
     const int64_t wanted = kBlocks / plan.tiles;
     plan.parts = wanted < steps / min_steps ? wanted : steps / min_steps;
     if (walk.use_rows && plan.parts * plan.tiles > kWave) {
-        plan.parts = plan.parts * plan.tiles / kWave * kWave / plan.tiles;
+        const int64_t most = plan.parts < steps / wave_steps ? plan.parts : steps / wave_steps;
+        const int64_t waves = most * plan.tiles / kWave;
+        plan.parts = (waves > 1 ? waves : 1) * kWave / plan.tiles;
     }
     plan.parts = plan.parts > ceil_div(steps, kMaxSteps) ? plan.parts : ceil_div(steps, kMaxSteps);
     plan.parts = plan.parts > 1 ? plan.parts : 1;
