@@ -90,8 +90,29 @@ def per_kernel(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def judged(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the limits are for: a kernel over all its launches of a training step, or of inference, whatever the kind of site.
+
+    table: per_kernel()'s. The shares of issue slots and of loads in flight are those of the worst kind.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in table:
+        groups[tuple(row[name] for name in ("chip", "dtype", "layout", "kernel", "call"))].append(row)
+    found = []
+    for (chip, dtype, layout, kernel, call), mine in groups.items():
+        floor, predicted = (sum(r[name] for r in mine) for name in ("floor_us", "predicted_us"))
+        fewest = min(mine, key=lambda r: r["flight_kb"] / r["wanted_kb"])
+        found.append({
+            "chip": chip, "dtype": dtype, "layout": layout, "kernel": kernel, "call": call, "floor_us": floor,
+            "predicted_us": predicted, "ratio": predicted / floor, "best_ratio": min(r["best_ratio"] for r in mine),
+            "worst_ratio": max(r["worst_ratio"] for r in mine), "issue_share": max(r["issue_share"] for r in mine),
+            "flight_kb": fewest["flight_kb"], "wanted_kb": fewest["wanted_kb"], "launches": sum(r["launches"] for r in mine),
+        })  # fmt: skip
+    return found
+
+
 def causes(row: dict[str, Any]) -> list[str]:
-    """Which limits a kernel misses: "loads", "issue", "small" (page.CAUSES says them in words); none if it meets them."""
+    """Which limits a row of judged() misses: "loads", "issue", "small" (page.CAUSES in words); none if it meets them."""
     found = []
     if row["ratio"] > MOST_RATIO:
         waits = row["flight_kb"] < 0.95 * row["wanted_kb"]
@@ -171,10 +192,11 @@ def model(found: dict[str, Any], lrn: list[dict[str, Any]]) -> dict[str, Any]:
     sites, layers = resnet50()
     rows = list(launches(found, sites))
     table = per_kernel(rows)
-    names = ("chip", "dtype", "layout", "kernel", "call", "way", "ratio", "issue_share")
-    missed = [{**{name: row[name] for name in names}, "causes": causes(row)} for row in table if causes(row)]
+    limits = judged(table)
+    names = ("chip", "dtype", "layout", "kernel", "call", "ratio", "issue_share")
+    missed = [{**{name: row[name] for name in names}, "causes": causes(row)} for row in limits if causes(row)]
     return {
-        "schema": 1, "chips": [vars(chip) for chip in CHIPS], "batch": BATCH, "kernels": table,
+        "schema": 1, "chips": [vars(chip) for chip in CHIPS], "batch": BATCH, "kernels": table, "limits": limits,
         "operations": operations(rows, found, sites),
         "convolutions": convolutions(found, layers), "gradients": gradients(found, layers), "tails": tails(found),
         "nms": boxes(found), "windows": windows(lrn), "missed": missed,

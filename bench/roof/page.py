@@ -17,21 +17,24 @@ times from the model below. Sites: ResNet-50 at 256 images, every launch as ofte
 - **floor**: max(bytes of the tensors, each once / bandwidth, operations / peak). **predicted**: the most of what the
   bytes, the issue slots, the L1 caches or (convolution) the tensor cores and shared memory need, in waves of blocks, plus
   launch and ramp.
-- **ratio**: predicted / floor over all sites; in brackets the best and the worst. Limit for bn_act and add_act: {MOST_RATIO}.
+- **ratio**: predicted / floor over the sites of a row; in brackets the best and the worst. Limit for bn_act and add_act:
+  {MOST_RATIO}, of a kernel over all its launches in a training step, or in inference (rows "all sites"), which is what a step
+  pays. Kinds of sites that are over it alone are named below.
 - **issue**: machine instructions of the main loop by those that fit into the time in which memory moves its bytes
   ({" and ".join(f"{chip.slots_per_512:.0f} per 512 bytes on {chip.name}" for chip in CHIPS)}). Limit: {100 * MOST_ISSUE:.0f} %.
 - **in flight**: KiB of loads under way on a multiprocessor (resident warps by registers and shared memory, times the 16-byte
   loads that the machine code issues before it waits for one) / what saturates the memory, times the share of reads.
 """
-# Read in the figures by a person; shown while a kernel is over its limits.
+# Read in the figures by a person; shown while a kind of site is over the limit.
 SEEN = """Why:
 
 - The statistics read each value once and write next to nothing: their floor at ResNet-50's 33 plain sites is 0.62 ms on an
   H100 in 16-bit types, and 33 launches and ramps of 2.2 µs are 12 % of that: 1.116x is the least that any kernel with a launch
-  of its own can be predicted there, which is over 1.1x (1.071x on an A100). The kernel for NCHW is predicted just that. Batch
-  statistics from the convolution's own epilogue (`conv_bn_act_train`) have no such launch.
-- NHWC is above it: at 14x14 and 7x7 merging a block costs as many instructions as its rows; at 7x7 there are fewer blocks than
-  fill the last wave, as a thread takes at least five rows.
+  of its own can be predicted at these sites alone, which is over 1.1x (1.071x on an A100). The kernel for NCHW is predicted
+  just that. Batch statistics from the convolution's own epilogue (`conv_bn_act_train`) have no such launch.
+- NHWC is above it: merging a block costs as many instructions as eighteen rows a thread. A second wave of blocks is made only
+  where it leaves a thread ten rows: at 14x14 with 256 channels there is one, an H100's 528 blocks, of which an A100 takes 432
+  at once and loads too little with the rest. At 7x7 with 512 channels a thread has six rows: fewer blocks load too little.
 """
 MODEL = """## The model
 
@@ -68,6 +71,15 @@ def _pairs(rows: list[dict[str, Any]], *names: str) -> list[list[dict[str, Any]]
     return list(found.values())
 
 
+def _by_kind(whole: list[dict[str, Any]], kinds: list[dict[str, Any]]) -> list[tuple[str, bool, list[dict[str, Any]]]]:
+    """(kind of site, whether the limit is for it, a row for each GPU) of a kernel: all sites, each kind if there are more."""
+    mine = [r for r in kinds if all(r[name] == whole[0][name] for name in ("kernel", "call"))]
+    apart = _pairs(mine, "way")
+    if len(apart) == 1:
+        return [(mine[0]["way"], True, whole)]
+    return [("all sites", True, whole), *((rows[0]["way"], False, rows) for rows in apart)]
+
+
 def _products(title: str, found: list[dict[str, Any]], flag: str) -> tuple[str, list[str], list[list[str]]]:
     """Layers of a kernel that convolves; ``flag``: a column that the name tells."""
     rows = []
@@ -100,13 +112,15 @@ def _tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
     for dtype in dict.fromkeys(r["dtype"] for r in document["kernels"]):
         for layout in dict.fromkeys(r["layout"] for r in document["kernels"] if r["dtype"] == dtype):
             rows = []
-            mine = [r for r in document["kernels"] if (r["dtype"], r["layout"]) == (dtype, layout)]
-            for chips in _pairs(mine, "kernel", "call", "way"):
-                first = chips[0]
-                name = f"`{first['kernel']}` {first['way']}" + (" (inference)" if first["call"] == "eval" else "")
+            whole, kinds = (
+                [r for r in document[name] if (r["dtype"], r["layout"]) == (dtype, layout)] for name in ("limits", "kernels")
+            )
+            for kind, limited, chips in [found for call in _pairs(whole, "kernel", "call") for found in _by_kind(call, kinds)]:
+                name = f"`{chips[0]['kernel']}` {kind}" + (" (inference)" if chips[0]["call"] == "eval" else "")
                 cells = []
                 for r in chips:
-                    met = "" if r["ratio"] <= MOST_RATIO and r["issue_share"] <= MOST_ISSUE else " **x**"
+                    over = r["ratio"] > MOST_RATIO or r["issue_share"] > MOST_ISSUE
+                    met = " **x**" if limited and over else ""
                     cells += [
                         f"{r['floor_us'] / 1e3:.2f}", f"{r['ratio']:.2f} ({r['best_ratio']:.2f}-{r['worst_ratio']:.2f}){met}",
                         f"{100 * r['issue_share']:.0f} %", f"{r['flight_kb']:.0f} / {r['wanted_kb']:.0f}",
@@ -161,24 +175,34 @@ CAUSES = {
 }
 
 
+def _alone(document: dict[str, Any]) -> str:
+    """Kinds of sites that are over the ratio for themselves."""
+    over = [row for row in document["kernels"] if row["ratio"] > MOST_RATIO]
+    lines = []
+    for same in _pairs(over, "kernel", "call", "way"):
+        name = f"`{same[0]['kernel']}` {same[0]['way']}" + (" (inference)" if same[0]["call"] == "eval" else "")
+        lines.append(f"    - {name} {_worst(same, 'small')}")
+    return "\n".join([f"- Over {MOST_RATIO}x at one kind of site alone, which no limit is for:\n", *lines, ""]) if lines else ""
+
+
+def _worst(rows: list[dict[str, Any]], cause: str) -> str:
+    """Types, and by GPU what rows of one kernel have of a cause."""
+    worst: dict[str, list[float]] = {}
+    for row in rows:
+        worst.setdefault(row["chip"].split()[0], []).append(row["issue_share"] if cause == "issue" else row["ratio"])
+    spans = (f"{chip} {_span(values, cause)}" for chip, values in worst.items())
+    return f"({', '.join(dict.fromkeys(r['dtype'] for r in rows))}): {'; '.join(spans)}"
+
+
 def _missed(document: dict[str, Any]) -> str:
     if not document["missed"]:
-        return "All limits are met.\n"
+        return "- All limits are met.\n"
     out = []
     for cause, text in CAUSES.items():
         rows = [row for row in document["missed"] if cause in row["causes"]]
         if not rows:
             continue
-        lines = []
-        for same in _pairs(rows, "kernel"):
-            worst = {}
-            for row in same:
-                value = row["issue_share"] if cause == "issue" else row["ratio"]
-                worst.setdefault(row["chip"].split()[0], []).append(value)
-            spans = (f"{chip} {_span(values, cause)}" for chip, values in worst.items())
-            lines.append(
-                f"    - `{same[0]['kernel']}` ({', '.join(dict.fromkeys(r['dtype'] for r in same))}): {'; '.join(spans)}"
-            )
+        lines = [f"    - `{same[0]['kernel']}` {_worst(same, cause)}" for same in _pairs(rows, "kernel")]
         out += [f"- **Not met:** {text.format(ratio=MOST_RATIO, issue=100 * MOST_ISSUE)}:\n", *lines, ""]
     met = sorted({row["kernel"] for row in document["kernels"]} - {row["kernel"] for row in document["missed"]})
     names = ", ".join(f"`{name}`" for name in met) or "no kernel"
@@ -201,8 +225,8 @@ def render(document: dict[str, Any]) -> str:
         launch=each(lambda c: f"{c.launch_us}; {c.ramp_us}"),
     )  # fmt: skip
     out = [HEAD, "![Roofline of the kernels](roofline.png)\n", "## Limits\n", _missed(document)]
-    if document["missed"]:
-        out.append(SEEN)
+    if alone := _alone(document):
+        out += [alone, SEEN]
     for title, header, rows in _tables(document):
         out += [f"## {title}\n", markdown(header, rows)]
     return "\n".join([*out, model])
