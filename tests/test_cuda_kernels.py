@@ -17,7 +17,7 @@ import pytest
 import torch
 from _assert import no_worse_than_torch
 from _cases import ACTIVATIONS, BASE, DTYPES, KINKS, LAYOUTS, Case, bn_vectors, each, gradient, images
-from ptxsim import compile_cuda
+from ptxsim import compile_cuda, sites
 from ptxsim.fixture import require_nvcc, require_simulator
 from torch import Tensor
 
@@ -290,6 +290,20 @@ def test_traffic(dtype: torch.dtype, layout: str) -> None:
         # 512 bytes a request but for the mask's bytes and the per-channel vectors (gradients: a record of 16 bytes a channel).
         vectors = len(reads - {"mask"}) * size / 512
         assert report.counters["load_requests"] < 2.2 * vectors + 56 * report.counters["blocks"], f"{name}: narrow loads"
+
+
+def test_blocks_of_reductions() -> None:
+    """In 16-bit NHWC: whole waves of an H100; the statistics fill a second one only where a thread keeps ten rows."""
+    address, shapes = 1 << 20, ((64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7), (2048, 7, 7), (64, 7, 7))
+    given = {"x": address, "mean": address, "rstd": address, "training": True}
+    more = {"fwd": {"out": address}, "bwd": dict.fromkeys(("dout", "dx", "dweight", "dbias"), address)}
+
+    def blocks(kernel: str, way: str) -> list[int]:
+        found = [sites.grids("bn_act", way, torch.float16, "nhwc", (256, *s), **given, **more[way]) for s in shapes]
+        return [f["blocks"][kernel] for f in found]
+
+    assert blocks("bn_act_stats_kernel_nhwc", "fwd") == [1584, 1056, 528, 528, 1056, 78]
+    assert blocks("bn_act_bwd_reduce_kernel_nhwc", "bwd") == [1584, 1584, 1056, 528, 1584, 78]
 
 
 RESOURCES = re.compile(
