@@ -176,8 +176,10 @@ CAUSES = {
 
 
 def _alone(document: dict[str, Any]) -> str:
-    """Kinds of sites that are over the ratio for themselves."""
-    over = [row for row in document["kernels"] if row["ratio"] > MOST_RATIO]
+    """Kinds of sites that are over the ratio for themselves, of kernels that are within it."""
+    names = ("chip", "dtype", "layout", "kernel", "call")
+    missed = [[row[name] for name in names] for row in document["missed"]]
+    over = [r for r in document["kernels"] if r["ratio"] > MOST_RATIO and [r[name] for name in names] not in missed]
     lines = []
     for same in _pairs(over, "kernel", "call", "way"):
         name = f"`{same[0]['kernel']}` {same[0]['way']}" + (" (inference)" if same[0]["call"] == "eval" else "")
