@@ -316,12 +316,16 @@ RESOURCES = re.compile(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_registers(arch: str) -> None:
-    """ptxas: no spill, no stack, at most 64 registers (1,024 threads a multiprocessor)."""
+    """ptxas: no spill, no stack, at most 64 registers (1,024 threads a multiprocessor).
+
+    The sums of bn_act_pair in NHWC have 80 (768 threads): two rows of three maps under way weigh more (docs/gpu-conv.md).
+    """
     with ThreadPoolExecutor(2) as pool:
         # The limits of the others: ops/test_nms_cuda_cost.py, ops/test_conv_bn_act_cuda.py.
         sources = [s for s in cuda.SOURCES if s.parent.name not in ("nms", "conv_bn_act")]
         logs = list(pool.map(lambda s: compile_cuda(s, "cubin", arch, [cuda.CSRC], cuda.FLAGS)[1], sources))
     kernels = [(name, *map(int, counts)) for log in logs for name, *counts in RESOURCES.findall(log)]
     assert len(kernels) == 36 + 36 + 7 + 7 + 7 + 7 + 10
-    wrong = [kernel for kernel in kernels if any(kernel[1:4]) or kernel[4] > 64]
+    most = {name: 80 if "bn_act_pair_reduce_kernel_nhwc" in name else 64 for name, *_ in kernels}
+    wrong = [kernel for kernel in kernels if any(kernel[1:4]) or kernel[4] > most[kernel[0]]]
     assert not wrong, f"(kernel, stack, spill stores, spill loads, registers): {wrong}"

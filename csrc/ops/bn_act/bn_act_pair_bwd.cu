@@ -207,6 +207,12 @@ int launch_bn_act_pair_bwd(const BnActPairBwdParams& p, void* stream) {
         }
         BnPairBwdArgs args{};
         args.walk = pair_walk(p.size, p.channels_last, kVec);
+        // fp32 in NCHW has registers for five blocks on a multiprocessor: whole waves of five on an H100.
+        constexpr int64_t kTwoWaves = 2 * 5 * 132;
+        if (!p.channels_last && kVec == 4 && args.walk.blocks > kTwoWaves) {
+            args.walk.blocks = kTwoWaves;
+            args.walk.plane_step = plane_step(args.walk.planes, kTwoWaves * kThreads * kVec);
+        }
         args.dout = p.dout;
         args.x = p.x;
         args.residual = p.residual;
