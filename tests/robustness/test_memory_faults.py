@@ -85,8 +85,9 @@ def test_F19_more_than_2_to_31_elements(op: str, kernels: None) -> None:
             out = F.add_act(x.contiguous(), x, backend="cpu")
             expected = torch.relu(part + part).view(64, 64)
         elif op == "upsample_add":
-            low, skip = part[0, :64].view(1, 1, 1, 64).expand(rows // 2, 32, 1, 64), part[:, :4096].view(1, 32, 1, 128)
-            skip = skip.expand(rows // 2, 32, 2, 128)
+            pairs = rows // 2 + 1
+            low, skip = part[0, :64].view(1, 1, 1, 64).expand(pairs, 32, 1, 64), part[:, :4096].view(1, 32, 1, 128)
+            skip = skip.expand(pairs, 32, 2, 128)
             out = F.upsample_add(low, skip, backend="cpu")
             expected = F.upsample_add(low[:1].contiguous(), skip[:1].contiguous(), backend="cpu")[0]
         else:
