@@ -71,6 +71,10 @@ def _pairs(rows: list[dict[str, Any]], *names: str) -> list[list[dict[str, Any]]
     return list(found.values())
 
 
+def _named(row: dict[str, Any], kind: str) -> str:
+    return f"`{row['kernel']}` {kind}" + (" (inference)" if row["call"] == "eval" else "")
+
+
 def _by_kind(whole: list[dict[str, Any]], kinds: list[dict[str, Any]]) -> list[tuple[str, bool, list[dict[str, Any]]]]:
     """(kind of site, whether the limit is for it, a row for each GPU) of a kernel: all sites, each kind if there are more."""
     mine = [r for r in kinds if all(r[name] == whole[0][name] for name in ("kernel", "call"))]
@@ -116,7 +120,7 @@ def _tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
                 [r for r in document[name] if (r["dtype"], r["layout"]) == (dtype, layout)] for name in ("limits", "kernels")
             )
             for kind, limited, chips in [found for call in _pairs(whole, "kernel", "call") for found in _by_kind(call, kinds)]:
-                name = f"`{chips[0]['kernel']}` {kind}" + (" (inference)" if chips[0]["call"] == "eval" else "")
+                name = _named(chips[0], kind)
                 cells = []
                 for r in chips:
                     over = r["ratio"] > MOST_RATIO or r["issue_share"] > MOST_ISSUE
@@ -182,8 +186,7 @@ def _alone(document: dict[str, Any]) -> str:
     over = [r for r in document["kernels"] if r["ratio"] > MOST_RATIO and [r[name] for name in names] not in missed]
     lines = []
     for same in _pairs(over, "kernel", "call", "way"):
-        name = f"`{same[0]['kernel']}` {same[0]['way']}" + (" (inference)" if same[0]["call"] == "eval" else "")
-        lines.append(f"    - {name} {_worst(same, 'small')}")
+        lines.append(f"    - {_named(same[0], same[0]['way'])} {_worst(same, 'small')}")
     return "\n".join([f"- Over {MOST_RATIO}x at one kind of site alone, which no limit is for:\n", *lines, ""]) if lines else ""
 
 

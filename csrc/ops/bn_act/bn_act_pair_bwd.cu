@@ -206,13 +206,8 @@ int launch_bn_act_pair_bwd(const BnActPairBwdParams& p, void* stream) {
             return error;
         }
         BnPairBwdArgs args{};
-        args.walk = pair_walk(p.size, p.channels_last, kVec);
-        // fp32 in NCHW has registers for five blocks on a multiprocessor: whole waves of five on an H100.
-        constexpr int64_t kTwoWaves = 2 * 5 * 132;
-        if (!p.channels_last && kVec == 4 && args.walk.blocks > kTwoWaves) {
-            args.walk.blocks = kTwoWaves;
-            args.walk.plane_step = plane_step(args.walk.planes, kTwoWaves * kThreads * kVec);
-        }
+        // fp32 in NCHW has registers for five blocks on a multiprocessor: two whole waves of them on an H100.
+        args.walk = pair_walk(p.size, p.channels_last, kVec, kVec == 4 ? 2 * 5 * 132 : kMaxBlocks);
         args.dout = p.dout;
         args.x = p.x;
         args.residual = p.residual;

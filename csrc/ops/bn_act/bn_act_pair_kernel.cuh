@@ -20,13 +20,15 @@ struct PairWalk {
     int64_t blocks = 0;
 };
 
-inline PairWalk pair_walk(const Dims& size, bool channels_last, int vec) {
+/// most: blocks in NCHW order, at the most.
+inline PairWalk pair_walk(const Dims& size, bool channels_last, int vec, int64_t most = kMaxBlocks) {
     PairWalk w;
     w.numel = size.numel();
     w.vecs = ceil_div(w.numel, vec);
     w.row_vecs = channels_last ? size.c / vec : 1;
     w.planes = Planes{size.n, size.c, size.plane(), Divider(), false};
     w.blocks = grid_blocks(w.vecs, w.row_vecs);
+    w.blocks = channels_last || w.blocks < most ? w.blocks : most;
     w.plane_step = channels_last ? PlaneStep{} : plane_step(w.planes, w.blocks * kThreads * vec);
     return w;
 }
