@@ -10,6 +10,8 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0+PTX
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.dl4ds_kernels-setup
 PYTEST := $(PY) -m pytest
+# Tests run in this many processes; each keeps about one core busy and takes up to 4 GiB.
+TEST_JOBS ?= 2
 
 .PHONY: help setup build demo test test-fast test-full test-asan sim gates bench lint format docs tour dist clean
 help:           ## this list
@@ -39,10 +41,10 @@ demo: build     ## the main job: a stock ResNet-50 on a real photograph, optimiz
 	$(PY) -m dl4ds_kernels demo --html demo_report.html
 
 test: build     ## the test suite
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full" -n $(TEST_JOBS) --dist worksteal
 
 test-fast: build ## the inner loop, under 3 minutes
-	$(PYTEST) -m "not full and not slow" -x
+	$(PYTEST) -m "not full and not slow" -n $(TEST_JOBS) --dist worksteal -x
 
 test-full: build ## everything, long runs included (hours): bench/results/test-full.md
 	@$(PYTEST) --junitxml=build/test-full.xml; code=$$?; \

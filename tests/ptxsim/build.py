@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import toolchain
@@ -46,19 +48,31 @@ def digest(*parts: str | bytes | Path) -> str:
     return h.hexdigest()[:20]
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process (and thread) at a time; the file stays, empty."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def cached(folder: str, key: str, names: Sequence[str], make) -> Path:
-    """The folder cache/folder/key holding `names`; `make(temporary_folder)` creates it once, atomically."""
+    """The folder cache/folder/key holding `names`; `make(temporary_folder)` creates it once, atomically.
+
+    Another process that needs it meanwhile waits: the tests run in two, and one compilation keeps both cores busy.
+    """
     target = cache_folder() / folder / key
-    if not all((target / name).exists() for name in names):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if all((target / name).exists() for name in names):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent / f".lock-{key}"):
+        if all((target / name).exists() for name in names):
+            return target
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         try:
             make(temporary)
-            try:
-                temporary.rename(target)
-            except OSError:  # somebody else was faster
-                if not all((target / name).exists() for name in names):
-                    raise
+            shutil.rmtree(target, ignore_errors=True)  # what an interrupted clean-up left
+            temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return target

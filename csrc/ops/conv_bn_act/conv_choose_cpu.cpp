@@ -16,6 +16,10 @@ double ceil_div(int64_t a, int64_t b) { return static_cast<double>((a + b - 1) /
 /// Reading weights from memory: all cores together get about ten bytes a cycle.
 constexpr double kCyclesPerWeightByte = 0.1;
 
+/// What a larger pack has to save, in cycles a byte: a megabyte for some 30 us a call. ResNet-50 at batch 1 takes
+/// 50 MB less than by the cycles alone, and no more time that could be measured (docs/cpu-engine.md).
+constexpr double kCyclesPerPackedByte = 0.1;
+
 /// GEMM of `rows` rows (pixels or tiles) with `panels` panels over k, on all threads.
 double gemm_cycles(double rows, double panels, double k, double rows_end, double threads) {
     const ConvKernels& kernels = conv_kernels();
@@ -60,6 +64,21 @@ double strassen_cycles(const ConvShape& s, double threads) {
     return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
 }
 
+/// What the packed weight takes, beside the weight as it is.
+double packed_bytes(ConvAlgorithm algorithm, const ConvShape& s) {
+    const double weight = static_cast<double>(s.channels_out * s.group_channels()) * 4.0;
+    switch (algorithm) {
+        case ConvAlgorithm::kWinograd2:
+            return 16.0 * weight;
+        case ConvAlgorithm::kWinograd4:
+            return 36.0 * weight;
+        case ConvAlgorithm::kStrassen:
+            return 7.0 / 4.0 * weight;
+        default:
+            return static_cast<double>(s.taps()) * weight;
+    }
+}
+
 /// Whether a variable of the environment leaves its algorithm switched on.
 bool is_on(const char* text) { return text == nullptr || std::strcmp(text, "0") != 0; }
 
@@ -101,18 +120,20 @@ ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
     }
     const double t = static_cast<double>(std::max<int64_t>(1, threads));
     ConvAlgorithm best = ConvAlgorithm::kDirect;
-    if (!exact && strassen_allowed() && conv_supports(ConvAlgorithm::kStrassen, s) &&
-        strassen_cycles(s, t) < direct_cycles(s, t)) {
-        best = ConvAlgorithm::kStrassen;
+    double least = direct_cycles(s, t);
+    const auto consider = [&](ConvAlgorithm algorithm, double cycles) {
+        const double more = packed_bytes(algorithm, s) - packed_bytes(best, s);
+        if (cycles + kCyclesPerPackedByte * std::max(0.0, more) < least) {
+            best = algorithm, least = cycles;
+        }
+    };
+    if (!exact && strassen_allowed() && conv_supports(ConvAlgorithm::kStrassen, s)) {
+        consider(ConvAlgorithm::kStrassen, strassen_cycles(s, t));
     }
     if (winograd_allowed() && conv_supports(ConvAlgorithm::kWinograd4, s)) {
-        double least = direct_cycles(s, t);
-        const double two = winograd_cycles(2, s, t), four = winograd_cycles(4, s, t);
-        if (two < least) {
-            best = ConvAlgorithm::kWinograd2, least = two;
-        }
-        if (!exact && four < least) {
-            best = ConvAlgorithm::kWinograd4;
+        consider(ConvAlgorithm::kWinograd2, winograd_cycles(2, s, t));
+        if (!exact) {
+            consider(ConvAlgorithm::kWinograd4, winograd_cycles(4, s, t));
         }
     }
     return best;
