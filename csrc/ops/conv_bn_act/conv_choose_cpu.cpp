@@ -16,8 +16,8 @@ double ceil_div(int64_t a, int64_t b) { return static_cast<double>((a + b - 1) /
 /// Reading weights from memory: all cores together get about ten bytes a cycle.
 constexpr double kCyclesPerWeightByte = 0.1;
 
-/// What a larger pack has to save, in cycles a byte: a megabyte for some 30 us a call. ResNet-50 at batch 1 takes
-/// 50 MB less than by the cycles alone, and no more time that could be measured (docs/cpu-engine.md).
+/// What a larger pack has to save, in cycles a byte: a megabyte for some 30 us a call. ResNet-50 at batch 1
+/// takes 50 MB less than by the cycles alone, and no more time that could be measured (docs/cpu-engine.md).
 constexpr double kCyclesPerPackedByte = 0.1;
 
 /// GEMM of `rows` rows (pixels or tiles) with `panels` panels over k, on all threads.
