@@ -155,8 +155,8 @@ def _dgrad_runner(device: Any, call: Call) -> Callable[[int], Any]:
 
     def pair(dz: torch.Tensor, *known: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         maps = [(t, ones, zeros, ones, 1e-5, False) for t in (y, other[0])]
-        dx, dresidual, *sums = op("bn_act_pair_bwd")(dz, front, activation, 0.1, *maps[0], *maps[1], *known)
-        return dz, dx, dresidual, *(taken if given is None else given for taken, given in zip(sums, known, strict=True))
+        dx, dresidual, *taken = op("bn_act_pair_bwd")(dz, front, activation, 0.1, *maps[0], *maps[1], *known)
+        return dz, dx, dresidual, *(a if b is None else b for a, b in zip(taken, known, strict=True))
 
     def library() -> tuple[torch.Tensor, ...]:
         dz = torch.ops.aten.convolution_backward(

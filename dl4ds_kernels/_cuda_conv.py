@@ -116,8 +116,8 @@ def explain_dgrad(
     """The same of the gradient of x in the backward pass of a convolution, ``x = act(bn(...))`` in training.
 
     sums: of how many BatchNorms in front the sums are taken on the way. 1: the one that made x is known, and nothing else reads
-    x; 2: a block made x that ends in two (its shortcut has one). added: another gradient is added: 0: none, else the step of its
-    rows and columns. The times are those of all that comes before the elementwise pass of those BatchNorms.
+    x; 2: a block made x that ends in two (its shortcut has one). added: another gradient is added: 0: none, else the step of
+    its rows and columns. The times are those of all that comes before the elementwise pass of those BatchNorms.
     """
     (reason, tile, _, fused_ns, library_ns), measured, told = _ask(
         DGRAD, question or op("conv_bn_act_dgrad_route"), x, weight, stride, padding, dilation, groups, added, masked, sums,

@@ -62,7 +62,7 @@ def _conv_bn_act_train_fused(a: Any) -> Passes:
 
 
 def _dgrad(a: Any) -> Passes:
-    """dout is read and dx written; what is added and what BatchNorms in front normalised are each read once, with their bits."""
+    """dout is read and dx written; what is added, and what BatchNorms in front normalised, are read once, with their bits."""
     maps = ("dout", "added", "added_mask", "y", "mask", "other_y")
     return {**dict.fromkeys(maps, (1, 0)), "dx": (0, 1)}
 
