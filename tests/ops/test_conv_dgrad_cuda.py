@@ -110,6 +110,7 @@ WAYS = [
     (None, NONE, None, RELU, True), ("masked", RELU, "two", RELU, True), ("masked", RELU, "bits", LEAKY, False),
     ("masked", LEAKY, None, LEAKY, True), ("plain", NONE, None, RELU6, True), ("step", NONE, "bits", RELU6, True),
     ("masked", RELU6, "two", NONE, False), ("masked", RELU, "no sums", NONE, True), ("step", NONE, "two", LEAKY, False),
+    ("plain", NONE, "bits", RELU, True), ("step", NONE, None, RELU, False), ("masked", RELU6, None, NONE, False),
 ]  # fmt: skip
 
 
