@@ -193,6 +193,17 @@ def test_a_projection_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.two == [2]
 
 
+def test_maps_that_the_pair_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls of bn_act_bwd take their sums themselves: nobody leaves any with such a block."""
+    monkeypatch.setattr(_bn_act_pair, "fits", lambda y: False)
+    make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
+    want, _ = gradients(make, False, monkeypatch)
+    got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    assert not kernels.two
+    assert kernels.kinds == {(False, False, True): 5, (True, True, True): 1, (True, True, False): 1, (True, False, False): 1}
+
+
 def test_a_block_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are left with a block of another namespace (Triton), which has no op for them, are taken again."""
     make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
