@@ -120,9 +120,8 @@ LAYER = Kind(
 def _dgrad_key(call: Call) -> str:
     step = f" step{call['added']}" if call["added"] > 1 else ""
     flags = (f" added{step}" if call["added"] else "") + (" by bits" if call["masked"] else "")
-    return f"conv_bn_act_dgrad {_sizes(call, 'pad', 'dilation')}{flags}" + (
-        f" sums act{call['activation']}" if call["sums"] else ""
-    )
+    sums = ["", " sums", " two sums"][call["sums"]] + (f" act{call['activation']}" if call["sums"] else "")
+    return f"conv_bn_act_dgrad {_sizes(call, 'pad', 'dilation')}{flags}{sums}"
 
 
 def _dgrad_words(code: int) -> str:
@@ -133,7 +132,9 @@ def _dgrad_words(code: int) -> str:
 
 
 def _dgrad_runner(device: Any, call: Call) -> Callable[[int], Any]:
-    """All that comes before the elementwise pass of the BatchNorm in front, which both ways end in."""
+    """All that comes before the elementwise pass of the BatchNorm in front, which both ways end in. Of two BatchNorms in front
+    that pass too: the sums alone are no op.
+    """
     dtype, n, c, size = _DTYPES[call["dtype"]], call["n"], call["c"], [call["h"], call["w"]]
     pad, dilation = _pairs(call, "pad", "dilation")
     dout = device.tensor((n, call["k"], *_spans(call, (1, 1), pad, dilation)), dtype)
@@ -147,6 +148,15 @@ def _dgrad_runner(device: Any, call: Call) -> Callable[[int], Any]:
     fused, sums = op("conv_bn_act_dgrad_bwd"), op("bn_act_bwd")
     added = (some, bits, int(masked), 0.1, step or 1)
     site = (y, ones, zeros, zeros, ones) if call["sums"] else (None,) * 5
+    both, front, other = call["sums"] == 2, None, (None,) * 3
+    if both:
+        other = device.tensor((n, c, *size), dtype), zeros, ones
+        front = torch.full(((y.numel() + 7) // 8,), 0b00110011, dtype=torch.uint8, device=y.device) if activation else None
+
+    def pair(dz: torch.Tensor, *known: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        maps = [(t, ones, zeros, ones, 1e-5, False) for t in (y, other[0])]
+        dx, dresidual, *taken = op("bn_act_pair_bwd")(dz, front, activation, 0.1, *maps[0], *maps[1], *known)
+        return dz, dx, dresidual, *(a if b is None else b for a, b in zip(taken, known, strict=True))
 
     def library() -> tuple[torch.Tensor, ...]:
         dz = torch.ops.aten.convolution_backward(
@@ -158,14 +168,16 @@ def _dgrad_runner(device: Any, call: Call) -> Callable[[int], Any]:
             dz.add_(whole)
         if not call["sums"]:
             return (dz,)
+        if both:
+            return pair(dz, None, None, None)
         return dz, *sums(dz, *site, None, None, True, 1e-5, False, activation, 0.1, False, True, False)[1:3]
 
     def run(code: int) -> tuple[torch.Tensor, ...]:
-        """The gradient, and with sums those of the BatchNorm's weight and bias."""
+        """The gradient, and with sums those of the BatchNorm's weight and bias (of two: what they end in, and all sums)."""
         if code == LIBRARY:
             return library()
-        dz, _, *rest = fused(dout, weight, size, pad, dilation, *added, *site, None, 1e-5, False, activation, 0.1)
-        return dz, *(rest if call["sums"] else ())
+        dz, _, *rest = fused(dout, weight, size, pad, dilation, *added, *site, front, 1e-5, False, activation, 0.1, *other)
+        return pair(dz, *rest) if both else (dz, *(rest[:2] if call["sums"] else ()))
 
     return run
 

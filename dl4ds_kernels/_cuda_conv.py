@@ -111,19 +111,20 @@ def explain(
 
 def explain_dgrad(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: int,
-    added: int = 0, masked: bool = False, sums: bool = True, question: Callable[..., list[int]] | None = None,
+    added: int = 0, masked: bool = False, sums: int = 1, question: Callable[..., list[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The same of the gradient of x in the backward pass of a convolution, ``x = act(bn(...))`` in training.
 
-    sums: the BatchNorm in front is known (it made x, nothing else reads x), and its sums are taken on the way. added: another
-    gradient is added: 0: none, else the step of its rows and columns. The times are those of all that comes before the
-    elementwise pass of that BatchNorm.
+    sums: of how many BatchNorms in front the sums are taken on the way. 1: the one that made x is known, and nothing else reads
+    x; 2: a block made x that ends in two (its shortcut has one). added: another gradient is added: 0: none, else the step of
+    its rows and columns. The times are those of all that comes before the elementwise pass of those BatchNorms.
     """
     (reason, tile, _, fused_ns, library_ns), measured, told = _ask(
         DGRAD, question or op("conv_bn_act_dgrad_route"), x, weight, stride, padding, dilation, groups, added, masked, sums,
         activation,
     )  # fmt: skip
-    around = [*(["what is added"] if added else []), *(["the sums of the BatchNorm in front"] if sums else [])]
+    front = ["", "the sums of the BatchNorm in front", "the sums of the two BatchNorms in front"][sums]
+    around = [*(["what is added"] if added else []), *([front] if sums else [])]
     kernels = "cuDNN" + (f", then {' and '.join(around)}" if around else "")
     if reason == 0:
         kernels = "one fused kernel (CUTLASS main loop)" + (f" with {' and '.join(around)}" if around else "")

@@ -25,11 +25,11 @@ def conv_dgrad(
     step: int = 1, bn: dict[str, Tensor | None] | None = None, mask: Tensor | None = None, activation: int = 0,
     slope: float = 0.1, tile: str = "k64x64", options: dict[str, int] | None = None, refusal: int = 0, **more: Any,
 ) -> tuple[Tensor | None, Tensor | None, list[Report]]:  # fmt: skip
-    """``(dx, sums (parts, 2, C) or None, reports)`` of ``y = conv(x)`` with ``x.shape[2:] == size``, stride 1.
+    """``(dx, sums (parts, 2 or 3, C) or None, reports)`` of ``y = conv(x)`` with ``x.shape[2:] == size``, stride 1.
 
-    ``bn``: y, mean, rstd, weight, bias of the BatchNorm in front; sums are taken if it is given. ``more``: members of the
-    nested ConvBnActFwdParams that replace those of the call. With ``refusal``: the launcher must give this reason and launch
-    nothing.
+    ``bn``: y, mean, rstd, weight, bias of the BatchNorm in front; sums are taken if it is given; other, other_mean: of another
+    one that was added. ``more``: members of the nested ConvBnActFwdParams that replace those of the call. With ``refusal``: the
+    launcher must give this reason and launch nothing.
     """
     n, k, height, width = dout.shape
     channels, (kh, kw) = weight.shape[1], weight.shape[2:]
@@ -49,6 +49,8 @@ def conv_dgrad(
         vectors = {} if bn is None else {name: launch.channels(bn[name], name) for name in ("mean", "rstd")}
         if bn is not None:
             vectors |= {f"bn_{name}": launch.channels(bn[name], f"bn_{name}") for name in ("weight", "bias")}
+            if bn.get("other") is not None:
+                vectors |= {name: launch.read(bn[name], name) for name in ("other", "other_mean")}
         params = headers().make(
             launch.struct, lambda value: value, conv=conv, filter=launch.read(weight, "weight"),
             **{f"filter_stride_{name}": s for name, s in zip(("out", "in", "h", "w"), weight.stride(), strict=True)},
@@ -59,7 +61,7 @@ def conv_dgrad(
         sums = None
         if bn is not None:
             parts = session.call("conv_bn_act_parts", params.conv, restype=ctypes.c_int64)
-            sums = torch.empty(parts, 2, channels)
+            sums = torch.empty(parts, 2 if bn.get("other") is None else 3, channels)
             params.sums = launch.pointer(sums, "sums", output=True)
         assert session.call("conv_bn_act_dgrad_refusal", params) == refusal
         if refusal:

@@ -221,34 +221,34 @@ def test_training_has_times_of_its_own(clock: Clock, cache: Path) -> None:
     assert [key.split()[0] for key in entries] == ["conv_bn_act_train"]
 
 
-def gradient_route(clock: Clock, added: int, masked: bool, asking: bool = False) -> dict[str, Any]:
+def gradient_route(clock: Clock, added: int, masked: bool, sums: int, asking: bool = False) -> dict[str, Any]:
     x, weight = layer()
     ask = lambda *args: host()("conv_bn_act_dgrad_route", *args)  # noqa: E731
     pairs = [1, 1], [1, 1], [1, 1]
     if not asking:
-        ask(x, weight, *pairs, 1, added, masked, True, 1)
-    return _cuda_conv.explain_dgrad(x, weight, *pairs, 1, 1, added, masked, question=ask)
+        ask(x, weight, *pairs, 1, added, masked, sums, 1)
+    return _cuda_conv.explain_dgrad(x, weight, *pairs, 1, 1, added, masked, sums, question=ask)
 
 
-@pytest.mark.parametrize("added, masked, winner", [(1, True, 3), (2, False, 0)])
+@pytest.mark.parametrize("added, masked, sums, winner", [(1, True, 2, 3), (2, False, 1, 0)])
 def test_the_input_gradient_is_timed_with_what_is_around_it(
-    clock: Clock, cache: Path, added: int, masked: bool, winner: int
+    clock: Clock, cache: Path, added: int, masked: bool, sums: int, winner: int
 ) -> None:
     """Both ways compute the same; the faster one is the route, and explain says so."""
-    before = gradient_route(clock, added, masked, asking=True)
+    before = gradient_route(clock, added, masked, sums, asking=True)
     assert before["chosen_by"].startswith("table: not measured yet") and not clock.ran
     clock.forbidden, clock.times = "capture", {winner: 10.0}
-    assert gradient_route(clock, added, masked)["chosen_by"].startswith("table: a graph") and not clock.ran
+    assert gradient_route(clock, added, masked, sums)["chosen_by"].startswith("table: a graph") and not clock.ran
     clock.forbidden = None
-    found = gradient_route(clock, added, masked)
+    found = gradient_route(clock, added, masked, sums)
     assert set(clock.ran) == {0, 3} and set(clock.kinds) == {DGRAD.name} and found["chosen_by"] == "measured"
     assert found["measured_us"].keys() == {"cuDNN and the passes behind it", "fused 64x64"}
     assert found["kernels"].startswith("one fused" if winner else "cuDNN, then what is added and the sums")
     assert found["reason"] == ("measured to be faster fused" if winner else "measured to be no faster fused")
     ((_, entries),) = json.loads(cache.read_text())["machines"].items()
-    what = "added by bits" if masked else "added step2"
+    what = ("added by bits" if masked else "added step2") + (" two" if sums == 2 else "")
     assert list(entries) == [f"conv_bn_act_dgrad sm_80 float16 N1 C16 H6 W5 K24 k3x3 p1x1 d1x1 {what} sums act1"]
-    call = dict(zip(DGRAD.fields, (80, 2, added, masked, 1, 1, 1, 16, 6, 5, 24, 3, 3, 1, 1, 1, 1, 2), strict=True))
+    call = dict(zip(DGRAD.fields, (80, 2, added, masked, sums, 1, 1, 16, 6, 5, 24, 3, 3, 1, 1, 1, 1, 2), strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cuda_candidates, "op", lambda name: lambda *args: host()(name, *args))
         run = DGRAD.runner(clock, call)

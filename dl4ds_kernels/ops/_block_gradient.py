@@ -69,10 +69,10 @@ class Schedule:
 
 
 def pack_site(site: Site) -> tuple[Tensors, list[int], list[float]]:
-    """A BatchNorm as the op can take it: its tensors, which of the five optional ones there are, scalars."""
-    vectors = (site.weight, site.bias, site.mask)
-    code = [*(int(v is not None) for v in vectors), int(site.eps_std), site.activation]
-    return [site.y, site.mean, site.rstd, *(v for v in vectors if v is not None)], code, [site.eps, site.negative_slope]
+    """A BatchNorm as the op can take it: its tensors, scalars and which of the optional ones there are."""
+    optional = (site.weight, site.bias, site.mask, site.other_y, site.other_mean, site.other_rstd)
+    code = [int(site.eps_std), site.activation, *(int(v is not None) for v in optional)]
+    return [site.y, site.mean, site.rstd, *(v for v in optional if v is not None)], code, [site.eps, site.negative_slope]
 
 
 def unpack_site(tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequence[float]) -> Site | None:
@@ -80,8 +80,8 @@ def unpack_site(tensors: Sequence[Tensor], code: Sequence[int], numbers: Sequenc
         return None
     y, mean, rstd, *rest = tensors
     left = iter(rest)
-    weight, bias, mask = (next(left) if there else None for there in code[:3])
-    return Site(y, weight, bias, mean, rstd, mask, numbers[0], bool(code[3]), code[4], numbers[1])
+    weight, bias, mask, *other = (next(left) if there else None for there in code[2:])
+    return Site(y, weight, bias, mean, rstd, mask, numbers[0], bool(code[0]), code[1], numbers[1], *other)
 
 
 class Gradient(Schedule):
@@ -143,10 +143,10 @@ class Gradient(Schedule):
         self, dz: Tensor, known: Sequence[Tensor], y: Tensor, norm: Norm, projected: Tensor, other: Norm, activation: int,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``(dy, dprojected)`` of ``act(bn(y) + bn(projected))``; known: the sums of y's, if they were taken."""
+        """``(dy, dprojected)`` of ``act(bn(y) + bn(projected))``; known: the sums of y's or of both, if they were taken."""
         found = _bn_act_pair.apply_back(
             self.namespace, dz, mask, activation, self.block.negative_slope, self.normed(y, norm),
-            self.normed(projected, other), tuple(known[1:]) or None,
+            self.normed(projected, other), tuple(known[1:]),
         )  # fmt: skip
         self._note(norm, found.dweight, found.dbias)
         self._note(other, found.residual_dweight, found.dbias.clone())  # no result is another
@@ -217,8 +217,9 @@ def gradients(
 ) -> Tensors:
     """The gradients that are needed of x, convs and norms, in this order.
 
-    ``known``: the sums over dout of the last BatchNorm, if a convolution behind the block has taken them. ``front``: the
-    BatchNorm that made x; the sums over x's gradient then follow the gradients, if they were taken.
+    ``known``: the sums over dout of the last BatchNorm (and of the projection's, where the two are applied together), if a
+    convolution behind the block has taken them. ``front``: the BatchNorm that made x; the sums over x's gradient then follow
+    the gradients, if they were taken.
     """
     block = decode(code, numbers)
     front_site = unpack_site(front, front_code, front_numbers)

@@ -99,17 +99,19 @@ class Gradients(NamedTuple):
 
 def apply_back(
     namespace: str, dout: Tensor, mask: Tensor | None, activation: int, negative_slope: float, x: Normed, residual: Normed,
-    known: tuple[Tensor, Tensor] | None,
+    known: tuple[Tensor, ...] = (),
 ) -> Gradients:  # fmt: skip
-    """known: dweight and dbias of x's BatchNorm, if another kernel has taken its sums."""
+    """known: dweight and dbias of x's BatchNorm, if another kernel has taken its sums; and dweight of the residual's, if those
+    of both. They are among the results.
+    """
     if fits(x.y):
         maps = [(n.y, n.weight, n.mean, n.rstd, n.eps, n.eps_std) for n in (x, residual)]
         found = Gradients(
             *op("bn_act_pair_bwd", namespace)(
-                dout, mask, activation, negative_slope, *maps[0], *maps[1], *(known or (None, None))
+                dout, mask, activation, negative_slope, *maps[0], *maps[1], *known, *[None] * (3 - len(known))
             )
         )
-        return found if known is None else found._replace(dweight=known[0], dbias=known[1])
+        return found._replace(**dict(zip(("dweight", "dbias", "residual_dweight"), known, strict=False)))
     both = [
         op("bn_act_bwd", namespace)(
             dout, n.y, n.weight, n.bias, n.mean, n.rstd, None, mask, True, n.eps, n.eps_std, activation, negative_slope,
@@ -153,9 +155,10 @@ def _fake_pair(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _fake_pair_bwd(
     dout: Tensor, mask: Tensor | None, activation: int, slope: float, x: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    known, acc, channels = rest[-2] is not None, accumulate_dtype(x), x.shape[1]
+    known, both = rest[-3] is not None, rest[-1] is not None
     maps = [torch.empty_like(x, memory_format=suggested_format(x)) for _ in range(2)]
-    return (*maps, *(x.new_empty(n, dtype=acc) for n in (0 if known else channels, channels, channels)))
+    sizes = [0 if taken else x.shape[1] for taken in (known, both, both)]
+    return (*maps, *(x.new_empty(n, dtype=accumulate_dtype(x)) for n in sizes))
 
 
 define_op(
@@ -188,7 +191,7 @@ define_op(
     "bn_act_pair_bwd",
     "(Tensor dout, Tensor? mask, int activation, float negative_slope, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
     "float eps, bool eps_std, Tensor residual, Tensor? residual_weight, Tensor residual_mean, Tensor residual_rstd, "
-    "float residual_eps, bool residual_eps_std, Tensor? dweight, Tensor? dbias) "
+    "float residual_eps, bool residual_eps_std, Tensor? dweight, Tensor? dbias, Tensor? residual_dweight) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor residual_dweight)",
     fake=_fake_pair_bwd,
     stem="bn_act",

@@ -1,7 +1,7 @@
 """Contract of ``conv_bn_act_dgrad_bwd`` and ``bn_act_apply_bwd``, and how a backward pass schedules them.
 
 In a backward pass the input's gradient of a convolution is followed by reads of it: another gradient of the same tensor is
-added, and the BatchNorm that made the tensor sums over it. On CUDA the convolution's epilogue
+added, and the BatchNorm that made the tensor (or the two that were added) sums over it. On CUDA the convolution's epilogue
 (csrc/ops/conv_bn_act/conv_bn_act_dgrad*) does both while the gradient is in registers. There is no CPU or Triton kernel:
 :func:`dgrad` is asked only where :func:`serves` says yes: for stride-1 convolutions where the model expects a gain.
 
@@ -24,7 +24,10 @@ from ._layout import suggested_format
 
 
 class Site(NamedTuple):
-    """A BatchNorm in training and what comes behind it: ``act(bn(y) [+ residual])``; mask: where there is a residual."""
+    """A BatchNorm in training and what comes behind it: ``act(bn(y) [+ residual])``; mask: where there is a residual.
+
+    other_y, other_mean, other_rstd: the residual is another BatchNorm's output, and its sums are wanted too.
+    """
 
     y: Tensor
     weight: Tensor | None
@@ -36,6 +39,9 @@ class Site(NamedTuple):
     eps_std: bool
     activation: int
     negative_slope: float
+    other_y: Tensor | None = None
+    other_mean: Tensor | None = None
+    other_rstd: Tensor | None = None
 
 
 class Added(NamedTuple):
@@ -48,7 +54,7 @@ class Added(NamedTuple):
     step: int = 1
 
 
-Sums = tuple[Tensor, Tensor, Tensor]  # the elementwise pass's table, dweight, dbias
+Sums = tuple[Tensor, ...]  # the elementwise pass's table, dweight, dbias; of two BatchNorms no table, and dweight of the other
 
 
 def has_dgrad(namespace: str, x: Tensor) -> bool:
@@ -70,8 +76,9 @@ def serves(
         return False  # sizes alone do not tell it: the choice is the call's
     stride, padding, dilation, groups = geometry
     code = 0 if site is None else site.activation
+    sums = 0 if site is None else 1 if site.other_y is None else 2
     route = op("conv_bn_act_dgrad_route", namespace)
-    return route(x, weight, stride, padding, dilation, groups, step, masked, site is not None, code)[0] == 0
+    return route(x, weight, stride, padding, dilation, groups, step, masked, sums, code)[0] == 0
 
 
 def has_bits(site: Site) -> bool:
@@ -86,9 +93,9 @@ def dgrad(
     """``(dx, sums)`` of ``y = conv(x)`` with ``x.shape[2:] == size``: what is added is in dx, and the sums are of it."""
     _, padding, dilation, _ = geometry
     more = (None, None, 0, 0.0, 1) if added is None else tuple(added)
-    front: tuple[Any, ...] = (None,) * 6 + (0.0, False, 0, 0.0) if site is None else tuple(site)
+    front: tuple[Any, ...] = (*(None,) * 6, 0.0, False, 0, 0.0, *(None,) * 3) if site is None else tuple(site)
     dx, *sums = op("conv_bn_act_dgrad_bwd", namespace)(dy, weight, [*size], padding, dilation, *more, *front)
-    return dx, None if site is None else tuple(sums)
+    return dx, None if site is None else tuple(sums[: 3 if site.other_y is None else 4])
 
 
 def apply(namespace: str, dout: Tensor, table: Tensor, site: Site, need_dresidual: bool = False) -> tuple[Tensor, Tensor]:
@@ -196,10 +203,11 @@ def left_residual(ctx: Any) -> Added | None:
 
 
 def _fake_dgrad(dout: Tensor, weight: Tensor, size: list[int], *rest: Any) -> tuple[Tensor, ...]:
-    channels, y = weight.shape[1], rest[7]
+    channels, y, other = weight.shape[1], rest[7], rest[17]
     dx = dout.new_empty((dout.shape[0], channels, *size)).to(memory_format=torch.channels_last)
     n = channels if y is not None else 0
-    return dx, *(dout.new_empty(length, dtype=torch.float32) for length in (4 * ((n + 3) // 4 * 4), n, n))
+    table, others = (4 * ((n + 3) // 4 * 4), 0) if other is None else (0, n)
+    return dx, *(dout.new_empty(length, dtype=torch.float32) for length in (table, n, n, others))
 
 
 def _fake_apply(dout: Tensor, table: Tensor, x: Tensor, mask: Any, code: int, slope: float, need: bool) -> tuple[Tensor, ...]:
@@ -215,8 +223,9 @@ define_op(
     "conv_bn_act_dgrad_bwd",
     "(Tensor dout, Tensor weight, int[] size, int[] padding, int[] dilation, Tensor? added, Tensor? added_mask, "
     "int added_activation, float added_slope, int added_step, Tensor? y, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
-    "Tensor? rstd, Tensor? mask, float eps, bool eps_std, int activation, float negative_slope) "
-    "-> (Tensor dx, Tensor table, Tensor dweight, Tensor dbias)",
+    "Tensor? rstd, Tensor? mask, float eps, bool eps_std, int activation, float negative_slope, Tensor? other_y, "
+    "Tensor? other_mean, Tensor? other_rstd) "
+    "-> (Tensor dx, Tensor table, Tensor dweight, Tensor dbias, Tensor other_dweight)",
     fake=_fake_dgrad,
     stem="conv_bn_act",
     triton=False,
@@ -231,7 +240,7 @@ define_op(
 )
 define_op(
     "conv_bn_act_dgrad_route",
-    "(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int added, bool masked, bool sums, "
+    "(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, int groups, int added, bool masked, int sums, "
     "int activation) "
     "-> int[]",
     fake=_fake_route,

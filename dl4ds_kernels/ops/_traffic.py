@@ -62,8 +62,9 @@ def _conv_bn_act_train_fused(a: Any) -> Passes:
 
 
 def _dgrad(a: Any) -> Passes:
-    """dout is read and dx written; what is added and y are each read once, with their bits."""
-    return {"dout": (1, 0), "added": (1, 0), "added_mask": (1, 0), "y": (1, 0), "mask": (1, 0), "dx": (0, 1)}
+    """dout is read and dx written; what is added, and what BatchNorms in front normalised, are read once, with their bits."""
+    maps = ("dout", "added", "added_mask", "y", "mask", "other_y")
+    return {**dict.fromkeys(maps, (1, 0)), "dx": (0, 1)}
 
 
 def _bn_act_apply_bwd(a: Any) -> Passes:
@@ -72,9 +73,9 @@ def _bn_act_apply_bwd(a: Any) -> Passes:
 
 
 def _bn_act_pair_bwd(a: Any) -> Passes:
-    """Both gradients in one pass; before it one for the sums, which does not read x where its sums are known."""
-    taken = int(a.dweight is None)
-    return {"dout": (2, 0), "mask": (2, 0), "x": (1 + taken, 0), "residual": (2, 0), "dx": (0, 1), "dresidual": (0, 1)}
+    """Both gradients in one pass; before it one for the sums that are not known: it does not read x where those of x are."""
+    x, both = 1 + int(a.dweight is None), 1 + int(a.residual_dweight is None)
+    return {"dout": (both, 0), "mask": (both, 0), "x": (x, 0), "residual": (both, 0), "dx": (0, 1), "dresidual": (0, 1)}
 
 
 def _conv_bn_stats(a: Any) -> Passes:
@@ -171,8 +172,8 @@ _RESULTS = {
     "bn_act_bwd": ("dx", "dweight", "dbias", "dresidual"),
     "bn_act_apply_bwd": ("dx", "dresidual"),
     "bn_act_pair": ("out", "mask"),
-    "bn_act_pair_bwd": ("dx", "dresidual", "dweight_", "dbias_", "residual_dweight"),
-    "conv_bn_act_dgrad_bwd": ("dx", "table", "dweight", "dbias"),
+    "bn_act_pair_bwd": ("dx", "dresidual", "dweight_", "dbias_", "residual_dweight_"),
+    "conv_bn_act_dgrad_bwd": ("dx", "table", "dweight", "dbias", "other_dweight"),
     "add_act": ("out", "mask"),
     "conv_bn_act_train": ("out", "y", "mean", "rstd", "mask"),
     "conv_bn_stats": ("y", "mean", "rstd"),

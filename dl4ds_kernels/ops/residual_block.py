@@ -167,7 +167,7 @@ def _groups(ctx: Any) -> list[Tensors]:
 
 
 def _site(ctx: Any) -> Site | None:
-    """The BatchNorm behind which the block's output lies; None if its convolution's output is not kept."""
+    """The BatchNorm behind which the block's output lies, or the two; None if its convolution's output is not kept."""
     code, numbers, training, memory_efficient = ctx.scalars
     block = decode(code, numbers)
     if block.preact or not training or memory_efficient:
@@ -176,11 +176,17 @@ def _site(ctx: Any) -> Site | None:
     norm = block.convs[-1].norm
     weight, bias = (norms[place] if place >= 0 else None for place in (norm.weight, norm.bias))
     mean, rstd = statistics[2 * norm.index : 2 * norm.index + 2]
-    y = kept[len(block.convs) - 1]
+    y, other = kept[len(block.convs) - 1], ()
     bits = mask if mask.numel() else None
     if bits is None and block.shortcut and block.activation:
         return None  # the side of the kink depends on what was added
-    return Site(y, weight, bias, mean, rstd, bits, norm.eps, norm.eps_std, block.activation, block.negative_slope)
+    if block.projection is not None and block.projection.norm is not None and _bn_act_pair.wanted(CPP, y, block.activation):
+        if not _bn_act_pair.fits(y):
+            return None  # two calls of bn_act_bwd, which take their sums themselves
+        if block.keep_projection:
+            index = 2 * block.projection.norm.index
+            other = kept[len(block.convs)], *statistics[index : index + 2]
+    return Site(y, weight, bias, mean, rstd, bits, norm.eps, norm.eps_std, block.activation, block.negative_slope, *other)
 
 
 _conv_dgrad.offers_site("residual_block", _site)
@@ -192,8 +198,9 @@ def _backward(namespace: str, ctx: Any, dout: Tensor | None, *_: Any) -> tuple[A
     if dout is None:
         return (None, [None] * len(need_convs), [None] * len(need_norms), *none)
     (x,), convs, norms, running, kept, statistics, (mask,) = _groups(ctx)
-    found = _conv_dgrad.site_of(ctx) if need_x and _conv_dgrad.has_dgrad(namespace, x) else None
-    known = _conv_dgrad.known_sums(ctx, dout)
+    lean, known = _conv_dgrad.has_dgrad(namespace, x), _conv_dgrad.known_sums(ctx, dout)
+    known = known if lean else None  # a block of another namespace leaves sums that this one has no op for
+    found = _conv_dgrad.site_of(ctx) if need_x and lean else None
     given_to = (
         dout, mask, x, convs, norms, running, kept, statistics, *ctx.scalars, [need_x, *need_convs, *need_norms]
     )  # fmt: skip

@@ -71,7 +71,7 @@ def test_two_calls_in_one(case: tuple[Any, ...], kernels: None) -> None:
     assert op("bn_act_pair")(*x[:5], *residual[:5], code, 0.1, False)[1].numel() == 0
     dout = lay_out(torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype), layout)
     bits = mask if code else None
-    found = _bn_act_pair.apply_back("dl4ds_kernels", dout, bits, code, 0.1, x, residual, None)
+    found = _bn_act_pair.apply_back("dl4ds_kernels", dout, bits, code, 0.1, x, residual)
     order = suggested_format(x.y)  # the sums are taken of dense maps in the order of x
     rest = (None, bits, True, x.eps, x.eps_std, code, 0.1, True, True, False)
     separate = [
@@ -90,6 +90,11 @@ def test_two_calls_in_one(case: tuple[Any, ...], kernels: None) -> None:
     assert given.dweight is dweight and torch.equal(given.residual_dweight, residual_dweight)
     torch.testing.assert_close(given.dx, dx, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
     assert torch.equal(given.dresidual, found.dresidual)
+    known = (dweight, dbias, residual_dweight)
+    given = _bn_act_pair.apply_back("dl4ds_kernels", dout, bits, code, 0.1, x, residual, known)
+    assert all(a is b for a, b in zip(known, (given.dweight, given.dbias, given.residual_dweight), strict=True))
+    for got, want in ((given.dx, dx), (given.dresidual, dresidual)):
+        torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -101,7 +106,7 @@ def test_same_bits_for_any_number_of_threads(layout: str, kernels: None) -> None
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             out, mask = op("bn_act_pair")(*x[:5], *residual[:5], 1, 0.1, True)
-            found = _bn_act_pair.apply_back("dl4ds_kernels", out, mask, 1, 0.1, x, residual, None)
+            found = _bn_act_pair.apply_back("dl4ds_kernels", out, mask, 1, 0.1, x, residual)
             results.append((*op("bn_stats")(x.y, None, None, 0.1, 1e-3, False), out, mask, *found))
     finally:
         torch.set_num_threads(before)
@@ -125,7 +130,7 @@ def test_opcheck(layout: str, kernels: None) -> None:
         torch.library.opcheck(op("bn_act_pair"), (*x[:5], *residual[:5], 1, 0.0, save))
     mask = torch.zeros(90, dtype=torch.uint8)
     maps = [(n.y, n.weight, n.mean, n.rstd, n.eps, n.eps_std) for n in (x, residual)]
-    for known in ((None, None), (torch.zeros(12), torch.zeros(12))):
+    for known in ((None,) * 3, (torch.zeros(12), torch.zeros(12), None), (torch.zeros(12),) * 3):
         torch.library.opcheck(op("bn_act_pair_bwd"), (torch.randn(2, 12, 6, 5), mask, 1, 0.0, *maps[0], *maps[1], *known))
 
 
@@ -146,8 +151,11 @@ def test_errors(kernels: None) -> None:
         *known,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="bn_act_pair_bwd: mask: expected one with an activation"):
-        back(None, None, None)
+        back(None, None, None, None)
     with pytest.raises(RuntimeError, match=r"bn_act_pair_bwd: mask: expected shape \(ceil\(numel / 8\),\) = \(90,\)"):
-        back(torch.zeros(3, dtype=torch.uint8), None, None)
-    with pytest.raises(RuntimeError, match="bn_act_pair_bwd: expected dweight and dbias both given"):
-        back(torch.zeros(90, dtype=torch.uint8), x.mean, None)
+        back(torch.zeros(3, dtype=torch.uint8), None, None, None)
+    for known in ((x.mean, None, None), (None, None, x.mean)):
+        with pytest.raises(RuntimeError, match="bn_act_pair_bwd: expected dweight and dbias both given"):
+            back(torch.zeros(90, dtype=torch.uint8), *known)
+    with pytest.raises(RuntimeError, match="bn_act_pair_bwd: residual_dweight: expected shape"):
+        back(torch.zeros(90, dtype=torch.uint8), x.mean, x.mean, x.mean[:3])

@@ -68,13 +68,15 @@ def test_against_cpu(case: tuple[Any, ...], code: int) -> None:
     dout = lay_out(torch.randn(shape).to(dtype), layout)
     maps = [v for n in (x, residual) for v in (n.y, n.weight, n.mean, n.rstd, n.eps, n.eps_std)]
     args = (dout, want[1] if code else None, code, 0.1, *maps)
-    gradients = op("bn_act_pair_bwd")(*args, None, None)
-    found = host()("bn_act_pair_bwd", *args, None, None)
+    gradients = op("bn_act_pair_bwd")(*args, None, None, None)
+    found = host()("bn_act_pair_bwd", *args, None, None, None)
     close(found, gradients, dtype)
-    known = host()("bn_act_pair_bwd", *args, *found[2:4])
+    known = host()("bn_act_pair_bwd", *args, *found[2:4], None)
     assert known[2].numel() == 0
     # The kernel that sums for both BatchNorms adds in the order of the one that then sums for the residual alone.
     assert all(torch.equal(known[i], found[i]) for i in (0, 1, 3, 4))
+    known = host()("bn_act_pair_bwd", *args, *found[2:])
+    assert all(torch.equal(known[i], found[i]) for i in (0, 1)) and not any(t.numel() for t in known[2:])
 
 
 def test_errors() -> None:
@@ -89,7 +91,9 @@ def test_errors() -> None:
         host()("bn_act_pair", *x[:5], *x[:5], 4, 0.0, True)
     with pytest.raises(RuntimeError, match="bn_act_pair_bwd: mask: expected one with an activation"):
         maps = (x.y, None, x.mean, x.rstd, 1e-3, False)
-        host()("bn_act_pair_bwd", x.y, None, 1, 0.0, *maps, *maps, None, None)
+        host()("bn_act_pair_bwd", x.y, None, 1, 0.0, *maps, *maps, None, None, None)
+    with pytest.raises(RuntimeError, match="bn_act_pair_bwd: expected dweight and dbias both given"):
+        host()("bn_act_pair_bwd", x.y, None, 0, 0.0, *maps, *maps, None, None, x.mean)
 
 
 @pytest.mark.parametrize("wish", ["fused", "library"])
@@ -112,7 +116,7 @@ def test_where_the_kernels_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     for fits in (True, False):
         monkeypatch.setattr(_bn_act_pair, "fits", lambda y, fits=fits: fits)
         out, mask = _bn_act_pair.apply("dl4ds_kernels", x, residual, 1, 0.1, True)
-        run.append((out, mask, *_bn_act_pair.apply_back("dl4ds_kernels", out, mask, 1, 0.1, x, residual, None)))
+        run.append((out, mask, *_bn_act_pair.apply_back("dl4ds_kernels", out, mask, 1, 0.1, x, residual)))
     for a, b in zip(*run, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -71,10 +71,12 @@ def case(dtype: torch.dtype, geometry: tuple, seed: int) -> dict[str, Any]:
     weight = channels_last(weight) if seed % 2 else weight
     bn = {"y": channels_last(exact(*shape, dtype=dtype)), "mean": torch.randn(shape[1]), "rstd": torch.rand(shape[1]) + 0.5}
     bn |= {"weight": torch.randn(shape[1]), "bias": torch.randn(shape[1])}
+    other = {"other": channels_last(exact(*shape, dtype=dtype)), "other_mean": torch.randn(shape[1])}
     given = {"dout": dout, "weight": weight, "size": shape[2:], "padding": [padding] * 2, "dilation": [dilation] * 2}
     back = lambda d, w: torch.nn.grad.conv2d_input(shape, w, d, 1, padding, dilation)  # noqa: E731
     want, width = back(dout.double(), weight.double()), back(dout.double().abs(), weight.double().abs())
-    return {"given": given, "bn": bn, "want": want, "width": width, "added": channels_last(exact(*shape, dtype=dtype))}
+    added = channels_last(exact(*shape, dtype=dtype))
+    return {"given": given, "bn": bn, "other": other, "want": want, "width": width, "added": added}
 
 
 def argument(bn: dict[str, Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -90,19 +92,25 @@ def check_sums(dx: Tensor, sums: Tensor, bn: dict[str, Tensor | None], bits: Ten
     """Every tile's sums to fp32's last bits."""
     side = unpacked(bits, dx) if bits is not None else above(argument(bn, dx.dtype), code)
     dz = behind(dx.double(), side, code)
-    away = bn["y"].double() - bn["mean"].double().view(1, -1, 1, 1)
-    for place, terms in enumerate((dz, dz * away)):
+    every = [dz]
+    for y, mean in (("y", "mean"), ("other", "other_mean")):
+        if y in bn:
+            every.append(dz * (bn[y].double() - bn[mean].double().view(1, -1, 1, 1)))
+    assert sums.shape[1] == len(every)
+    for place, terms in enumerate(every):
         tiles = terms.permute(0, 2, 3, 1).flatten(0, 2).split(rows)
         want, size = torch.stack([t.sum(0) for t in tiles]), torch.stack([t.abs().sum(0) for t in tiles])
         assert want.shape == sums[:, place].shape
         assert bool(((sums[:, place].double() - want).abs() <= 1e-6 * size + 1e-30).all())
 
 
-# added (None, plain, masked, every second pixel), its activation; mask bits in front, activation in front, vectors in front
+# added (None, plain, masked, every second pixel), its activation; mask bits in front (two: of two BatchNorms), activation in
+# front, vectors in front. Every third is run, so every tile and type has sums of two.
 WAYS = [
-    (None, NONE, None, RELU, True), ("plain", NONE, "bits", RELU, True), ("masked", RELU, "bits", LEAKY, False),
+    (None, NONE, None, RELU, True), ("masked", RELU, "two", RELU, True), ("masked", RELU, "bits", LEAKY, False),
     ("masked", LEAKY, None, LEAKY, True), ("plain", NONE, None, RELU6, True), ("step", NONE, "bits", RELU6, True),
-    ("masked", RELU6, None, NONE, False), ("masked", RELU, "no sums", NONE, True), ("step", NONE, None, RELU, False),
+    ("masked", RELU6, "two", NONE, False), ("masked", RELU, "no sums", NONE, True), ("step", NONE, "two", LEAKY, False),
+    ("plain", NONE, "bits", RELU, True), ("step", NONE, None, RELU, False), ("masked", RELU6, None, NONE, False),
 ]  # fmt: skip
 
 
@@ -117,9 +125,9 @@ def test_gradient_and_sums(dtype: torch.dtype, tile: str, request: pytest.Fixtur
             continue
         c = case(dtype, geometries[(i + TILES.index(tile)) % len(geometries)], seed=i)
         kind, added_code, front, code, vectors = way
-        bn = c["bn"] | ({} if vectors else {"weight": None, "bias": None})
+        bn = c["bn"] | ({} if vectors else {"weight": None, "bias": None}) | (c["other"] if front == "two" else {})
         more: dict[str, Any] = {"bn": None if front == "no sums" else bn, "activation": code, "tile": tile}
-        bits = random_bits(c["want"].numel()) if front == "bits" else None
+        bits = random_bits(c["want"].numel()) if front in ("bits", "two") and code != NONE else None
         want, width = c["want"], c["width"]
         if kind is not None:
             full_size = c["added"].double()
@@ -148,16 +156,16 @@ def test_gradient_and_sums(dtype: torch.dtype, tile: str, request: pytest.Fixtur
 def test_touches_what_it_declares(dtype: torch.dtype) -> None:
     """Distinct bytes of every map and mask are those of the declaration (ops/_traffic.py)."""
     c = case(dtype, ((1, 128, 16, 16), 64, 1, 0, 1), seed=1)
-    g, bn, masks = c["given"], c["bn"], (random_bits(c["want"].numel()), random_bits(c["want"].numel()))
+    g, bn, masks = c["given"], c["bn"] | c["other"], (random_bits(c["want"].numel()), random_bits(c["want"].numel()))
     dx, _, reports = conv_dgrad(
         **g, bn=bn, added=c["added"], added_mask=masks[0], added_activation=RELU, mask=masks[1], activation=RELU,
         tile="k128x128",
     )  # fmt: skip
-    front = (bn["y"], bn["weight"], bn["bias"], bn["mean"], bn["rstd"], masks[1], 1e-5, False, RELU, 0.0)
+    front = (bn["y"], bn["weight"], bn["bias"], bn["mean"], bn["rstd"], masks[1], 1e-5, False, RELU, 0.0, bn["other"])
     args = (g["dout"], g["weight"], [16, 16], [0, 0], [1, 1], c["added"], masks[0], RELU, 0.0, 1, *front)
-    declared = moved(op("conv_bn_act_dgrad_bwd"), args, (dx, None, None, None))
-    touched = {name: (t["read"], t["written"]) for name, t in reports[-1].tensors.items()}
-    assert declared == {name: touched[name] for name in ("dout", "added", "added_mask", "y", "mask", "dx")}
+    declared = moved(op("conv_bn_act_dgrad_bwd"), args, (dx, None, None, None, None))
+    touched = {{"other": "other_y"}.get(name, name): (t["read"], t["written"]) for name, t in reports[-1].tensors.items()}
+    assert declared == {name: touched[name] for name in ("dout", "added", "added_mask", "y", "mask", "other_y", "dx")}
     rest = sum(sum(both) for name, both in touched.items() if name not in declared)
     assert rest <= 0.2 * sum(map(sum, declared.values()))  # filter and sums: a map of 256 pixels is small
 
@@ -168,7 +176,8 @@ def test_refusals() -> None:
     bits = random_bits(c["want"].numel())
     for reason, more in (
         (5, {"channels": 12}), (9, {"slices": 2}), (13, {"pad_h": -1}), (14, {"activation": 4, "bn": c["bn"]}),
-        (14, {"mask": bits, "bn": c["bn"]}), (14, {"added": c["added"], "added_mask": bits}), (15, {"step": 0}),
+        (14, {"activation": RELU, "bn": c["bn"] | c["other"]}), (14, {"mask": bits, "bn": c["bn"]}),
+        (14, {"added": c["added"], "added_mask": bits}), (15, {"step": 0}),
         (15, {"added": c["added"], "added_mask": bits, "added_activation": RELU, "step": 2}), (13, {"stride_h": 2}),
     ):  # fmt: skip
         tile = {"tile": "k128x128"} if reason == 9 else {}

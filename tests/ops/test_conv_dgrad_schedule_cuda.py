@@ -1,5 +1,5 @@
-"""Backward passes that take sums and additions from the convolution's epilogue: host functions over the PTX simulator, the
-schedule of blocks and layers, and what goes from one node of the autograd graph to another.
+"""Backward passes that take sums and additions from the convolution's epilogue, over the PTX simulator: the schedule of blocks
+and layers, and what goes from one node of the autograd graph to another.
 """
 
 from __future__ import annotations
@@ -15,93 +15,15 @@ from _cuda_host import host
 from torch import Tensor, nn
 
 import dl4ds_kernels as dk
-from dl4ds_kernels import _cuda_conv, models
+from dl4ds_kernels import models
 from dl4ds_kernels._define import op
 from dl4ds_kernels.ops import _bn_act_pair, _conv_bn_act_train, _conv_dgrad
 from dl4ds_kernels.ops._conv2d import convolve
-from dl4ds_kernels.ops._conv_dgrad import Added, Site
-
-HALF = torch.float16
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _toolchain() -> None:
     require_fused_conv()
-
-
-def operands(dtype: torch.dtype, residual: bool) -> tuple[Tensor, Tensor, Site, Added]:
-    """dy, weight, the BatchNorm in front, and another gradient."""
-    torch.manual_seed(7)
-    dy, weight = channels_last(torch.randn(2, 24, 9, 8).to(dtype)), channels_last((torch.randn(24, 40, 3, 3) / 15).to(dtype))
-    y, other = (channels_last(torch.randn(2, 40, 9, 8).to(dtype)) for _ in range(2))
-    bits = lambda: torch.randint(0, 256, (y.numel() // 8,), dtype=torch.uint8)  # noqa: E731
-    vectors = torch.randn(40), torch.randn(40), torch.randn(40) / 4, torch.rand(40) + 0.5
-    site = Site(y, *vectors, bits() if residual else None, 1e-3, False, 1, 0.1)
-    return dy, weight, site, Added(other, bits(), 1, 0.1)
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
-def test_host_functions(dtype: torch.dtype, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradient, table and elementwise pass: as bn_act's own gradient of the very dx that the convolution stored."""
-    monkeypatch.setattr(_conv_dgrad, "op", lambda name, namespace: lambda *args: host()(name, *args))
-    dy, weight, site, added = operands(dtype, residual)
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    dx, sums = _conv_dgrad.dgrad("dl4ds_kernels", dy, weight, (9, 8), geometry, added, site)
-    want = torch.nn.grad.conv2d_input(site.y.shape, weight.double(), dy.double(), 1, 1)
-    kept = torch.stack([(added.mask >> k) & 1 for k in range(8)], 1).flatten().view(2, 9, 8, 40).permute(0, 3, 1, 2).bool()
-    want = want + torch.where(kept, added.gradient.double(), 0.0)
-    torch.testing.assert_close(dx.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
-    vectors = site.weight, site.bias, site.mean, site.rstd
-    rest = True, site.eps, False, 1, 0.1, True, True, residual
-    dy_want, dweight, dbias, dres = host()("bn_act_bwd", dx, site.y, *vectors, None, site.mask, *rest)
-    torch.testing.assert_close(sums[1], dweight, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(sums[2], dbias, rtol=1e-5, atol=1e-4)
-    dy_got, dres_got = _conv_dgrad.apply("dl4ds_kernels", dx, sums[0], site, residual)
-    torch.testing.assert_close(dy_got, dy_want, rtol=torch.finfo(dtype).eps * 2, atol=1e-5)
-    assert torch.equal(dres_got, dres)
-    again, same = _conv_dgrad.dgrad("dl4ds_kernels", dy, weight, (9, 8), geometry, added, site)
-    assert torch.equal(again, dx) and all(map(torch.equal, same, sums))
-
-
-def test_errors() -> None:
-    """Calls that do not fit say which argument; a layer that the kernel cannot serve is named."""
-    dy, weight, site, added = operands(HALF, False)
-    call = lambda dy, weight, added, site: host()(  # noqa: E731
-        "conv_bn_act_dgrad_bwd", dy, weight, [9, 8], [1, 1], [1, 1], *added, *site
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match="added: expected shape"):
-        call(dy, weight, added._replace(gradient=added.gradient[:1]), site)
-    with pytest.raises(RuntimeError, match="weight: expected dtype"):
-        call(dy, weight.float(), added, site)
-    with pytest.raises(RuntimeError, match=r"not served \(reason 14"):
-        call(dy, weight, added, site._replace(activation=4))
-    with pytest.raises(RuntimeError, match="dout: expected shape"):
-        call(dy[:, :16], weight, added, site)
-    with pytest.raises(RuntimeError, match="table: expected shape"):
-        host()("bn_act_apply_bwd", site.y, torch.zeros(4), site.y, None, 1, 0.1, False)
-
-
-def test_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1x1 layers with something to save take the kernel; without it, with a stride or deep 3x3 filters the library does."""
-    last = lambda *shape: torch.empty(shape, dtype=HALF, memory_format=torch.channels_last)  # noqa: E731
-
-    def reason(x: Tensor, weight: Tensor, added: int, sums: bool, stride: int = 1, activation: int = 1) -> int:
-        padding = [weight.shape[2] // 2] * 2
-        return host()("conv_bn_act_dgrad_route", x, weight, [stride] * 2, padding, [1, 1], 1, added, False, sums, activation)[0]
-
-    x, weight = last(64, 256, 56, 56), last(64, 256, 1, 1)
-    assert reason(x, weight, 1, True) == 0 and reason(x, weight, 2, True) == 0 and reason(x, weight, 0, True) == 0
-    words = _cuda_conv.REASONS
-    assert "no faster" in words[reason(x, weight, 0, False)]
-    assert "stride" in words[reason(x, weight, 1, True, stride=2)]
-    assert "no faster" in words[reason(last(64, 512, 14, 14), last(512, 512, 3, 3), 0, True)]
-    assert "argument" in words[reason(x, weight, 0, True, activation=4)]
-    assert "channels_last" in words[reason(x.contiguous(), weight, 1, True)]
-    monkeypatch.setenv("DL4DS_CUDA_CONV", "library")
-    assert "asked for" in words[reason(x, weight, 1, True)]
-    monkeypatch.setenv("DL4DS_CUDA_CONV", "fused")
-    assert reason(last(64, 512, 14, 14), last(512, 512, 3, 3), 0, True) == 0
 
 
 class Fused:
@@ -110,10 +32,15 @@ class Fused:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: Counter[str] = Counter()
         self.kinds: Counter[tuple[bool, bool, bool]] = Counter()  # (something is added, by bits, sums)
+        self.two: list[int] = []  # known sums of each call of bn_act_pair_bwd
         monkeypatch.setenv("DL4DS_CUDA_CONV", "fused")
-        monkeypatch.setattr(_conv_dgrad, "has_dgrad", lambda namespace, x: x.dtype != torch.float64)
+        monkeypatch.setattr(_conv_dgrad, "has_dgrad", self.has_dgrad)
         monkeypatch.setattr(_conv_dgrad, "op", lambda name, namespace: lambda *args: self(name, *args))
         monkeypatch.setattr(_bn_act_pair, "op", self.pair)
+
+    @staticmethod
+    def has_dgrad(namespace: str, x: Tensor) -> bool:
+        return x.dtype != torch.float64
 
     def pair(self, name: str, namespace: str) -> Any:
         """TF32 in a forward convolution would put activations on other sides of their kinks."""
@@ -123,6 +50,8 @@ class Fused:
         self.calls[name] += 1
         if name == "conv_bn_act_dgrad_bwd":
             self.kinds[args[5] is not None, args[6] is not None, args[10] is not None] += 1
+        if name == "bn_act_pair_bwd":
+            self.two.append(sum(known is not None for known in args[-3:]))
         return host()(name, *args)
 
 
@@ -177,7 +106,8 @@ def test_chain_of_blocks(more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     agree(got, want)
     # The strided 3x3 of the first block is the library's; the other eight take the kernel: two sites within a block.
     assert kernels.kinds == {(False, False, True): 5, (True, True, True): 2, (True, False, False): 1}
-    # The first block's end and its shortcut's are one op each way; its sums are known unless its output is read twice.
+    # The first block's end and its shortcut's are one op each way; the sums of both are known unless its output is read twice.
+    assert kernels.two == [0 if more else 3]
     assert kernels.calls["bn_act_apply_bwd"] == 5 + 1 and kernels.calls["bn_act_pair_bwd"] == kernels.calls["bn_act_pair"] == 1
 
 
@@ -252,6 +182,37 @@ def test_under_saved_tensor_hooks(train_nodes: None, monkeypatch: pytest.MonkeyP
         got, kernels = gradients(make, True, monkeypatch)
     agree(got, want)
     assert kernels.kinds == {(False, False, True): 5, (True, True, False): 2, (True, False, False): 1}
+
+
+def test_a_projection_that_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Basic blocks make its output again (few multiplications): what is left with them are the sums of the other BatchNorm."""
+    make = lambda: Chain(models.resnet.BasicBlock)  # noqa: E731
+    want, _ = gradients(make, False, monkeypatch)
+    got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    assert kernels.two == [2]
+
+
+def test_maps_that_the_pair_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two calls of bn_act_bwd take their sums themselves: nobody leaves any with such a block."""
+    monkeypatch.setattr(_bn_act_pair, "fits", lambda y: False)
+    make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
+    want, _ = gradients(make, False, monkeypatch)
+    got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    assert not kernels.two
+    assert kernels.kinds == {(False, False, True): 5, (True, True, True): 1, (True, True, False): 1, (True, False, False): 1}
+
+
+def test_a_block_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are left with a block of another namespace (Triton), which has no op for them, are taken again."""
+    make = lambda: Chain(models.resnet.Bottleneck)  # noqa: E731
+    want, _ = gradients(make, True, monkeypatch)
+    lean = Fused.has_dgrad
+    monkeypatch.setattr(Fused, "has_dgrad", staticmethod(lambda namespace, x: x.shape[1] != 16 and lean(namespace, x)))
+    got, kernels = gradients(make, True, monkeypatch)
+    agree(got, want)
+    assert kernels.two == [0] and kernels.calls["conv_bn_act_dgrad_bwd"] == 6
 
 
 def test_kept_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,10 @@ struct BnActPairSumsParams {
     // (C,) floats: sum dz * (x - mean) * rstd, the same of the residual, sum dz.
     float *dweight = nullptr, *residual_dweight = nullptr, *dbias = nullptr;
     void* workspace = nullptr;  // bn_act_pair_sums_workspace() bytes, 16-byte aligned
+    // Not null: another kernel has taken the sums of sums_parts parts, in fp32, [parts][3][C]: over dz,
+    // dz * (x - mean) and dz * (residual - residual_mean). They are finished; no map is read.
+    const float* sums = nullptr;
+    int64_t sums_parts = 0;
 };
 
 /// Whether the kernels have 16-byte vectors for these sizes: of channels (a multiple of 16 bytes), or in NCHW

@@ -17,7 +17,9 @@ struct Backward {
     const uint8_t* mask;
     Activation activation;
     double negative_slope;
-    TensorInfo known_dweight;  // of x's BatchNorm
+    TensorInfo known_dweight[2], known_dbias;  // the second not without the first, nor any without dbias
+
+    bool all_known() const { return known_dweight[1].present; }
 };
 
 enum Array { kMean, kScale, kShift, kFactorX, kOffset, kNumArrays };
@@ -57,7 +59,7 @@ BnBwdArgs whole_of(const Backward& b, int which, ChannelArrays<T>& arrays, bool 
     return whole;
 }
 
-/// dweight: (C,) of both, residual_dweight null where it is not wanted; dbias of either.
+/// dweight: (C,) of both, and dbias: written where they are not known.
 template <typename T>
 void run_backward(const Backward& b, const BnPlan& plan, T* const (&dweight)[2], T* dbias) {
     ChannelArrays<T> arrays(plan, 2 * kNumArrays);
@@ -66,14 +68,18 @@ void run_backward(const Backward& b, const BnPlan& plan, T* const (&dweight)[2],
         set_constants<T>(arrays, i * kNumArrays, b.norm[i], plan.channels);
         whole[i] = whole_of(b, i, arrays, use_streaming(2 * plan.bytes()));
     }
-    const bool known = b.known_dweight.present;
+    const bool all = b.all_known();
     const auto note = [&](int64_t c, double s1, const double (&s2)[2]) {
-        dbias[c] = static_cast<T>(s1);
+        if (all) {
+            s1 = channel_entry<double>(b.known_dbias, c, 0.0);
+        } else {
+            dbias[c] = static_cast<T>(s1);
+        }
         for (int i = 0; i < 2; ++i) {
             const double rstd = channel_entry<double>(b.norm[i].rstd, c, 1.0);
             double sum = s2[i];
-            if (i == 0 && known) {
-                sum = rstd != 0 ? channel_entry<double>(b.known_dweight, c, 0.0) / rstd : 0.0;
+            if (b.known_dweight[i].present) {
+                sum = rstd != 0 ? channel_entry<double>(b.known_dweight[i], c, 0.0) / rstd : 0.0;
             } else {
                 dweight[i][c] = static_cast<T>(sum * rstd);
             }
@@ -88,8 +94,10 @@ void run_backward(const Backward& b, const BnPlan& plan, T* const (&dweight)[2],
         parallel_for(plan.channels, 8 * plan.bytes(), [&](int64_t begin, int64_t end) {
             for (int64_t c = begin; c < end; ++c) {
                 double s1 = 0, s2[2] = {};
-                for (int i = known ? 1 : 0; i < 2; ++i) {
-                    bn_bwd_reduce_channel(plan, b.activation, whole[i], c, s1, s2[i]);
+                for (int i = 0; i < 2; ++i) {
+                    if (!b.known_dweight[i].present) {
+                        bn_bwd_reduce_channel(plan, b.activation, whole[i], c, s1, s2[i]);
+                    }
                 }
                 note(c, s1, s2);
                 for (int64_t n = 0; n < plan.n; ++n) {
@@ -110,8 +118,9 @@ void run_backward(const Backward& b, const BnPlan& plan, T* const (&dweight)[2],
     double* s1 = sums.as<double>();
     double* s2[2] = {s1 + plan.channels, s1 + 2 * plan.channels};
     std::fill(s1, s1 + 3 * plan.channels, 0.0);
-    if (plan.numel > 0) {
-        bn_bwd_reduce_both(plan, b.activation, known ? nullptr : &whole[0], whole[1], s1, s2[0], s2[1]);
+    if (plan.numel > 0 && !all) {
+        bn_bwd_reduce_both(plan, b.activation, b.known_dweight[0].present ? nullptr : &whole[0], whole[1], s1,
+                           s2[0], s2[1]);
     }
     for (int64_t c = 0; c < plan.channels; ++c) {
         note(c, s1[c], {s2[0][c], s2[1][c]});
@@ -144,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cpu(
     Tensor dout, std::optional<Tensor> mask, int64_t activation, double negative_slope, Tensor x,
     std::optional<Tensor> weight, Tensor mean, Tensor rstd, double eps, bool eps_std, Tensor residual,
     std::optional<Tensor> residual_weight, Tensor residual_mean, Tensor residual_rstd, double residual_eps,
-    bool residual_eps_std, std::optional<Tensor> known_dweight, std::optional<Tensor> known_dbias) {
+    bool residual_eps_std, std::optional<Tensor> known_dweight, std::optional<Tensor> known_dbias,
+    std::optional<Tensor> known_residual_dweight) {
     TensorInfo xi = tensor_info(x);
     const TensorInfo di = tensor_info(dout), ri = tensor_info(residual), mi = tensor_info(mask);
     Backward b{{{tensor_info(mean), tensor_info(rstd), tensor_info(weight), {}},
@@ -157,17 +167,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cpu(
                nullptr,
                linear_activation(kBwdOp, activation),
                negative_slope,
-               tensor_info(known_dweight)};
-    const TensorInfo known_bias = tensor_info(known_dbias);
+               {tensor_info(known_dweight), tensor_info(known_residual_dweight)},
+               tensor_info(known_dbias)};
     check_batched(kBwdOp, xi);
     check_map(kBwdOp, "dout", di, xi);
     check_map(kBwdOp, "residual", ri, xi);
     check_norm(kBwdOp, "", b.norm[0], xi);
     check_norm(kBwdOp, "residual_", b.norm[1], xi);
-    check_channel_vector(kBwdOp, "dweight", b.known_dweight, xi);
-    check_channel_vector(kBwdOp, "dbias", known_bias, xi);
-    DL4DS_CHECK(b.known_dweight.present == known_bias.present, kBwdOp,
-                ": expected dweight and dbias both given or both None");
+    check_channel_vector(kBwdOp, "dweight", b.known_dweight[0], xi);
+    check_channel_vector(kBwdOp, "dbias", b.known_dbias, xi);
+    check_channel_vector(kBwdOp, "residual_dweight", b.known_dweight[1], xi);
+    const bool known = b.known_dweight[0].present, all = b.all_known();
+    DL4DS_CHECK(known == b.known_dbias.present && (known || !all), kBwdOp,
+                ": expected dweight and dbias both given or both None, and with residual_dweight given");
     DL4DS_CHECK(mi.present == (b.activation != Activation::kNone), kBwdOp,
                 ": mask: expected one with an activation, and none without");
     if (mi.present) {
@@ -188,9 +200,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cpu(
     Tensor dresidual = empty_cpu(xi.sizes, strides.data(), xi.dim, xi.dtype);
     b.dx[0] = tensor_info(dx).data, b.dx[1] = tensor_info(dresidual).data;
     const DType acc = acc_dtype(xi.dtype);
-    Tensor dweight = empty_vector_cpu(b.known_dweight.present ? 0 : plan.channels, acc);
-    Tensor residual_dweight = empty_vector_cpu(plan.channels, acc);
-    Tensor dbias = empty_vector_cpu(plan.channels, acc);
+    Tensor dweight = empty_vector_cpu(known ? 0 : plan.channels, acc);
+    Tensor residual_dweight = empty_vector_cpu(all ? 0 : plan.channels, acc);
+    Tensor dbias = empty_vector_cpu(all ? 0 : plan.channels, acc);
     const auto run = [&](auto zero) {
         using T = decltype(zero);
         T* const weights[2] = {tensor_info(dweight).as<T>(), tensor_info(residual_dweight).as<T>()};

@@ -114,6 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cpu(
     Tensor dout, std::optional<Tensor> mask, int64_t activation, double negative_slope, Tensor x,
     std::optional<Tensor> weight, Tensor mean, Tensor rstd, double eps, bool eps_std, Tensor residual,
     std::optional<Tensor> residual_weight, Tensor residual_mean, Tensor residual_rstd, double residual_eps,
-    bool residual_eps_std, std::optional<Tensor> known_dweight, std::optional<Tensor> known_dbias);
+    bool residual_eps_std, std::optional<Tensor> known_dweight, std::optional<Tensor> known_dbias,
+    std::optional<Tensor> known_residual_dweight);
 
 }  // namespace dl4ds

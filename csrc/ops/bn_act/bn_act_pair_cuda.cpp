@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cuda(
     Tensor x_tensor, std::optional<Tensor> weight, Tensor mean, Tensor rstd, double eps, bool eps_std,
     Tensor residual_tensor, std::optional<Tensor> residual_weight, Tensor residual_mean, Tensor residual_rstd,
     double residual_eps, bool residual_eps_std, std::optional<Tensor> known_dweight,
-    std::optional<Tensor> known_dbias) {
+    std::optional<Tensor> known_dbias, std::optional<Tensor> known_residual_dweight) {
     Operand dout(dout_tensor), x(x_tensor), residual(residual_tensor);
     const Format format = checked_format(kBwdOp, x.info);
     const CudaScope scope(x.info);
@@ -201,22 +201,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cuda(
 
     const int64_t channels = x.info.sizes[1];
     const auto vector = [&](int64_t size) { return empty_vector_cuda(x.info, size, DType::kFloat32); };
-    Tensor residual_dweight = vector(channels), dbias = vector(channels);
-    Tensor dweight = vector(known_dweight ? 0 : channels);
     const Operand given = channel_operand(kBwdOp, "dweight", known_dweight, x.info);
     const Operand given_bias = channel_operand(kBwdOp, "dbias", known_dbias, x.info);
-    DL4DS_CHECK(given.info.present == given_bias.info.present, kBwdOp,
-                ": expected dweight and dbias both given or both None");
-    if (given.info.present) {
-        check_dtype(kBwdOp, "dweight", given.info, DType::kFloat32);
-        check_dtype(kBwdOp, "dbias", given_bias.info, DType::kFloat32);
-        sum_residual(p, residual_dweight, dbias, x.info, scope.stream());
-    } else {
-        sum_both(p, dweight, residual_dweight, dbias, x.info, scope.stream());
+    const Operand given_other = channel_operand(kBwdOp, "residual_dweight", known_residual_dweight, x.info);
+    const bool known = given.info.present, all = given_other.info.present;
+    DL4DS_CHECK(known == given_bias.info.present && (known || !all), kBwdOp,
+                ": expected dweight and dbias both given or both None, and with residual_dweight given");
+    for (const auto& [name, t] :
+         {std::pair{"dweight", &given}, {"dbias", &given_bias}, {"residual_dweight", &given_other}}) {
+        if (t->info.present) {
+            check_dtype(kBwdOp, name, t->info, DType::kFloat32);
+        }
     }
-    p.norm.dweight = (given.info.present ? given.info : tensor_info(dweight)).as<float>();
-    p.residual_norm.dweight = tensor_info(residual_dweight).as<float>();
-    p.dbias = tensor_info(dbias).as<float>();
+    Tensor dweight = vector(known ? 0 : channels), residual_dweight = vector(all ? 0 : channels);
+    Tensor dbias = vector(all ? 0 : channels);
+    if (!known) {
+        sum_both(p, dweight, residual_dweight, dbias, x.info, scope.stream());
+    } else if (!all) {
+        sum_residual(p, residual_dweight, dbias, x.info, scope.stream());
+    }
+    p.norm.dweight = (known ? given.info : tensor_info(dweight)).as<float>();
+    p.residual_norm.dweight = (all ? given_other.info : tensor_info(residual_dweight)).as<float>();
+    p.dbias = (all ? given_bias.info : tensor_info(dbias)).as<float>();
     Tensor dx = empty_like_cuda(x.info, format), dresidual = empty_like_cuda(x.info, format);
     p.dx = tensor_info(dx).data;
     p.dresidual = tensor_info(dresidual).data;

@@ -11,6 +11,20 @@ ReducePlan pair_plan(const BnActPairSumsParams& p, int vec, Walk& walk) {
     return plan_reduce(walk, p.size.c, vec);
 }
 
+int finish(const BnActPairSumsParams& p, const float* partial, int64_t parts, void* stream) {
+    BnPairFinalizeArgs final{};
+    final.channels = p.size.c;
+    final.parts = parts;
+    final.partial = partial;
+    final.rstd = p.rstd;
+    final.residual_rstd = p.residual_rstd;
+    final.dweight = p.dweight;
+    final.residual_dweight = p.residual_dweight;
+    final.dbias = p.dbias;
+    return launch(bn_act_pair_finalize_kernel, ceil_div(p.size.c, kFinalizeChannels),
+                  kFinalizeChannels * kFinalizeGroups, stream, final);
+}
+
 }  // namespace
 
 int64_t bn_act_pair_sums_workspace(const BnActPairSumsParams& p) {
@@ -21,6 +35,9 @@ int64_t bn_act_pair_sums_workspace(const BnActPairSumsParams& p) {
 }
 
 int launch_bn_act_pair_sums(const BnActPairSumsParams& p, void* stream) {
+    if (p.sums != nullptr) {
+        return p.size.c == 0 ? 0 : finish(p, p.sums, p.sums_parts, stream);
+    }
     if (!bn_act_pair_serves(p.dtype, p.channels_last, p.size) || !aligned16(p.dout) || !aligned16(p.x) ||
         !aligned16(p.residual)) {
         return static_cast<int>(cudaErrorInvalidValue);
@@ -61,17 +78,7 @@ int launch_bn_act_pair_sums(const BnActPairSumsParams& p, void* stream) {
     if (error != 0) {
         return error;
     }
-    BnPairFinalizeArgs final{};
-    final.channels = p.size.c;
-    final.parts = empty ? 0 : args.plan.parts;
-    final.partial = args.partial;
-    final.rstd = p.rstd;
-    final.residual_rstd = p.residual_rstd;
-    final.dweight = p.dweight;
-    final.residual_dweight = p.residual_dweight;
-    final.dbias = p.dbias;
-    return launch(bn_act_pair_finalize_kernel, ceil_div(p.size.c, kFinalizeChannels),
-                  kFinalizeChannels * kFinalizeGroups, stream, final);
+    return finish(p, args.partial, empty ? 0 : args.plan.parts, stream);
 }
 
 }  // namespace dl4ds

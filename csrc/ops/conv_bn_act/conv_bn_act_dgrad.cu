@@ -44,20 +44,24 @@ int conv_bn_act_dgrad_refusal(const ConvBnActDgradParams& p) {
         return static_cast<int>(DgradRefusal::kStride);
     }
     const bool bits = p.mask == nullptr || p.activation != Activation::kNone;
+    // (Of two BatchNorms' sum the side of the kink does not follow from y.)
+    const bool told = p.other == nullptr || p.mask != nullptr || p.activation == Activation::kNone;
     const bool kept = p.residual_mask == nullptr || p.residual_activation != Activation::kNone;
-    if (!piecewise(p.activation) || !piecewise(p.residual_activation) || !bits || !kept) {
+    if (!piecewise(p.activation) || !piecewise(p.residual_activation) || !bits || !told || !kept) {
         return static_cast<int>(DgradRefusal::kSums);
     }
     if (p.residual_step < 1 || (p.residual_step > 1 && p.residual_mask != nullptr)) {
         return static_cast<int>(DgradRefusal::kStep);
     }
-    return static_cast<int>(aligned16(p.y) ? ConvRefusal::kNone : ConvRefusal::kAddresses);
+    return static_cast<int>(aligned16(p.y) && aligned16(p.other) ? ConvRefusal::kNone
+                                                                 : ConvRefusal::kAddresses);
 }
 
 int launch_conv_bn_act_dgrad(const ConvBnActDgradParams& p, void* stream) {
     const bool sums =
         p.sums == nullptr || (p.y != nullptr && p.mean.data != nullptr && p.rstd.data != nullptr);
-    if (conv_bn_act_dgrad_refusal(p) != 0 || !sums || p.conv.weight == nullptr) {
+    const bool other = p.other == nullptr || (p.sums != nullptr && p.other_mean != nullptr);
+    if (conv_bn_act_dgrad_refusal(p) != 0 || !sums || !other || p.conv.weight == nullptr) {
         return static_cast<int>(cudaErrorInvalidValue);
     }
     if (const int error = turn_filter(p, stream); error != 0) {

@@ -1,6 +1,7 @@
 // CUDA launcher of the gradient of a stride-1 convolution's input, and of what lies around it in a backward
-// pass: another gradient of the same tensor is added, and the BatchNorm whose output the tensor is gets the
-// sums that its gradient starts with. Raw device pointers and sizes only.
+// pass: another gradient of the same tensor is added, and the BatchNorm whose output the tensor is (or the
+// two whose outputs were added) gets the sums that its gradient starts with. Raw device pointers and sizes
+// only.
 #pragma once
 
 #include "ops/conv_bn_act/conv_bn_act.h"
@@ -23,12 +24,13 @@ struct ConvBnActDgradParams {
     // More than 1: residual holds only the pixels whose row and column are multiples of it (the input's
     // gradient of a 1x1 convolution with this stride); at the others nothing is added. Not with a mask.
     int64_t residual_step = 1;
-    // Not null: conv_bn_act_parts(conv) * 2 * channels_out floats, for each tile of pixels the sums over dz
-    // and dz * (y - mean), where dz = out * act'(.) and act(bn(y) [+ something]) is what the convolution
-    // read.
+    // Not null: conv_bn_act_parts(conv) * 2 * channels_out floats (with other: * 3), for each tile of pixels
+    // the sums over dz, dz * (y - mean) and dz * (other - other_mean), where dz = out * act'(.) and
+    // act(bn(y) [+ something, or bn(other)]) is what the convolution read.
     float* sums = nullptr;
-    const void* y = nullptr;        // dense NHWC like out
-    const uint8_t* mask = nullptr;  // the activation's bits; null: made again from y
+    const void *y = nullptr, *other = nullptr;  // dense NHWC like out; other: null, or with y
+    const float* other_mean = nullptr;          // (channels_out,)
+    const uint8_t* mask = nullptr;              // the activation's bits; null: made again from y
     ChannelVector mean, rstd, bn_weight, bn_bias;
     Activation activation = Activation::kNone;  // not silu, hardswish
     double negative_slope = 0;

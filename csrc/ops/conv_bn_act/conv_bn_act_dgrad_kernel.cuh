@@ -1,8 +1,9 @@
 // The input's gradient of a stride-1 convolution: CUTLASS' main loop (conv_bn_act_tile.cuh) over dout and the
 // turned filter, then an epilogue that adds another gradient of the same tensor, stores the sum rounded once,
 // and takes, of the values as stored, the sums that the gradient of the BatchNorm in front starts with: dz
-// and dz * (y - mean) for every tile of pixels and every channel. bn_act's finalize kernel adds the tiles in
-// their order. No atomics: the same bits on every run.
+// and dz * (y - mean) for every tile of pixels and every channel; where two BatchNorms were added, those of
+// both. A finalize kernel (bn_act's, bn_act_pair's) adds the tiles in their order. No atomics: the same bits
+// on every run.
 #pragma once
 
 #include "common/cuda/activation.cuh"
@@ -34,9 +35,21 @@ struct ConvDgradArgs {
     const void* y = nullptr;
     const uint8_t *mask = nullptr, *residual_mask = nullptr;
     ConvKink kink, residual_kink;
-    float* partial = nullptr;                       // [row tiles][2][columns]; null: no sums
+    float* partial = nullptr;  // [row tiles][2, with other 3][columns]; null: no sums
+    // What another BatchNorm has normalised, whose output was added to that of the first: dz is the gradient
+    // of both. Null: there is none.
+    const void* other = nullptr;
+    const float* other_mean = nullptr;
     int step = 1, step_height = 1, step_width = 1;  // residual's pixels, where step is more than 1
     cutlass::FastDivmod width{1}, height{1}, stride{1};
+};
+
+/// The sum over dz * (other - other_mean): the first BatchNorm's two are bn_act's Sums.
+struct ConvOtherSum {
+    static constexpr int kFields = 1;
+    float v[kFields] = {0};
+
+    __device__ __forceinline__ void merge(const ConvOtherSum& other) { v[0] += other.v[0]; }
 };
 
 /// Where the pixel `row` of the output lies in a residual that holds every step-th pixel of every step-th
@@ -90,7 +103,34 @@ __device__ __forceinline__ void get_floats(const Pack<T, kVec>& pack, int first,
 template <typename Types>
 struct ConvDgradShared : Types::Shared {
     alignas(16) float mean[Types::kN];
+    alignas(16) float other_mean[Types::kN];
 };
+
+/// Sums of the block's threads to the partial sums of its columns, `first` of the record on.
+template <typename Types, typename Map, typename State, int kVec, int kColumns>
+__device__ __forceinline__ void conv_dgrad_store(ConvDgradShared<Types>& shared, const ConvDgradArgs& args,
+                                                 const State (&own)[kColumns][kVec], int row_tile,
+                                                 int column_tile, int first) {
+    constexpr int kWidth = Map::Detail::kAccessWidth, kHeight = Types::kThreads / kWidth;
+    static_assert(State::kFields * kHeight * kWidth * kVec * sizeof(float) <=
+                      sizeof(typename Types::Mma::SharedStorage),
+                  "the merge takes the main loop's memory");
+    const int64_t columns = args.fwd.output.columns, fields = args.other != nullptr ? 3 : 2;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        __syncthreads();  // the memory has been read
+        const State merged =
+            column_merge<State, float, kVec>(own[c], kWidth, kHeight, reinterpret_cast<float*>(&shared.main));
+        const int column = column_tile * Types::kN + c * Map::Delta::kColumn + threadIdx.x;
+        if (threadIdx.x < kWidth * kVec && column < columns) {
+            float* partial = args.partial + (row_tile * fields + first) * columns + column;
+#pragma unroll
+            for (int k = 0; k < State::kFields; ++k) {
+                partial[k * columns] = merged.v[k];
+            }
+        }
+    }
+}
 
 template <typename T, typename Types>
 __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shared, const ConvDgradArgs& args,
@@ -99,11 +139,8 @@ __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shar
     using Map = typename Types::Map;
     constexpr int kVec = Types::kVec, kColumns = Map::Iterations::kColumn;
     constexpr int kAccesses = Map::Iterations::kCount;
-    constexpr int kWidth = Map::Detail::kAccessWidth, kHeight = Types::kThreads / kWidth;
-    static_assert(kWidth * kVec * kColumns == Types::kN, "a row of threads covers a row of the tile");
-    static_assert(Sums<float>::kFields * kHeight * kWidth * kVec * sizeof(float) <=
-                      sizeof(typename Types::Mma::SharedStorage),
-                  "the merge takes the main loop's memory");
+    static_assert(Map::Detail::kAccessWidth * kVec * kColumns == Types::kN,
+                  "a row of threads covers a row of the tile");
     const ConvOutput& output = args.fwd.output;
     const int thread = threadIdx.x;
     ConvRounds<Types> rounds(shared, accumulators, thread);
@@ -113,12 +150,14 @@ __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shar
     const bool whole = whole_vectors<Types>(output);
     const T* residual = static_cast<const T*>(output.residual);
     const T* y = static_cast<const T*>(args.y);
+    const T* other = static_cast<const T*>(args.other);
     T* out = static_cast<T*>(output.out);
     Sums<float> own[kColumns][kVec];
+    ConvOtherSum theirs[kColumns][kVec];
 
 #pragma unroll
     for (int round = 0; round < ConvRounds<Types>::kCount; ++round) {
-        Pack<T, kVec> added[kAccesses], value[kAccesses];
+        Pack<T, kVec> added[kAccesses], value[kAccesses], second[kAccesses];
         unsigned added_bits[kAccesses], bits[kAccesses];
 #pragma unroll
         for (int i = 0; i < kAccesses; ++i) {  // on their way while the accumulators change places
@@ -137,6 +176,9 @@ __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shar
             }
             if (args.partial != nullptr) {
                 value[i] = load_values<T, kVec>(y + at, left, whole);
+                if (other != nullptr) {
+                    second[i] = load_values<T, kVec>(other + at, left, whole);
+                }
                 if (args.mask != nullptr) {
                     bits[i] = bits_at<kVec>(args.mask, at, left, whole);
                 }
@@ -193,11 +235,21 @@ __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shar
                     }
                 }
                 reload_shared(&shared.mean[channel], mean);
+                float dz[4];
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const float dz = args.kink.gradient(to_acc(pack.v[g + k]), (above >> k) & 1);
-                    own[c][g + k].v[0] += dz;
-                    own[c][g + k].v[1] = fmaf(dz, v[k] - mean[k], own[c][g + k].v[1]);
+                    dz[k] = args.kink.gradient(to_acc(pack.v[g + k]), (above >> k) & 1);
+                    own[c][g + k].v[0] += dz[k];
+                    own[c][g + k].v[1] = fmaf(dz[k], v[k] - mean[k], own[c][g + k].v[1]);
+                }
+                if (other == nullptr) {
+                    continue;
+                }
+                get_floats<T, kVec>(second[i], g, v);
+                reload_shared(&shared.other_mean[channel], mean);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    theirs[c][g + k].v[0] = fmaf(dz[k], v[k] - mean[k], theirs[c][g + k].v[0]);
                 }
             }
         }
@@ -205,17 +257,9 @@ __device__ __forceinline__ void conv_dgrad_epilogue(ConvDgradShared<Types>& shar
     if (args.partial == nullptr) {
         return;
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-        __syncthreads();  // the memory has been read
-        const Sums<float> merged = column_merge<Sums<float>, float, kVec>(
-            own[c], kWidth, kHeight, reinterpret_cast<float*>(&shared.main));
-        const int column = column_tile * Types::kN + c * Map::Delta::kColumn + thread;
-        if (thread < kWidth * kVec && column < output.columns) {
-            float* partial = args.partial + static_cast<int64_t>(row_tile) * 2 * output.columns + column;
-            partial[0] = merged.v[0];
-            partial[output.columns] = merged.v[1];
-        }
+    conv_dgrad_store<Types, Map>(shared, args, own, row_tile, column_tile, 0);
+    if (other != nullptr) {
+        conv_dgrad_store<Types, Map>(shared, args, theirs, row_tile, column_tile, 2);
     }
 }
 
@@ -239,6 +283,7 @@ __global__ void __launch_bounds__(128) conv_bn_act_dgrad_kernel(ConvDgradArgs ar
         const float mean = known ? load_channel<float>(a.mean, channel) : 0.0f;
         const bool biased = known && a.bias.data != nullptr;
         shared.mean[thread] = mean;
+        shared.other_mean[thread] = known && args.other != nullptr ? args.other_mean[channel] : 0.0f;
         shared.scale[thread] = scale;
         shared.shift[thread] = fmaf(-mean, scale, biased ? load_channel<float>(a.bias, channel) : 0.0f);
     }

@@ -27,6 +27,8 @@ int launch_dgrad(const ConvBnActDgradParams& p, void* stream) {
     args.fwd = conv_detail::fwd_args<T, Types>(p.conv);
     args.fwd.affine = {{}, p.mean, p.rstd, p.bn_weight, p.bn_bias, false, 0};
     args.y = p.y;
+    args.other = p.other;
+    args.other_mean = p.other_mean;
     args.mask = p.mask;
     args.residual_mask = p.residual_mask;
     args.kink = kink_of(p.activation, p.negative_slope);

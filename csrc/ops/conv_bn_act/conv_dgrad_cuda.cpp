@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "ops/bn_act/bn_act.h"
+#include "ops/bn_act/bn_act_pair.h"
 #include "ops/conv_bn_act/conv_bn_act_cuda.h"
 #include "ops/conv_bn_act/conv_bn_act_dgrad.h"
 #include "ops/conv_bn_act/conv_dgrad_plan.h"
@@ -76,13 +77,32 @@ const uint8_t* bits_of(const char* name, const TensorInfo& mask, const TensorInf
     return mask.as<uint8_t>();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
+/// The sums of both BatchNorms from those of the tiles.
+void finish_both(const ConvBnActDgradParams& d, const TensorInfo& dx, const Operand& rstd,
+                 const Operand& other_rstd, Tensor& dweight, Tensor& other_dweight, Tensor& dbias,
+                 void* stream) {
+    BnActPairSumsParams v;
+    v.dtype = dx.dtype;
+    v.channels_last = true;
+    v.size = as_dims(dx.sizes, 4);
+    v.rstd = rstd.info.as<float>();
+    v.residual_rstd = other_rstd.info.as<float>();
+    v.dweight = tensor_info(dweight).as<float>();
+    v.residual_dweight = tensor_info(other_dweight).as<float>();
+    v.dbias = tensor_info(dbias).as<float>();
+    v.sums = d.sums;
+    v.sums_parts = conv_bn_act_parts(d.conv);
+    check_launch(launch_bn_act_pair_sums(v, stream), kOp);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
     Tensor dout, Tensor weight, std::vector<int64_t> size, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, std::optional<Tensor> added, std::optional<Tensor> added_mask,
     int64_t added_activation, double added_slope, int64_t added_step, std::optional<Tensor> y,
     std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias, std::optional<Tensor> mean,
     std::optional<Tensor> rstd, std::optional<Tensor> mask, double eps, bool eps_std, int64_t activation,
-    double negative_slope) {
+    double negative_slope, std::optional<Tensor> other_y, std::optional<Tensor> other_mean,
+    std::optional<Tensor> other_rstd) {
     const TensorInfo di = tensor_info(dout), wi = tensor_info(weight);
     check_cuda(kOp, di);
     check_same_device(kOp, "weight", wi, di);
@@ -102,14 +122,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
     const int64_t some[4] = {p.batch, p.channels_out, (p.height_out + added_step - 1) / added_step,
                              (p.width_out + added_step - 1) / added_step};
     const Operand from = dense_map("dout", dout, di, in), more = dense_map("added", added, di, some);
-    const Operand argument = dense_map("y", y, di, sizes);
+    const Operand argument = dense_map("y", y, di, sizes), other = dense_map("other_y", other_y, di, sizes);
     const TensorInfo mi = tensor_info(mask), ai = tensor_info(added_mask);
     const Operand m = channel_operand(kOp, "mean", mean, xi), r = channel_operand(kOp, "rstd", rstd, xi);
     const Operand w = channel_operand(kOp, "bn_weight", bn_weight, xi);
     const Operand b = channel_operand(kOp, "bn_bias", bn_bias, xi);
-    const bool sums = argument.info.present;
+    const Operand om = channel_operand(kOp, "other_mean", other_mean, xi);
+    const Operand orstd = channel_operand(kOp, "other_rstd", other_rstd, xi);
+    const bool sums = argument.info.present, both = other.info.present;
     DL4DS_CHECK(!sums || (m.info.present && r.info.present), kOp,
                 ": expected mean and rstd with y, got None");
+    DL4DS_CHECK(!both || (sums && om.info.present && orstd.info.present), kOp,
+                ": expected y, other_mean and other_rstd with other_y, got None");
+    if (both) {  // as bn_act_pair has them
+        check_dtype(kOp, "rstd", r.info, DType::kFloat32);
+        check_dtype(kOp, "other_mean", om.info, DType::kFloat32);
+        check_dtype(kOp, "other_rstd", orstd.info, DType::kFloat32);
+        d.other = other.info.data;
+        d.other_mean = om.info.as<float>();
+    }
     const Tensor turned = empty_vector_cuda(di, wi.numel, di.dtype);
     d.filter = wi.data;
     d.filter_stride_out = wi.strides[0], d.filter_stride_in = wi.strides[1];
@@ -131,20 +162,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
         d.bn_weight = channel_vector(w), d.bn_bias = channel_vector(b);
     }
     ConvRoute route;
-    choose(route, d, conv_bn_act_architecture(), {sums, more.info.present, added_step});
+    choose(route, d, conv_bn_act_architecture(), {int(sums) + int(both), more.info.present, added_step});
     p.tile = route.choice.tile;
     const int refusal = conv_bn_act_dgrad_refusal(d);
     DL4DS_CHECK(refusal == 0, kOp, ": this call is not served (reason ", refusal,
                 " of dl4ds_kernels/_cuda_conv.py); ask conv_bn_act_dgrad_route first");
     const int64_t channels = sums ? p.channels_out : 0;
     const Tensor partial =
-        empty_vector_cuda(di, sums ? conv_bn_act_parts(p) * 2 * channels : 0, DType::kFloat32);
+        empty_vector_cuda(di, sums ? conv_bn_act_parts(p) * (both ? 3 : 2) * channels : 0, DType::kFloat32);
     d.sums = sums ? tensor_info(partial).as<float>() : nullptr;
     check_launch(launch_conv_bn_act_dgrad(d, scope.stream()), kOp);
-    Tensor table = empty_vector_cuda(di, bn_act_bwd_table(channels), DType::kFloat32);
+    // (bn_act_pair's elementwise pass makes its own table.)
+    Tensor table = empty_vector_cuda(di, both ? 0 : bn_act_bwd_table(channels), DType::kFloat32);
+    Tensor other_dweight = empty_vector_cuda(di, both ? channels : 0, DType::kFloat32);
     Tensor dweight = empty_vector_cuda(di, channels, DType::kFloat32);
     Tensor dbias = empty_vector_cuda(di, channels, DType::kFloat32);
-    if (sums) {
+    if (both) {
+        finish_both(d, xi, r, orstd, dweight, other_dweight, dbias, scope.stream());
+    } else if (sums) {
         BnActBwdParams v;
         v.steps = BnActBwdSteps::kSums;
         v.dtype = di.dtype;
@@ -167,14 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_dgrad_bwd_cuda(
         v.table = tensor_info(table).data;
         check_launch(launch_bn_act_bwd(v, scope.stream()), kOp);
     }
-    return {dx, table, dweight, dbias};
+    return {dx, table, dweight, dbias, other_dweight};
 }
 
 /// reason (0: the kernel), tile, 1, modelled nanoseconds of both ways. added: 0 for nothing, else the step;
-/// masked: what is added is taken through an activation by its bits.
+/// masked: what is added is taken through an activation by its bits; sums: of this many BatchNorms in front.
 std::vector<int64_t> conv_bn_act_dgrad_route_cuda(Tensor x, Tensor weight, std::vector<int64_t> stride,
                                                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                                  int64_t groups, int64_t added, bool masked, bool sums,
+                                                  int64_t groups, int64_t added, bool masked, int64_t sums,
                                                   int64_t activation) {
     const TensorInfo xi = tensor_info(x), wi = tensor_info(weight);
     check_cuda(kOp, xi);
@@ -206,7 +241,8 @@ std::vector<int64_t> conv_bn_act_dgrad_route_cuda(Tensor x, Tensor weight, std::
     if (!fit) {
         return answer(static_cast<int>(ConvRefusal::kEmpty));
     }
-    d.activation = sums ? checked_activation(kOp, activation) : Activation::kNone;
+    DL4DS_CHECK(sums >= 0 && sums <= 2, kOp, ": sums: expected those of 0, 1 or 2 BatchNorms, got ", sums);
+    d.activation = sums > 0 ? checked_activation(kOp, activation) : Activation::kNone;
     if (const int refusal = conv_bn_act_dgrad_refusal(d); refusal != 0) {
         return answer(refusal);
     }
@@ -217,7 +253,7 @@ std::vector<int64_t> conv_bn_act_dgrad_route_cuda(Tensor x, Tensor weight, std::
     if (xi.dtype == DType::kFloat32 && !conv_tf32_allowed()) {
         return answer(static_cast<int>(ConvReason::kNoTf32));
     }
-    choose(route, d, architecture, {sums, added > 0, added > 0 ? added : 1});
+    choose(route, d, architecture, {static_cast<int>(sums), added > 0, added > 0 ? added : 1});
     if (wish == ConvWish::kAuto && conv_autotune()) {
         const ConvBnActFwdParams& p = d.conv;
         const int64_t code =

@@ -8,7 +8,7 @@ namespace dl4ds {
 
 /// What comes with the gradient.
 struct DgradWork {
-    bool sums = false;  // of the BatchNorm in front
+    int sums = 0;  // of this many BatchNorms in front: none, one, or two that were added
     bool added = false;
     int64_t step = 1;  // of what is added
 };
@@ -24,15 +24,16 @@ inline ConvChoice choose_dgrad(int architecture, DType dtype, int64_t rows, int6
     const double filter = 1.0 * columns * channels * taps * size, out = 1.0 * rows * columns * size;
     const double moved = 1.0 * pixels * channels * size + filter + out;
     const double share = 1.0 / static_cast<double>(work.step * work.step);
-    const double partial = 16.0 * columns * (rows / (choice.tile == ConvTile::k64x64 ? 64.0 : 128.0));
+    const double partial =
+        8.0 * (1 + work.sums) * columns * (rows / (choice.tile == ConvTile::k64x64 ? 64.0 : 128.0));
     // The library: what is added is written by an elementwise pass, or with zeros between its pixels, and a
-    // kernel adds it; the sums read gradient and argument once more.
-    const double around = (work.added ? 4.0 : 0.0) + (work.sums ? 2.0 : 0.0);
+    // kernel adds it; the sums read the gradient once more, and what was normalised.
+    const double around = (work.added ? 4.0 : 0.0) + (work.sums > 0 ? 1.0 + work.sums : 0.0);
     choice.library_us = std::max(flops / peak, moved / memory) + around * out / memory +
-                        (1 + int(work.added) + int(work.sums)) * kLaunchUs;
-    const double inside = (work.added ? share : 0.0) + (work.sums ? 1.0 : 0.0);
+                        (1 + int(work.added) + int(work.sums > 0)) * kLaunchUs;
+    const double inside = (work.added ? share : 0.0) + work.sums;
     choice.fused_us = std::max(flops / (peak * machine.mainloop_share), (moved + inside * out) / memory) +
-                      (2 * filter + (work.sums ? partial : 0.0)) / memory + 2 * kLaunchUs;
+                      (2 * filter + (work.sums > 0 ? partial : 0.0)) / memory + 2 * kLaunchUs;
     choice.fused = choice.fused_us < kConvMargin * choice.library_us;
     return choice;
 }

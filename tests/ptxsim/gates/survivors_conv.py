@@ -87,7 +87,7 @@ ARGUMENTS = (
         "whole vectors: one channel is never left", kernel=_DGRAD,
     ),
     Argument(
-        "forgotten_addend|wrong_sign", r"^conv_bn_act_dgrad_kernel\.cuh: own\[c\]\[g \+ k\]",
+        "forgotten_addend|wrong_sign", r"^conv_bn_act_dgrad_kernel\.cuh: (own|theirs)\[c\]\[g \+ k\]",
         "a thread's first row, where the addend is zero, or a copy whose rows or columns lie outside the output in every "
         "simulated call", kernel=_DGRAD, equal=False,
     ),
@@ -95,6 +95,11 @@ ARGUMENTS = (
         "wrong_thread", r"^conv_bn_act_dgrad_kernel\.cuh: const int thread",
         "128 threads for 64 channels: with numbers lower by one every channel is still worked out, the first one twice",
         kernel=f"{_DGRAD}.*Li64E",
+    ),
+    Argument(
+        "wrong_thread", r"^conv_bn_act_dgrad_kernel\.cuh: const int thread",
+        "128 threads for 128 channels: this copy is only asked for its group of rows (thread / 128), none but the first",
+        kernel=f"{_DGRAD}.*Li128ELi128E",
     ),
     Argument(
         "loose_comparison", r"^cuda_fp16\.hpp: ",
