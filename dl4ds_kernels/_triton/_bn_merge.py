@@ -40,23 +40,23 @@ def store_vector(vector, c, values, valid):
 @triton.jit
 def bn_stats_merge_kernel(
     partial, weight, bias, running_mean, running_var, mean, rstd, scale, shift, new_running_mean, new_running_var,
-    chunks, C, momentum: tl.float64, EPS: tl.constexpr, EPS_STD: tl.constexpr,
+    chunks, C, total, momentum: tl.float64, EPS: tl.constexpr, EPS_STD: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge (pivot, deviation, M2, count) of all chunks, in fp64; write statistics, folded vectors and running statistics."""
+    """Merge (pivot, deviation, M2) and counts of all chunks, ``total`` together, in fp64.
+
+    Writes statistics, folded vectors and running statistics.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_valid = c < C
-    total = tl.zeros([BLOCK_C], tl.float64)
     weighted = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, chunks, BLOCK_CHUNKS):
         chunk = first + tl.arange(0, BLOCK_CHUNKS)[:, None]
         valid = (chunk < chunks) & c_valid[None, :]
         at = partial + chunk * C + c[None, :]
         chunk_mean = tl.load(at, valid, 0.0).to(tl.float64) + tl.load(at + chunks * C, valid, 0.0).to(tl.float64)
-        count = tl.load(at + 3 * chunks * C, valid, 0.0).to(tl.float64)
-        total += tl.sum(count, 0)
+        count = tl.load(partial + 3 * chunks * C + chunk, chunk < chunks, 0.0).to(tl.float64)
         weighted += tl.sum(count * chunk_mean, 0)
-    total = tl.where(c_valid, total, 1.0)
     merged_mean = weighted / total
     m2 = tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, chunks, BLOCK_CHUNKS):
@@ -64,7 +64,7 @@ def bn_stats_merge_kernel(
         valid = (chunk < chunks) & c_valid[None, :]
         at = partial + chunk * C + c[None, :]
         chunk_mean = tl.load(at, valid, 0.0).to(tl.float64) + tl.load(at + chunks * C, valid, 0.0).to(tl.float64)
-        count = tl.load(at + 3 * chunks * C, valid, 0.0).to(tl.float64)
+        count = tl.load(partial + 3 * chunks * C + chunk, chunk < chunks, 0.0).to(tl.float64)
         delta = chunk_mean - merged_mean[None, :]
         m2 += tl.sum(tl.load(at + 2 * chunks * C, valid, 0.0).to(tl.float64) + count * delta * delta, 0)
     merged_rstd = rstd_of(m2 / total, EPS, EPS_STD)
@@ -77,7 +77,7 @@ def bn_stats_merge_kernel(
         updated = (1 - momentum) * load_vector(running_mean, c, c_valid, 0.0) + momentum * merged_mean
         store_vector(new_running_mean, c, updated, c_valid)
     if running_var is not None:
-        unbiased = m2 / tl.where(total > 1, total - 1, 1.0)
+        unbiased = m2 / tl.maximum(total - 1, 1)
         updated = (1 - momentum) * load_vector(running_var, c, c_valid, 0.0) + momentum * unbiased
         store_vector(new_running_var, c, updated, c_valid)
 

@@ -5,12 +5,12 @@ Otherwise: a line is one of the ``blocks`` pieces of BLOCK_COLS pixels of a plan
 The number of chunks depends on the shape alone, so the order of the sums, and with it every bit, does too.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ._common import Matrix
+from ._common import Matrix, block_of
 from ._device import (
     DENSE,
     activate_bwd,
@@ -20,24 +20,47 @@ from ._device import (
     unpack_bits,
 )
 
+WARPS = 1728  # of a reduction over a large tensor: 16 on each of an A100's multiprocessors, which then all run at once
 
-def reduce_launch_config(matrix: Matrix) -> dict[str, Any]:
+
+class Tile(NamedTuple):
+    """What a program of a reduction reads at a time in channels_last.
+
+    columns: most channels. warp: as many as a warp gets. steps: fewest tiles that a program adds up; they keep what it leaves
+    for the final reduction below 2 % of what it reads, however small the tensor.
+    """
+
+    columns: int
+    warp: int
+    steps: int
+
+
+# Statistics leave 12 bytes a chunk and channel, and of each of its lines read 2 (at 16 bits): few columns, many lines. The
+# gradient's sums leave 8 and read 4 to 6; a warp for every 32 channels loads their vectors, one value a thread. (Vectors of
+# fewer values than there are threads the compiler lets every warp load for itself, in the pieces that its elements need.)
+# With a mask, of which a line of 128 channels has 16 bytes, narrower tiles would read more of its sectors than they need.
+STATS, SUMS, MASKED_SUMS = Tile(32, 8, 5), Tile(64, 32, 7), Tile(128, 32, 7)
+
+
+def reduce_launch_config(matrix: Matrix, tile: Tile) -> dict[str, Any]:
     """Blocks, lines per chunk and number of chunks for a reduction over ``matrix``.
 
-    Every slot of a tile sums one value a step. 4 to 128 steps a chunk keep its fp32 sums short and their cost well above that
-    of the final reduction; about 1,000 programs fill the largest GPU.
+    Every slot of a tile sums one value a step; up to 128 steps a chunk keep its fp32 sums short.
     """
     if matrix.channels_last:
-        block_cols = min(64, max(16, triton.next_power_of_2(matrix.channels)))
-        groups, blocks = triton.cdiv(matrix.channels, block_cols), 1
+        least = tile.steps
+        block_cols = min(max(16, triton.next_power_of_2(matrix.channels)), max(32, block_of(matrix.channels, tile.columns)))
+        groups, blocks, warps = triton.cdiv(matrix.channels, block_cols), 1, max(1, block_cols // tile.warp)
         lines = matrix.batch * matrix.spatial
     else:
+        least = 4
         block_cols = min(1024, max(16, triton.next_power_of_2(matrix.spatial)))
-        groups, blocks = matrix.channels, triton.cdiv(matrix.spatial, block_cols)
+        groups, blocks, warps = matrix.channels, triton.cdiv(matrix.spatial, block_cols), 4
         lines = matrix.batch * blocks
-    block_lines = min(2048 // block_cols, triton.next_power_of_2(lines))
+    block_lines = min(512 * warps // block_cols, triton.next_power_of_2(lines))
+    warps = warps if block_lines * block_cols >= 256 * warps else 1
     tiles = triton.cdiv(lines, block_lines)
-    steps = min(128, max(4, triton.cdiv(tiles * groups, 1024)))
+    steps = min(128, max(least, triton.cdiv(tiles * groups * warps, WARPS)))
     return {
         "blocks": blocks,
         "lines": lines,
@@ -46,7 +69,7 @@ def reduce_launch_config(matrix: Matrix) -> dict[str, Any]:
         "groups": groups,
         "BLOCK_LINES": block_lines,
         "BLOCK_COLS": block_cols,
-        "num_warps": 4 if block_lines * block_cols >= 1024 else 1,
+        "num_warps": warps,
     }
 
 
@@ -101,7 +124,7 @@ def bn_stats_partial_kernel(
     CHANNELS_LAST: tl.constexpr, LAYOUT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_LINES: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """partial (4, chunks, C): pivot, mean - pivot, sum of squared deviations from the mean, count.
+    """partial (3, chunks, C): pivot, mean - pivot, sum of squared deviations from the mean; behind it each chunk's count.
 
     Each slot of the tile subtracts its own first value, so what cancels is bounded by the data's own spread: the error of the
     squared deviations is at most steps * epsilon relative, whatever the mean.
@@ -156,7 +179,8 @@ def bn_stats_partial_kernel(
     store_partial(partial, pivot, 0, chunk, chunks, group, C, CHANNELS_LAST, BLOCK_COLS)
     store_partial(partial, mean, 1, chunk, chunks, group, C, CHANNELS_LAST, BLOCK_COLS)
     store_partial(partial, m2, 2, chunk, chunks, group, C, CHANNELS_LAST, BLOCK_COLS)
-    store_partial(partial, total, 3, chunk, chunks, group, C, CHANNELS_LAST, BLOCK_COLS)
+    counted = (stop - start).to(acc) if CHANNELS_LAST else total  # the same for all channels: one program's word is enough
+    tl.store(partial + 3 * chunks * C + chunk, counted, group == 0)
 
 
 @triton.jit

@@ -14,6 +14,11 @@ from ..ops._layout import mask_bytes, suggested_format
 from ._device import DENSE, FLAT, STRIDED
 
 INT32_LIMIT = 2**31 - 2**16  # index + one block stays below 2**31
+# Element-wise kernels: a tile has 8 elements for each thread. That is a 16-byte access to each 16-bit tensor, few registers
+# beside the vectors' (so that many programs run at once), and one byte of the mask, which 32 threads move as one sector.
+WARP_ELEMENTS = 8 * 32
+WARPS = 4096  # that a large tensor gets before their programs walk over several tiles: about 30 a multiprocessor
+MOST_TILES = 16  # that a program walks over: its vectors weigh next to nothing then, and the largest tensors get more programs
 TRITON_DTYPE = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -184,23 +189,32 @@ def block_of(size: int, largest: int) -> int:
     return block
 
 
-def elementwise_launch_config(rows: int, cols: int) -> dict[str, Any]:
-    """Blocks of an element-wise kernel over a (rows, cols) matrix.
+def elementwise_launch_config(matrix: Matrix) -> tuple[int, dict[str, Any]]:
+    """(programs, configuration) of an element-wise kernel over ``matrix``.
 
     TILED: rows x cols tiles, so that channel indices and per-channel vectors are computed once a row or column. Rows that are
     no multiple of 16 elements long could not be read in vectors, so there the kernel runs over the flat memory instead.
-    16 elements a thread keep two 16-byte accesses (at 2 bytes an element) in flight for each tensor.
     """
-    extent = {"numel": rows * cols, "rows": rows, "cols": cols, "num_warps": 4}
+    rows, cols = matrix.rows, matrix.cols
+    extent = {"numel": rows * cols, "rows": rows, "cols": cols}
     if cols % 16:
-        return {"TILED": False, "BLOCK_ROWS": 1, "BLOCK_COLS": 2048, **extent}
+        flat = {"TILED": False, "BLOCK_ROWS": 1, "BLOCK_COLS": 4 * WARP_ELEMENTS, "num_warps": 4}
+        return triton.cdiv(rows * cols, 4 * WARP_ELEMENTS), {**extent, **flat}
+    programs, config = walk_config(rows, cols, matrix.channels_last)
+    return programs, {"TILED": True, **extent, **config}
+
+
+def walk_config(rows: int, cols: int, channels_last: bool) -> tuple[int, dict[str, int]]:
+    """(programs, configuration) of a kernel whose programs walk over tiles of the same channels and load their vectors once.
+
+    channels_last: as many warps as a block of channels fills with one value a thread, so that they share the loading of its
+    vectors. (What is smaller the compiler lets every warp load for itself, in the pieces that its elements need.)
+    """
     block_cols = block_of(cols, 256)
-    block_rows = min(2048 // block_cols, max(8, triton.next_power_of_2(rows)))
-    return {"TILED": True, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, **extent}
-
-
-def elementwise_programs(config: dict[str, Any]) -> int:
-    """Grid of an element-wise kernel."""
-    if not config["TILED"]:
-        return triton.cdiv(config["numel"], config["BLOCK_COLS"])
-    return triton.cdiv(config["rows"], config["BLOCK_ROWS"]) * triton.cdiv(config["cols"], config["BLOCK_COLS"])
+    warps = max(1, block_cols // 32) if channels_last else 4
+    block_rows = min(WARP_ELEMENTS * warps // block_cols, max(8, triton.next_power_of_2(rows)))
+    tiles = triton.cdiv(rows, block_rows), triton.cdiv(cols, block_cols)
+    along, across = tiles if channels_last else tiles[::-1]
+    steps = min(MOST_TILES, max(1, along * across * warps // WARPS))
+    config = {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "num_warps": warps}
+    return across * triton.cdiv(along, steps), config

@@ -27,67 +27,83 @@ def program_index(WIDE: tl.constexpr):
 
 
 @triton.jit
-def tile_program(WIDE: tl.constexpr):
-    """Programs run backwards: after a statistics pass the end of the tensor is what the L2 cache still holds."""
-    return tl.num_programs(0) - 1 - program_index(WIDE)
+def tile_walk(rows, cols, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(block, first, tiles, step) of this program: it makes the tiles first, first + step, ... of ``tiles`` one after another.
+
+    ``block`` stays: the columns of a channels_last matrix, else the rows. So the program's channels, and the vectors that it
+    loads for them, stay too. Flat programs make one tile.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if not TILED:
+        return program, program, programs, programs
+    elif CHANNELS_LAST:
+        blocks = tl.cdiv(cols, BLOCK_COLS)
+        return program % blocks, program // blocks, tl.cdiv(rows, BLOCK_ROWS), programs // blocks
+    else:
+        blocks = tl.cdiv(rows, BLOCK_ROWS)
+        walkers = programs // blocks
+        return blocks - 1 - program // walkers, program % walkers, tl.cdiv(cols, BLOCK_COLS), walkers
+
+
+@triton.jit
+def tile_place(block, tile, tiles, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr, WIDE: tl.constexpr):
+    """(block of rows, block of columns) of a tile, 64 bits wide where indices may be; a flat program's is a block of columns.
+
+    Tiles are made from the end: after a statistics pass the end of the tensor is what the L2 cache still holds.
+    """
+    place = tiles - 1 - tile
+    if WIDE:
+        place = place.to(tl.int64)
+        block = block.to(tl.int64)
+    if TILED and CHANNELS_LAST:
+        return place, block
+    else:
+        return block, place
 
 
 @triton.jit
 def tile_indices(
-    numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+    row_block, col_block, numel, rows, cols, TILED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):  # fmt: skip
-    """(index in memory order, row, column, validity) of this program's (BLOCK_ROWS, BLOCK_COLS) elements."""
-    program = tile_program(WIDE)
+    """(index in memory order, row, column, validity) of the (BLOCK_ROWS, BLOCK_COLS) elements of :func:`tile_place`."""
     if TILED:
-        column_blocks = tl.cdiv(cols, BLOCK_COLS)
-        row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-        col = (program % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+        col = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         return row * cols + col, row, col, (row < rows) & (col < cols)
     else:
-        index = program * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        index = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         row = index // cols
         return index, row, index - row * cols, index < numel
 
 
 @triton.jit
 def tile_bytes(
-    numel, rows, cols, TILED: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+    row_block, col_block, numel, rows, cols, TILED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):  # fmt: skip
     """(byte index, validity) of the (BLOCK_ROWS, BLOCK_COLS / 8) mask bytes that belong to :func:`tile_indices`."""
-    program = tile_program(WIDE)
+    byte = col_block * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
     if TILED:
-        column_blocks = tl.cdiv(cols, BLOCK_COLS)
-        row = (program // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-        byte = (program % column_blocks) * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
+        row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
         return row * (cols // 8) + byte, (row < rows) & (byte < cols // 8)
     else:
-        byte = program * (BLOCK_COLS // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
         return byte, byte * 8 < numel
 
 
 @triton.jit
-def tile_channels(
-    row, col, valid, rows, cols, C, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """(channel, validity) of the elements of :func:`tile_indices`; of a whole row or column of tiles only once."""
-    if TILED:
-        column_blocks = tl.cdiv(cols, BLOCK_COLS)
-        if CHANNELS_LAST:
-            channel = (tile_program(False) % column_blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-            return channel, channel < cols
-        else:
-            plane = (tile_program(False) // column_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-            return plane % C, plane < rows
-    elif CHANNELS_LAST:
-        return col, valid
+def block_channels(block, rows, cols, C, CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(channel, validity) of the columns or rows of a tiled program's ``block``."""
+    if CHANNELS_LAST:
+        channel = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        return channel, channel < cols
     else:
-        return row % C, valid
+        plane = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        return plane % C, plane < rows
 
 
 @triton.jit
 def tile_vector(vector, channel, valid, CHANNELS_LAST: tl.constexpr, TILED: tl.constexpr):
-    """A per-channel vector at :func:`tile_channels`, broadcastable to the tile."""
+    """A per-channel vector at :func:`block_channels` (or, of a flat program, at the channel of each element), to broadcast."""
     values = tl.load(vector + channel, valid, 0.0)
     if not TILED:
         return values

@@ -11,10 +11,7 @@ from . import _common
 from ._common import check
 from ._device import activate, activate_bwd, masked_bwd, pack_bits, positive_side, program_index, unpack_bits
 
-
-def add_act_launch_config(numel: int) -> dict[str, Any]:
-    """16 elements a thread keep two 16-byte accesses (at 2 bytes an element) in flight for each tensor."""
-    return {"BLOCK": 2048 if numel > 2048 else 1024, "num_warps": 4}
+CONFIG = {"BLOCK": 4 * _common.WARP_ELEMENTS, "num_warps": 4}
 
 
 @triton.jit
@@ -168,11 +165,10 @@ def _empty_sum(x: Tensor) -> Tensor:
 
 def _launch(kernel: Any, like: Tensor, alpha: float, activation: int, negative_slope: float, **tensors: Tensor | None) -> None:
     numel = like.numel()
-    config = add_act_launch_config(numel)
     with _common.device_of(like):
         _common.launch(
             kernel,
-            triton.cdiv(numel, config["BLOCK"]),
+            triton.cdiv(numel, CONFIG["BLOCK"]),
             **tensors,
             numel=numel,
             ALPHA=float(alpha),
@@ -180,5 +176,5 @@ def _launch(kernel: Any, like: Tensor, alpha: float, activation: int, negative_s
             SLOPE=_common.slope_of(activation, negative_slope),
             ACC=_common.accumulator(like),
             WIDE=_common.is_wide(numel),
-            **config,
+            **CONFIG,
         )

@@ -13,8 +13,8 @@ from ..ops._layout import accumulate_dtype, suggested_format
 from . import _common
 from ._bn_apply import bn_apply_into_kernel, bn_apply_kernel, bn_bwd_apply_kernel
 from ._bn_merge import FOLD_CONFIG, MERGE_CONFIG, bn_bwd_merge_kernel, bn_fold_kernel, bn_stats_merge_kernel
-from ._bn_reduce import bn_bwd_partial_kernel, bn_stats_partial_kernel, reduce_launch_config
-from ._common import Matrix, check, elementwise_launch_config, elementwise_programs, slope_of
+from ._bn_reduce import MASKED_SUMS, STATS, SUMS, bn_bwd_partial_kernel, bn_stats_partial_kernel, reduce_launch_config
+from ._common import Matrix, check, elementwise_launch_config, slope_of
 
 
 def bn_act(
@@ -84,9 +84,9 @@ def _statistics(
 ) -> None:
     """Batch statistics into ``results`` (laid out as bn_act returns them), folded vectors into ``scale`` and ``shift``."""
     _, mean, rstd, _, new_running_mean, new_running_var = results
-    config = reduce_launch_config(matrix)
+    config = reduce_launch_config(matrix, STATS)
     chunks = config["chunks"]
-    partial = x.new_empty((4, chunks, matrix.channels), dtype=mean.dtype)
+    partial = x.new_empty(chunks * (3 * matrix.channels + 1), dtype=mean.dtype)
     _common.launch(
         bn_stats_partial_kernel,
         chunks * config["groups"],
@@ -114,6 +114,7 @@ def _statistics(
         new_running_var=new_running_var,
         chunks=chunks,
         C=matrix.channels,
+        total=matrix.per_channel,
         momentum=momentum,
         EPS=float(eps),
         EPS_STD=eps_std,
@@ -164,11 +165,11 @@ def apply_statistics(
     negative_slope: float,
 ) -> None:
     """out = act((x - center) * scale + shift [+ residual]); ``out`` may be ``x`` itself where x is dense."""
-    config = elementwise_launch_config(matrix.rows, matrix.cols)
+    programs, config = elementwise_launch_config(matrix)
     center, scale, shift = folded
     _common.launch(
         bn_apply_kernel,
-        elementwise_programs(config),
+        programs,
         x=x,
         residual=_common.dense_as(residual, out),
         out=out,
@@ -239,7 +240,7 @@ def bn_act_bwd(
     with _common.device_of(x):
         partial, chunks = None, 0
         if need_dparams or (training and need_dx):
-            config = reduce_launch_config(matrix)
+            config = reduce_launch_config(matrix, SUMS if mask is None else MASKED_SUMS)
             chunks = config["chunks"]
             partial = x.new_empty((2, chunks, channels), dtype=acc_dtype)
             _common.launch(
@@ -277,10 +278,10 @@ def bn_act_bwd(
             **MERGE_CONFIG,
         )
         if need_dx or need_dresidual:
-            config = elementwise_launch_config(matrix.rows, matrix.cols)
+            programs, config = elementwise_launch_config(matrix)
             _common.launch(
                 bn_bwd_apply_kernel,
-                elementwise_programs(config),
+                programs,
                 dx=dx if need_dx else None,
                 dresidual=dresidual if need_dresidual else None,
                 scale=scale,
@@ -321,13 +322,13 @@ def bn_act_into(
     check(out_pitch >= channels, op, "out", "channels_last, or a slice of its channels", out.stride())
     if not pixel_pitch(x):
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    rows, block_cols = x.numel() // channels, _common.block_of(channels, 256)
-    block_rows = max(1, 2048 // block_cols)
+    rows = x.numel() // channels
+    programs, config = _common.walk_config(rows, channels, True)
     with _common.device_of(x):
         center, scale, shift = fold_statistics(x, running_mean, running_var, weight, bias, None, eps, eps_std)
         _common.launch(
             bn_apply_into_kernel,
-            triton.cdiv(rows, block_rows) * triton.cdiv(channels, block_cols),
+            programs,
             x=x,
             out=out,
             center=center,
@@ -340,9 +341,7 @@ def bn_act_into(
             ACTIVATION=activation,
             SLOPE=slope_of(activation, negative_slope),
             WIDE=_common.is_wide(x.numel(), x, out),
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLS=block_cols,
-            num_warps=4,
+            **config,
         )
 
 
