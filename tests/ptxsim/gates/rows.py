@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import build, mutate
+from .. import Report, build, mutate
 from . import checks, limits, measure, survivors, workload
 
 Row = dict[str, Any]
@@ -83,25 +83,31 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
 
     That is, of the forms that a call (not an even one: mutants are not run on these) gives to several programs, where there are
     such, one that calls of at least eight sizes launch or, without such, of the most: another form is the same function with
-    other constants, and what is launched for one size only never takes the loops and tails of others. Of these the one that
-    executes the most code.
+    other constants, and what is launched for one size only never takes the loops and tails of others. Of these one whose
+    programs repeat most of what they execute, if there is such: they take their loop. Of these the one that executes most code.
     """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
         return sorted(mine, key=backend.short)
     found: dict[str, list[str]] = defaultdict(list)
-    reports = [report for base in measure.baseline(backend, op, dtype) if not base.case.even for report in base.reports]
-    spread = {report.kernel for report in reports if math.prod(report.grid) > 1}
+    small = [base for base in measure.baseline(backend, op, dtype) if not base.case.even]
+    reports = [(report, len(base.executed[report.kernel])) for base in small for report in base.reports]
+    spread = {report.kernel for report, _ in reports if math.prod(report.grid) > 1}
+    looping = {r.kernel for r, executed in reports if r.counters["warp_instructions"] > 1.5 * executed * _warps(r)}
     for kernel in backend.seen():
         if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
             found[backend.stem(kernel)].append(kernel)
 
-    def rank(kernel: str) -> tuple[bool, int, int, str]:
+    def rank(kernel: str) -> tuple[bool, int, bool, int, str]:
         calls = [base.case.arguments for base, _ in measure.executed_by(backend, kernel)]
         sizes = {tuple(t.shape for t in given.values() if isinstance(t, Tensor)) for given in calls}
-        return kernel in spread, min(8, len(sizes)), measure.coverage(backend, kernel)[0], kernel
+        return kernel in spread, min(8, len(sizes)), kernel in looping, measure.coverage(backend, kernel)[0], kernel
 
     return [max(same, key=rank) for same in found.values()]
+
+
+def _warps(report: Report) -> int:
+    return math.prod(report.grid) * -(-math.prod(report.block) // 32)
 
 
 def kernel_row(backend: ModuleType, kernel: str) -> Row:

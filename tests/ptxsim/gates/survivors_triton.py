@@ -22,6 +22,13 @@ ARGUMENTS = (
         before=r"^setp\.(gt|lt)\.s32 %p\d+, %r\d+, [01];",
     ),
     Argument(
+        "loose_comparison", r"^_bn_apply\.py: for tile in tl\.range\(", "every program has a tile: the loop is never left out",
+        never=True, before=r"^setp\.ge\.\w+ %p\d+, %r\d+, %r\d+;",
+    ),
+    Argument(
+        "unsigned_wrap", r"^_bn_merge\.py: unbiased =", "there is at least one value: the number less one is not negative",
+    ),
+    Argument(
         "missing_mask", r"^nms\.py: return tl\.load\(at, valid", kernel="nms_push",
         why="the boxes of a chunk all exist; a load behind the last of the later ones would have been reported",
     ),
@@ -46,8 +53,8 @@ ARGUMENTS = (
         "check would tell): the rows of a tile belong to one warp",
     ),
     Argument(
-        "wrong_rounding", r"^max_pool_indices\.py: tl\.store\(dy", "a gradient is handed on: it is exact in the narrow type",
-        never=True,
+        "wrong_rounding", r"^(max_pool_indices\.py: tl\.store\(dy|_bn_apply\.py: tl\.store\(dresidual)",
+        "a gradient is handed on: it is exact in the narrow type", never=True,
     ),
     Argument(
         "wrong_rounding", r"^nms\.py: return value\.to\(tl\.float16\)", "every pair that this copy of the code compares in a "
@@ -64,7 +71,7 @@ ARGUMENTS = (
     ),
     Argument(
         "missing_mask", r"^(_windows\.py: (upper|lower) = tl\.load|max_pool_indices\.py: value = tl\.load\(y|"
-        r"_bn_apply\.py: return tl\.load\(x)",
+        r"_bn_apply\.py: return tl\.load\(x|_bn_reduce\.py: first = tl\.load\(x)",
         "a load without its mask: in every simulated call it stays inside the tensor (it would have been reported), and what "
         "it reads without need is not stored", equal=False,
     ),
@@ -78,7 +85,9 @@ ARGUMENTS = (
         kernel="bn_stats_partial", equal=False,
     ),
     Argument(
-        "missing_barrier", r"^standard\.py: return core\.reduce", "between these accesses no other warp touches the places "
-        "(the race check would tell, and the places do not depend on data)", kernel="bn_stats_partial",
+        "missing_barrier", r"^(standard\.py: return core\.reduce|_bn_reduce\.py: (dz = tl\.load\(dout|for _ in tl\.range))",
+        "between these accesses no other warp touches the places (the race check would tell, and the places do not depend on "
+        "data)",
+        kernel="bn_(stats_partial|stats_merge|bwd_partial)",
     ),
 )  # fmt: skip

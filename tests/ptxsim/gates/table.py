@@ -28,8 +28,8 @@ is one kernel with all its instantiations (dtype, vector width); limits stand in
 - **bytes**: distinct bytes per element of a 16-bit x: measured / ceiling (each of its tensors once).
 - **regs**: most registers on sm_80, 90, 100, 120; no stack, no spill, no local memory, no atomics on any.
 - **mutants**: seeded bugs found / tried, less those shown to change nothing ("equal"), in all forms of the kernel that were
-  mutated (CUDA: every instantiation; Triton: of every dtype, of the forms that calls of most sizes launch, the one that
-  executes most).
+  mutated (CUDA: every instantiation; Triton: of every dtype, of the forms that calls of most sizes launch, one that takes its
+  loop and executes most).
 """
 
 

@@ -45,16 +45,19 @@ LIMITS = [
     Limits("bn_act_bwd_kernel_nhwc", "cuda", _GRADIENT, again=1.5, instructions=85, note=_CACHED),
     Limits("bn_act_bwd_kernel_nchw", "cuda", _GRADIENT, instructions=105),
     Limits(
-        "bn_stats_partial_kernel", "triton", ("x",), small=0.1, waves=1.1, instructions=250, registers=128, wide_stores=False,
+        "bn_stats_partial_kernel", "triton", ("x",), small=0.02, again=1.05, instructions=165, registers=128, wide_stores=False,
     ),
     small_work("bn_stats_merge_kernel", "triton", registers=255),
     small_work("bn_fold_kernel", "triton", registers=255),
     Limits(
-        "bn_apply_kernel", "triton", _FORWARD, load=0.75, store=0.95, again=1.6, instructions=75, registers=72, note=_CACHED,
+        "bn_apply_kernel", "triton", _FORWARD, small=0.02, store=0.95, again=1.05, instructions=55,
+        note="in NCHW a warp's 32 bytes of mask begin in the middle of a sector where a plane has no multiple of 256 elements",
     ),
-    Limits("bn_bwd_partial_kernel", "triton", _SUMS, load=0.9, again=1.3, instructions=110, registers=128, wide_stores=False),
+    Limits(
+        "bn_bwd_partial_kernel", "triton", _SUMS, small=0.02, again=1.05, instructions=95, registers=128, wide_stores=False,
+    ),
     small_work("bn_bwd_merge_kernel", "triton", registers=255),
-    Limits("bn_bwd_apply_kernel", "triton", _GRADIENT, load=0.7, again=1.7, instructions=75, registers=72, note=_CACHED),
+    Limits("bn_bwd_apply_kernel", "triton", _GRADIENT, small=0.02, again=1.05, instructions=45, registers=72),
 ]  # fmt: skip
 WRITTEN = {
     "bn_stats_partial_kernel": {"partial"},
@@ -97,7 +100,7 @@ def changed(kernel: str, name: str, given: dict[str, Any]) -> bool:
 
 def triton_runs(case: Case) -> bool:
     """Compiling takes longer than running: every layout, tiling and activation, on some of the shapes."""
-    if case.name.endswith("-other") or "-single" in case.name and "wide" not in case.name:
+    if case.name.endswith("-other") or "-single" in case.name and "wide-nhwc" not in case.name:
         return False
     return any(f"-{part}" in case.name for part in ("wide-", "slice-", "tail-", "matrix-n", "far", "chunks", "even", "sweep"))
 
@@ -142,7 +145,7 @@ SHAPES = {
     "nine": ((3, 24, 15, 17), ("nhwc",), (False,), False),  # rows a thread: two rounds of the statistics' unrolled loop
     "nines": ((2, 24, 5, 9), ("nhwc",), (True,), False),
 }
-# Triton compiles a form for what divides by 16 and what is 1: these are of one form a layout, with two chunks and groups of
+# Triton compiles a form for what divides by 16 and what is 1: these are of one form a layout, with several chunks or groups of
 # channels, a vector that no block of channels fits, and in the last tile all, some or one of its lines.
 CHUNKS = {
     "nhwc": ((3, 72, 7, 9), (2, 72, 5, 17), (1, 72, 3, 43)),
@@ -246,8 +249,12 @@ def cases(dtype: torch.dtype) -> list[Case]:
             found += calls(f"far-{layout}{'-single' * single}", x.mul_(400), residual, dout, far, acc)
     # Of one compiled form each: planes and a tensor that end at every place of a thread; one and two steps of the merges over
     # chunks, by two programs; folds by three programs.
-    sweep = [(((35, 52, 60, 70)[width % 4], 3, 3, width), "nchw", relu) for width in range(22, 32)]
-    sweep += [((1, 17, lines, 61), "nhwc", relu) for lines in (9, 13, 17, 35, 52, 71, 105, 277)]
+    sweep = [(((35, 52, 60, 70)[width % 4], 3, 3, width), "nchw", relu) for width in range(22, 30)]
+    sweep += [((1, 17, lines, 61), "nhwc", relu) for lines in (9, 13, 17, 25, 35, 52, 71, 345)]
+    # Programs that walk over several tiles of 8 pixels by 64 channels (of which the last are 48), with a last pixel at every
+    # place of a tile. Vectors of two types: the merges see the sweep above more often than one form of these.
+    relu6 = (3, True, True, False, "acc", "wb"), (3, True, True, False, "half", "wb")
+    sweep += [((1, 176, lines, 5), "nhwc", relu6[lines > 8]) for lines in (5, 6, 7, 8, 9, 10, 12, 19)]
     sweep += [((2, 300, 1, 2), "nhwc", variant) for variant in VARIANTS if not variant[1]]
     if dtype.itemsize == 2:  # merges that read and write vectors of the own dtype
         sweep += [((1, 17, lines, 61), "nhwc", VARIANTS[3]) for lines in (9, 13, 35, 71, 277)]
@@ -255,7 +262,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         x, residual, dout = (random(*shape, dtype=dtype, seed=s, nan=s == 1 and shape[3] % 2) for s in (1, 2, 3))
         x, residual, dout = (laid_out(t, layout, False) for t in (x, residual, dout))
         label = f"sweep{'x'.join(map(str, shape))}-{layout}-act{variant[0]}-{variant[4]}{variant[5]}"
-        made = calls(label, x, residual if variant[2] else None, dout, variant, acc)
+        made = calls(label, x, residual if variant[2] else None, dout, variant, acc, few_blocks=shape[1] == 176)
         found += made[: 3 if shape[1] == 17 else 4]  # (the merges are no others after a mask)
     for layout, shape in (("nhwc", (8, 64, 16, 32)), ("nchw", (16, 8, 56, 56))):
         x, residual, dout = (laid_out(random(*shape, dtype=dtype, seed=s), layout, False) for s in (1, 2, 3))
