@@ -200,7 +200,7 @@ def test_nan_and_infinity_pass(activation: str) -> None:
 @interpreted
 @each([replace(BASE, residual="nhwc"), TILED, replace(PLANES, layout="nchw_hwslice")])
 def test_wide_indices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors beyond 2**31 elements use 64-bit indices; here every tensor does."""
+    """Tensors beyond 2**31 elements use 64-bit indices; here every tensor does, and one program walks over all its tiles."""
     from dl4ds_kernels._triton import _common
 
     def results() -> Results:
@@ -210,8 +210,27 @@ def test_wide_indices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     dout = torch.randn(case.shape)
     narrow = results()
     monkeypatch.setattr(_common, "INT32_LIMIT", 0)
+    monkeypatch.setattr(_common, "WARPS", 1)
     for name, result in results().items():
         assert torch.equal(result, narrow[name]), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_bytes_beside_the_tensors(layout: torch.memory_format) -> None:
+    """ResNet's sites at batch 32, 16 bits: partial results weigh at most 2 % of what is read; large tensors, vectors 7 %."""
+    from dl4ds_kernels._triton import _bn_reduce, _common
+
+    sites = [(64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28), (256, 14), (512, 14), (1024, 14)]
+    for channels, size in [*sites, (512, 7), (2048, 7)]:
+        x = torch.empty(32, channels, size, size, device="meta", memory_format=layout)
+        matrix, site = _common.Matrix.of(x, x), (channels, size)
+        # Bytes of a chunk and channel, and bytes read of an element: x; dout, x and residual; dout, x and mask.
+        for tile, left, read in ((_bn_reduce.STATS, 12, 2), (_bn_reduce.SUMS, 8, 6), (_bn_reduce.MASKED_SUMS, 8, 4.125)):
+            chunks = _bn_reduce.reduce_launch_config(matrix, tile)["chunks"]
+            assert left * channels * chunks <= 0.02 * read * x.numel(), (site, tile)
+        programs, config = _common.elementwise_launch_config(matrix)
+        if layout == torch.channels_last and x.numel() > 6e6:  # three vectors for two tensors
+            assert 3 * 4 * config["BLOCK_COLS"] * programs <= 0.07 * 4 * x.numel(), site
 
 
 # ---- add_act
