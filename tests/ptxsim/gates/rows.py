@@ -83,8 +83,9 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
 
     That is, of the forms that a call (not an even one: mutants are not run on these) gives to several programs, where there are
     such, one that calls of at least eight sizes launch or, without such, of the most: another form is the same function with
-    other constants, and what is launched for one size only never takes the loops and tails of others. Of these one whose
-    programs repeat most of what they execute, if there is such: they take their loop. Of these the one that executes most code.
+    other constants, and what is launched for one size only never takes the loops and tails of others. Of these, of a function
+    that any case launches with few blocks, one whose programs repeat most of what they execute: they take their loop. Of these
+    the one that executes most code.
     """
     if backend.NAME == "cuda":
         mine = [k for k in backend.instantiations() if backend.op_of(k) == op and dtype in backend.dtypes_of(k)]
@@ -93,7 +94,12 @@ def kernels(backend: ModuleType, op: str, dtype: torch.dtype) -> list[str]:
     small = [base for base in measure.baseline(backend, op, dtype) if not base.case.even]
     reports = [(report, len(base.executed[report.kernel])) for base in small for report in base.reports]
     spread = {report.kernel for report, _ in reports if math.prod(report.grid) > 1}
-    looping = {r.kernel for r, executed in reports if r.counters["warp_instructions"] > 1.5 * executed * _warps(r)}
+    walking = {backend.stem(report.kernel) for base in small if base.case.few_blocks for report in base.reports}
+    looping = {
+        r.kernel
+        for r, executed in reports
+        if backend.stem(r.kernel) in walking and r.counters["warp_instructions"] > 1.5 * executed * _warps(r)
+    }
     for kernel in backend.seen():
         if backend.op_of(kernel) == op and backend.dtypes_of(kernel) == (dtype,) and measure.executed_by(backend, kernel):
             found[backend.stem(kernel)].append(kernel)
