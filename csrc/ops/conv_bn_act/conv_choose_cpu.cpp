@@ -28,42 +28,6 @@ double gemm_cycles(double rows, double panels, double k, double rows_end, double
     return panels * (rows * vectors * k + rows * rows_end + groups * 30.0) / threads;
 }
 
-double direct_cycles(const ConvShape& s, double threads) {
-    const ConvKernels& kernels = conv_kernels();
-    const double pixels = static_cast<double>(s.n * s.out_height() * s.out_width());
-    const double k = static_cast<double>(s.group_channels() * s.taps());
-    const double panels = static_cast<double>(s.groups) * ceil_div(s.group_channels_out(), kernels.panel);
-    const double pack = pixels * static_cast<double>(s.groups) * (k / 8.0 + 10.0) / threads;
-    const double bytes = static_cast<double>(s.channels_out) * k * 4;
-    return std::max(gemm_cycles(pixels, panels, k, 8.0, threads) + pack, bytes * kCyclesPerWeightByte);
-}
-
-double winograd_cycles(int m, const ConvShape& s, double threads) {
-    const ConvKernels& kernels = conv_kernels();
-    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height(), m) * ceil_div(s.out_width(), m);
-    const double positions = (m + 2) * (m + 2), panels = ceil_div(s.channels_out, kernels.panel);
-    const double lanes = static_cast<double>(kernels.panel) / 2.0;
-    const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * 6.0;
-    const double out = tiles * panels * 2.0 * positions * 4.5;
-    // With few tiles the threads share output channels, and each transforms the whole input.
-    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
-    const double bytes = positions * static_cast<double>(s.channels * s.channels_out) * 4;
-    const double gemm = positions * gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads);
-    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
-}
-
-double strassen_cycles(const ConvShape& s, double threads) {
-    const ConvKernels& kernels = conv_kernels();
-    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height() * s.out_width(), 2);
-    const double panels = static_cast<double>(s.channels_out / 2 / kernels.panel);
-    const double k = static_cast<double>(s.channels) / 2.0, lanes = static_cast<double>(kernels.panel) / 2.0;
-    const double in = tiles * k / lanes * 30.0, out = tiles * panels * 2.0 * 100.0;
-    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
-    const double bytes = static_cast<double>(s.channels * s.channels_out) * 7.0;
-    const double gemm = 7.0 * gemm_cycles(tiles, panels, k, 3.0, threads);
-    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
-}
-
 /// What the packed weight takes, beside the weight as it is.
 double packed_bytes(ConvAlgorithm algorithm, const ConvShape& s) {
     const double weight = static_cast<double>(s.channels_out * s.group_channels()) * 4.0;
@@ -77,6 +41,42 @@ double packed_bytes(ConvAlgorithm algorithm, const ConvShape& s) {
         default:
             return static_cast<double>(s.taps()) * weight;
     }
+}
+
+double direct_cycles(const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double pixels = static_cast<double>(s.n * s.out_height() * s.out_width());
+    const double k = static_cast<double>(s.group_channels() * s.taps());
+    const double panels = static_cast<double>(s.groups) * ceil_div(s.group_channels_out(), kernels.panel);
+    const double pack = pixels * static_cast<double>(s.groups) * (k / 8.0 + 10.0) / threads;
+    const double bytes = packed_bytes(ConvAlgorithm::kDirect, s);
+    return std::max(gemm_cycles(pixels, panels, k, 8.0, threads) + pack, bytes * kCyclesPerWeightByte);
+}
+
+double winograd_cycles(int m, const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height(), m) * ceil_div(s.out_width(), m);
+    const double positions = (m + 2) * (m + 2), panels = ceil_div(s.channels_out, kernels.panel);
+    const double lanes = static_cast<double>(kernels.panel) / 2.0;
+    const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * 6.0;
+    const double out = tiles * panels * 2.0 * positions * 4.5;
+    // With few tiles the threads share output channels, and each transforms the whole input.
+    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
+    const double bytes = packed_bytes(m == 2 ? ConvAlgorithm::kWinograd2 : ConvAlgorithm::kWinograd4, s);
+    const double gemm = positions * gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads);
+    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
+}
+
+double strassen_cycles(const ConvShape& s, double threads) {
+    const ConvKernels& kernels = conv_kernels();
+    const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height() * s.out_width(), 2);
+    const double panels = static_cast<double>(s.channels_out / 2 / kernels.panel);
+    const double k = static_cast<double>(s.channels) / 2.0, lanes = static_cast<double>(kernels.panel) / 2.0;
+    const double in = tiles * k / lanes * 30.0, out = tiles * panels * 2.0 * 100.0;
+    const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
+    const double bytes = packed_bytes(ConvAlgorithm::kStrassen, s);
+    const double gemm = 7.0 * gemm_cycles(tiles, panels, k, 3.0, threads);
+    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
 }
 
 /// Whether a variable of the environment leaves its algorithm switched on.
