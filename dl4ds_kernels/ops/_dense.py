@@ -21,10 +21,10 @@ def has_steps(namespace: str, x: Tensor) -> bool:
     return has_kernel("dense_back_into", namespace, x.device.type)
 
 
-def empty(namespace: str, like: Tensor, channels: int, lasting: bool = False) -> Tensor:
-    """An uninitialised channels_last buffer for this many channels of ``like``'s pixels; ``lasting``: kept for backward."""
+def empty(namespace: str, like: Tensor, channels: int) -> Tensor:
+    """An uninitialised channels_last buffer for this many channels of ``like``'s pixels."""
     if has_kernel("dense_buffer", namespace, like.device.type):
-        return op("dense_buffer", namespace)(like, channels, lasting)
+        return op("dense_buffer", namespace)(like, channels)
     n, _, *size = like.shape
     return torch.empty((n, channels, *size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -81,7 +81,7 @@ def take(namespace: str, grad: Tensor, x: Tensor, mean: Tensor, linear: tuple[Te
     return grad.contiguous(memory_format=torch.channels_last)  # back() has left nothing in `linear`
 
 
-def _fake_empty(like: Tensor, channels: int, lasting: bool) -> Tensor:
+def _fake_empty(like: Tensor, channels: int) -> Tensor:
     n, _, *size = like.shape
     return torch.empty((n, channels, *size), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -99,7 +99,7 @@ def _fake_take(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-define_op("dense_buffer", "(Tensor like, int channels, bool lasting) -> Tensor", fake=_fake_empty, stem="bn_act", triton=False)
+define_op("dense_buffer", "(Tensor like, int channels) -> Tensor", fake=_fake_empty, stem="bn_act", triton=False)
 define_op(
     "dense_append_into",
     "(Tensor x, Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var) -> ()",

@@ -46,7 +46,7 @@ def _forward(
     block = decode(code, numbers)
     s = Schedule(namespace, x, convs, norms, running, block, True)
     layers, total = layers_of(x, convs, block, per_layer)
-    out = _dense.empty(namespace, x, total, lasting=save)
+    out = _dense.empty(namespace, x, total)
     mean, var = (x.new_empty(total, dtype=accumulate_dtype(x)) for _ in range(2))
     kept: Tensors = []
     statistics: Tensors = [mean, var]

@@ -25,12 +25,10 @@ inline FromBlobFn* from_blob_fn() {
     return function;
 }
 
-/// How long a tensor is kept, which chooses its block: see pool.h.
-enum class Keep { kBriefly, kForBackward, kForGood };
-
 /// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not (or if this torch
-/// cannot give a block back to us: 2.10).
-inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype, Keep keep) {
+/// cannot give a block back to us: 2.10). `apart`: see pool.h.
+inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
+                        bool apart = false) {
     int64_t bytes = dtype_size(dtype);
     for (int64_t d = 0; d < dim; ++d) {
         bytes *= sizes[d];
@@ -44,8 +42,7 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
         return Tensor(handle);
     }
     const auto size = static_cast<size_t>(bytes);
-    PoolBlock* block =
-        keep == Keep::kForGood ? pool_acquire_apart(size) : pool_acquire(size, keep == Keep::kForBackward);
+    PoolBlock* block = apart ? pool_acquire_apart(size) : pool_acquire(size);
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
     const auto error = from_blob_fn()(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
                                       &handle, strided, nullptr, 0, release, block);
@@ -56,23 +53,14 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
     return Tensor(handle);
 }
 
-/// `lasting`: see pool_acquire.
-inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
-                        bool lasting = false) {
-    return empty_cpu(sizes, strides, dim, dtype, lasting ? Keep::kForBackward : Keep::kBriefly);
-}
-
 /// An uninitialised vector of n elements; n = 0 gives the empty tensor that stands for "not computed".
-inline Tensor empty_vector_cpu(int64_t n, DType dtype, bool lasting = false) {
+inline Tensor empty_vector_cpu(int64_t n, DType dtype, bool apart = false) {
     const int64_t stride = 1;
-    return empty_cpu(&n, &stride, 1, dtype, lasting);
+    return empty_cpu(&n, &stride, 1, dtype, apart);
 }
 
 /// Memory of n elements for packed weights, which stay.
-inline Tensor empty_pack_cpu(int64_t n, DType dtype) {
-    const int64_t stride = 1;
-    return empty_cpu(&n, &stride, 1, dtype, Keep::kForGood);
-}
+inline Tensor empty_pack_cpu(int64_t n, DType dtype) { return empty_vector_cpu(n, dtype, /*apart=*/true); }
 
 /// Uninitialised, 64-byte aligned working memory that lives as long as this object.
 class Scratch {

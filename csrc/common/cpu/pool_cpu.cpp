@@ -16,43 +16,30 @@ namespace dl4ds {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// A block lent where there is no room for one of its own, in times what was asked for: for a short while, and
-// `lasting`.
-constexpr size_t kMostBorrowed = 16;
-constexpr size_t kMostBorrowedLasting = 2;
-constexpr size_t kHugeFrom = size_t{8} << 20;  // blocks this large ask for huge pages
+constexpr size_t kRoom =
+    size_t{64} << 30;  // of address space that a region is laid into, so that it can grow
 
-/// Size classes: eight steps an octave, so a block is at most 1/8 larger than asked for.
-size_t class_size(size_t bytes) {
-    size_t step = size_t{4} << 10;
-    while (step * 16 < bytes) {
-        step *= 2;
-    }
-    return (bytes + step - 1) / step * step;
+const size_t kPage = [] {
+    const int64_t bytes = sysconf(_SC_PAGESIZE);
+    return bytes > 0 ? static_cast<size_t>(bytes) : size_t{4} << 10;
+}();
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+/// New pages, at this address if it is free; null where the system has no memory left.
+char* map_pages(char* address, size_t bytes) {
+    void* mapping = mmap(address, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return mapping == MAP_FAILED ? nullptr : static_cast<char*>(mapping);
 }
 
-/// Null where the system has no memory left.
-PoolBlock* map_block(size_t bytes) {
-    const bool huge = bytes >= kHugeFrom;
-    const size_t mapped = huge ? bytes + kHugePage : bytes;
-    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED) {
+/// An address with much free space behind it (as far as the system lets us look).
+char* find_room() {
+    void* room = mmap(nullptr, kRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) {
         return nullptr;
     }
-    auto address = reinterpret_cast<uintptr_t>(mapping);
-    if (huge) {
-        address = (address + kHugePage - 1) / kHugePage * kHugePage;
-#if defined(MADV_HUGEPAGE)
-        // Whole huge pages only: the tail keeps small pages, so nothing beyond `bytes` becomes resident.
-        madvise(reinterpret_cast<void*>(address), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-    }
-    return new PoolBlock{reinterpret_cast<void*>(address), bytes, mapping, mapped, 0, false};
-}
-
-void unmap_block(PoolBlock* block) noexcept {
-    munmap(block->mapping, block->mapped_bytes);
-    delete block;
+    munmap(room, kRoom);
+    return reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(room), kHugePage));
 }
 
 int64_t default_limit() {
@@ -76,70 +63,59 @@ class Pool {
         return *pool;
     }
 
-    PoolBlock* acquire(size_t asked, bool lasting) {
-        const size_t bytes = class_size(asked);
-        PoolBlock* block = take_idle(bytes, lasting);
-        if (block == nullptr) {
-            block = map_or_trim(bytes);
-        }
-        if (block == nullptr) {
-            {
-                const std::lock_guard lock(mutex_);
-                used_ -= static_cast<int64_t>(bytes);
-                peak_ = used_;
+    PoolBlock* acquire(size_t asked) {
+        const size_t bytes = round_up(asked, kPage);
+        char* data = nullptr;
+        {
+            const std::lock_guard lock(mutex_);
+            data = take(bytes);
+            if (data == nullptr) {  // what lies idle may be what is missing
+                evict_to(0);
+                data = take(bytes);
             }
-            no_memory(asked);
+            if (data != nullptr) {
+                used_ += static_cast<int64_t>(bytes);
+                peak_ = std::max(peak_, used_);
+                evict_to(std::min(limit(), most_held() - used_));
+            }
         }
-        return poisoned(block, asked);
+        return made(data, bytes, asked, false);
     }
 
     PoolBlock* acquire_apart(size_t asked) {
-        const size_t page = size_t{4} << 10, bytes = (asked + page - 1) / page * page;
-        PoolBlock* block = map_or_trim(bytes);
-        if (block == nullptr) {
-            no_memory(asked);
+        const size_t bytes = round_up(asked, kPage);
+        char* data = map_pages(nullptr, bytes);
+        if (data == nullptr) {
+            trim();
+            data = map_pages(nullptr, bytes);
         }
-        block->apart = true;
-        return poisoned(block, asked);
+        return made(data, bytes, asked, true);
     }
 
     void release(PoolBlock* block) noexcept {
         if (block->apart) {
-            unmap_block(block);
-            return;
-        }
-        PoolBlock* evicted = nullptr;
-        {
+            munmap(block->data, block->bytes);
+        } else {
             const std::lock_guard lock(mutex_);
             used_ -= static_cast<int64_t>(block->bytes);
-            block->released = ++clock_;
-            insert_idle(block);
-            evicted = evict_to(limit());
+            add_free(static_cast<char*>(block->data), block->bytes);
+            evict_to(limit());
         }
-        unmap_chain(evicted);
+        delete block;
     }
 
     int64_t trim() {
-        PoolBlock* evicted = nullptr;
-        int64_t freed = 0;
-        {
-            const std::lock_guard lock(mutex_);
-            freed = idle_;
-            evicted = evict_to(0);
-            peak_ = used_;
-        }
-        unmap_chain(evicted);
+        const std::lock_guard lock(mutex_);
+        const int64_t freed = idle_;
+        evict_to(0);
+        peak_ = used_;
         return freed;
     }
 
     void set_limit(int64_t bytes) {
-        PoolBlock* evicted = nullptr;
-        {
-            const std::lock_guard lock(mutex_);
-            limit_.store(std::max<int64_t>(0, bytes), std::memory_order_relaxed);
-            evicted = evict_to(limit());
-        }
-        unmap_chain(evicted);
+        const std::lock_guard lock(mutex_);
+        limit_.store(std::max<int64_t>(0, bytes), std::memory_order_relaxed);
+        evict_to(limit());
     }
 
     int64_t limit() const { return limit_.load(std::memory_order_relaxed); }
@@ -150,103 +126,117 @@ class Pool {
     }
 
   private:
-    PoolBlock* map_or_trim(size_t bytes) {
-        PoolBlock* block = map_block(bytes);
-        if (block == nullptr) {
-            trim();  // what lies idle may be what is missing
-            block = map_block(bytes);
+    using Free = std::map<char*, size_t>;  // address -> bytes; neighbours are one range
+
+    PoolBlock* made(char* data, size_t bytes, size_t asked, bool apart) const {
+        if (data == nullptr) {
+            throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
+                                " bytes, got none from the system");
         }
-        return block;
-    }
-
-    [[noreturn]] static void no_memory(size_t asked) {
-        throw_check_failure("dl4ds_kernels: output: cannot allocate memory: expected ", asked,
-                            " bytes, got none from the system");
-    }
-
-    PoolBlock* poisoned(PoolBlock* block, size_t bytes) const {
         if (poison_) {
-            std::memset(block->data, 0xFF, bytes);
+            std::memset(data, 0xFF, asked);
         }
-        return block;
+        return new PoolBlock{data, bytes, apart};
     }
 
-    /// An idle block of this class or one slightly larger. Where mapping a new one would cost an idle block
-    /// its place under the peak, a much larger one will do: its pages are there already, and a model whose
-    /// layers differ in size would otherwise unmap and map again in every pass. Null: map a new block.
-    PoolBlock* take_idle(size_t bytes, bool lasting) {
-        PoolBlock* evicted = nullptr;
-        PoolBlock* block = nullptr;
-        {
-            const std::lock_guard lock(mutex_);
-            auto found = by_size_.lower_bound({bytes, 0});
-            const bool full = used_ + idle_ + static_cast<int64_t>(bytes) > most_held();
-            const size_t most = !full     ? bytes + bytes / 4
-                                : lasting ? kMostBorrowedLasting * bytes
-                                          : kMostBorrowed * bytes;
-            if (found != by_size_.end() && found->second->bytes <= most) {
-                // Of one size the youngest block is the warmest in cache.
-                found = std::prev(by_size_.upper_bound({found->second->bytes, UINT64_MAX}));
-                block = found->second;
-                remove_idle(block);
-                used_ += static_cast<int64_t>(block->bytes);
+    /// Bytes in use and idle together. First fit leaves 0 to 26 % between the blocks of our models' passes;
+    /// this only bounds what a strange sequence of sizes could leave.
+    int64_t most_held() const { return peak_ + peak_ / 2 + static_cast<int64_t>(kHugePage); }
+
+    /// The lowest free range that is large enough, or new pages; null where the system has none.
+    char* take(size_t bytes) {
+        for (auto range = free_.begin(); range != free_.end(); ++range) {
+            if (range->second >= bytes) {
                 ++hits_;
-            } else {
-                used_ += static_cast<int64_t>(bytes);
-                ++misses_;
+                return cut(range, bytes);
             }
-            peak_ = std::max(peak_, used_);
-            evicted = evict_to(most_held() - used_);
         }
-        unmap_chain(evicted);
-        return block;
+        ++misses_;
+        return grow(bytes) ? cut(std::prev(free_.lower_bound(end_)), bytes) : nullptr;
     }
 
-    /// Bytes in use and idle together. What a step needs at one time is not cut into the sizes that it needs
-    /// at another: with no more than the peak, a ResNet-18's training step unmapped and mapped 166 MB again
-    /// every time, with 3/16 more nothing (ResNet-50 and a U-Net neither).
-    int64_t most_held() const { return peak_ + peak_ / 16 * 3; }
-
-    void insert_idle(PoolBlock* block) {
-        by_size_.emplace(Key{block->bytes, block->released}, block);
-        by_age_.emplace(block->released, block);
-        idle_ += static_cast<int64_t>(block->bytes);
+    char* cut(Free::iterator range, size_t bytes) {
+        char* data = range->first;
+        const size_t left = range->second - bytes;
+        free_.erase(range);
+        if (left > 0) {
+            free_.emplace(data + bytes, left);
+        }
+        idle_ -= static_cast<int64_t>(bytes);
+        return data;
     }
 
-    void remove_idle(PoolBlock* block) {
-        by_size_.erase(Key{block->bytes, block->released});
-        by_age_.erase(block->released);
-        idle_ -= static_cast<int64_t>(block->bytes);
+    /// Pages behind the newest ones, so many that the range that ends there has these bytes.
+    bool grow(size_t bytes) {
+        size_t tail = 0;  // bytes that are free there
+        if (const auto behind = free_.lower_bound(end_); behind != free_.begin()) {
+            const auto last = std::prev(behind);
+            tail = last->first + last->second == end_ ? last->second : 0;
+        }
+        // Up to the end of a huge page: what that gives too much is idle, and not resident before it is used.
+        const auto up_to = [](char* address) {
+            return reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(address), kHugePage));
+        };
+        size_t more = static_cast<size_t>(up_to(end_ + bytes - tail) - end_);
+        char* pages = end_ == nullptr ? nullptr : map_pages(end_, more);
+        if (pages == nullptr || pages != end_) {  // there are none yet, or somebody else is there
+            if (pages != nullptr) {
+                munmap(pages, more);
+            }
+            more = round_up(bytes, kHugePage);
+            pages = map_pages(find_room(), more);
+        }
+        if (pages == nullptr) {
+            return false;
+        }
+#if defined(MADV_HUGEPAGE)
+        madvise(pages, more, MADV_HUGEPAGE);
+#endif
+        end_ = pages + more;
+        add_free(pages, more);
+        return true;
     }
 
-    /// Takes the oldest idle blocks out until at most `target` idle bytes are left. They are returned as a
-    /// chain (for unmap_chain), so that munmap runs without the lock.
-    PoolBlock* evict_to(int64_t target) {
-        PoolBlock* chain = nullptr;
-        while (idle_ > target && !by_age_.empty()) {
-            PoolBlock* block = by_age_.begin()->second;
-            remove_idle(block);
-            block->data = chain;  // an evicted block's data pointer is the link to the next one
-            chain = block;
+    void add_free(char* data, size_t bytes) {
+        idle_ += static_cast<int64_t>(bytes);
+        const auto next = free_.lower_bound(data);
+        if (next != free_.end() && data + bytes == next->first) {
+            bytes += next->second;
+            free_.erase(next);
+        }
+        const auto after = free_.lower_bound(data);
+        if (after != free_.begin()) {
+            const auto before = std::prev(after);
+            if (before->first + before->second == data) {
+                before->second += bytes;
+                return;
+            }
+        }
+        free_.emplace(data, bytes);
+    }
+
+    /// Gives idle pages back, those at the highest addresses first, until at most `most` bytes are left.
+    void evict_to(int64_t most) noexcept {
+        while (idle_ > most && !free_.empty()) {
+            const auto last = std::prev(free_.end());
+            const size_t surplus = round_up(static_cast<size_t>(idle_ - std::max<int64_t>(most, 0)), kPage);
+            const size_t bytes = std::min(last->second, surplus);
+            char* pages = last->first + last->second - bytes;
+            munmap(pages, bytes);
+            if (pages + bytes == end_) {
+                end_ = pages;
+            }
+            idle_ -= static_cast<int64_t>(bytes);
+            if ((last->second -= bytes) == 0) {
+                free_.erase(last);
+            }
             ++evictions_;
         }
-        return chain;
     }
-
-    static void unmap_chain(PoolBlock* chain) noexcept {
-        while (chain != nullptr) {
-            PoolBlock* next = static_cast<PoolBlock*>(chain->data);
-            unmap_block(chain);
-            chain = next;
-        }
-    }
-
-    using Key = std::pair<size_t, uint64_t>;  // bytes, order of release
 
     std::mutex mutex_;
-    std::map<Key, PoolBlock*> by_size_;
-    std::map<uint64_t, PoolBlock*> by_age_;
-    uint64_t clock_ = 0;
+    Free free_;
+    char* end_ = nullptr;  // behind the newest pages: where the next ones are asked for
     int64_t used_ = 0, idle_ = 0, peak_ = 0, hits_ = 0, misses_ = 0, evictions_ = 0;
     std::atomic<int64_t> limit_{default_limit()};
     const bool poison_ = [] {
@@ -257,7 +247,7 @@ class Pool {
 
 }  // namespace
 
-PoolBlock* pool_acquire(size_t bytes, bool lasting) { return Pool::get().acquire(bytes, lasting); }
+PoolBlock* pool_acquire(size_t bytes) { return Pool::get().acquire(bytes); }
 PoolBlock* pool_acquire_apart(size_t bytes) { return Pool::get().acquire_apart(bytes); }
 void pool_release(PoolBlock* block) noexcept { Pool::get().release(block); }
 PoolStats pool_stats() { return Pool::get().stats(); }

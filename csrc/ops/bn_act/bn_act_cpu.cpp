@@ -181,10 +181,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cpu(
     const void* added_data = added ? tensor_info(*added).data : nullptr;
 
     Tensor out =
-        empty_cpu(f.x.sizes, dense_strides(f.x.sizes, f.x.dim, plan.format).data(), f.x.dim, f.x.dtype,
-                  /*lasting=*/training);
+        empty_cpu(f.x.sizes, dense_strides(f.x.sizes, f.x.dim, plan.format).data(), f.x.dim, f.x.dtype);
     const bool with_mask = save_mask && residual && activation_has_mask(f.activation);
-    Tensor mask = empty_vector_cpu(with_mask ? (plan.numel + 7) / 8 : 0, DType::kUInt8, /*lasting=*/true);
+    Tensor mask = empty_vector_cpu(with_mask ? (plan.numel + 7) / 8 : 0, DType::kUInt8);
     uint8_t* mask_data = with_mask ? tensor_info(mask).as<uint8_t>() : nullptr;
     void* out_data = tensor_info(out).data;
 

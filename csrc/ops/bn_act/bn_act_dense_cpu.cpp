@@ -184,7 +184,7 @@ void run_take(const TensorInfo& grad, const TensorInfo& x, const TensorInfo& mea
 
 }  // namespace
 
-Tensor dense_buffer_cpu(Tensor like, int64_t channels, bool lasting) {
+Tensor dense_buffer_cpu(Tensor like, int64_t channels) {
     const TensorInfo x = tensor_info(like);
     check_batched("dense_buffer", x);
     DL4DS_CHECK(channels >= 0, "dense_buffer: channels: expected 0 or more, got ", channels);
@@ -192,7 +192,7 @@ Tensor dense_buffer_cpu(Tensor like, int64_t channels, bool lasting) {
     std::copy(x.sizes, x.sizes + x.dim, sizes.begin());
     sizes[1] = channels;
     const auto strides = dense_strides(sizes.data(), x.dim, Format::kChannelsLast);
-    return empty_cpu(sizes.data(), strides.data(), x.dim, x.dtype, lasting);
+    return empty_cpu(sizes.data(), strides.data(), x.dim, x.dtype);
 }
 
 void dense_append_cpu(Tensor x, Tensor out, Tensor mean, Tensor var) {

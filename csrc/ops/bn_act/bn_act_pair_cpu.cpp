@@ -121,10 +121,9 @@ std::tuple<Tensor, Tensor> bn_act_pair_cpu(Tensor x, Tensor mean, Tensor rstd, s
     const Tensor added = in_plan_order(residual, f.residual, plan);
     f.residual = tensor_info(added);
     Tensor out =
-        empty_cpu(f.x.sizes, dense_strides(f.x.sizes, f.x.dim, plan.format).data(), f.x.dim, f.x.dtype,
-                  /*lasting=*/true);
+        empty_cpu(f.x.sizes, dense_strides(f.x.sizes, f.x.dim, plan.format).data(), f.x.dim, f.x.dtype);
     const bool with_mask = save_mask && activation_has_mask(f.activation);
-    Tensor mask = empty_vector_cpu(with_mask ? (plan.numel + 7) / 8 : 0, DType::kUInt8, /*lasting=*/true);
+    Tensor mask = empty_vector_cpu(with_mask ? (plan.numel + 7) / 8 : 0, DType::kUInt8);
     uint8_t* bits = with_mask ? tensor_info(mask).as<uint8_t>() : nullptr;
     if (plan.numel > 0) {
         const auto run = plan.dtype == DType::kFloat64 ? run_forward<double> : run_forward<float>;

@@ -162,10 +162,9 @@ ConvShape conv_weight_shape(const TensorInfo& weight, int64_t groups) {
     return s;
 }
 
-Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype,
-                           bool lasting) {
+Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype) {
     const int64_t sizes[4] = {n, channels, height, width};
-    return empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, dtype, lasting);
+    return empty_cpu(sizes, dense_strides(sizes, 4, Format::kChannelsLast).data(), 4, dtype);
 }
 
 Tensor run_conv_step(ConvStep& step) {

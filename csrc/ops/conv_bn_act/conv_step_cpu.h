@@ -34,7 +34,6 @@ ConvShape conv_weight_shape(const TensorInfo& weight, int64_t groups);
 Tensor dense_channels_last(const Tensor& t, const TensorInfo& info);
 
 /// An uninitialised (n, channels, height, width) fp32 tensor in channels_last.
-Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype,
-                           bool lasting = false);
+Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype);
 
 }  // namespace dl4ds

@@ -154,8 +154,7 @@ Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::ve
     const ConvShape s = shape_of(xi, filters.info, conv);
     const ConvAlgorithm how = algorithm_of(algorithm, "algorithm", false);
     check_algorithm(how, "algorithm", s);
-    Tensor out = empty_channels_last(s.n, s.channels_out, s.out_height(), s.out_width(), DType::kFloat32,
-                                     /*lasting=*/true);
+    Tensor out = empty_channels_last(s.n, s.channels_out, s.out_height(), s.out_width(), DType::kFloat32);
     const TensorInfo oi = tensor_info(out);
     check_channel_vector(kOp, "bias", bi, oi);
     bool done = oi.numel == 0;
@@ -204,7 +203,7 @@ std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight
     }
     if (wgrad != 0) {
         const TensorInfo& wi = filters.info;
-        dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32, /*lasting=*/true);
+        dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32);
         const WgradArgs args{s,
                              xi.as<float>(),
                              xi.strides[0],
