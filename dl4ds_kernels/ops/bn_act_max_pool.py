@@ -1,22 +1,51 @@
 """Contract and schedule of ``bn_act_max_pool``: ``max_pool2d(act(batch_norm(x)))``, the end of a network's stem.
 
-No kernel of its own: ``bn_act`` and torch's pooling. What one op buys is memory: ``x`` and per-channel statistics are kept for
-backward, neither the activated map (four times the pooled one) nor the pooling's 8-byte indices; both are made again.
+A schedule of ``bn_act`` and a pooling: ours where its kernels apply, else torch's. What one op buys is memory: ``x`` and
+per-channel statistics are kept for backward, neither the activated map (four times the pooled one) nor the pooling's 8-byte
+indices. The map is made again; the places of the maxima our pooling looks up where it adds the gradient, torch's pools again.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._define import CPP, define_op, op
+from .._define import CPP, define_op, has_kernel, op
 from .bn_act import eval_statistics, normalise_again
 
 _POOL = torch.ops.aten.max_pool2d_with_indices
 _ARGS = 16
+Pairs = tuple[list[int], list[int], list[int], list[int], bool]  # kernel, stride, padding, dilation; ceil_mode
+
+
+def _has_pooling(namespace: str, z: Tensor, kernel: list[int], padding: list[int]) -> bool:
+    """Whether the kernels of pool2d apply: fp32 in channels_last (by torch's rule for the output's layout), torch's bounds."""
+    return (
+        has_kernel("max_pool2d_bwd", namespace, z.device.type)
+        and z.dtype is torch.float32
+        and z.is_contiguous(memory_format=torch.channels_last)
+        and not z.is_contiguous()
+        and all(0 <= 2 * p <= k for p, k in zip(padding, kernel, strict=True))
+    )
+
+
+def _pool(namespace: str, z: Tensor, pairs: Pairs) -> Tensor:
+    *sizes, ceil_mode = pairs
+    if _has_pooling(namespace, z, sizes[0], sizes[2]):
+        return op("max_pool2d", namespace)(z, *chain.from_iterable(sizes), ceil_mode)
+    return _POOL(z, *pairs)[0]
+
+
+def _pool_back(namespace: str, dout: Tensor, z: Tensor, pairs: Pairs) -> Tensor:
+    *sizes, ceil_mode = pairs
+    if _has_pooling(namespace, z, sizes[0], sizes[2]):
+        return op("max_pool2d_bwd", namespace)(dout, z, *chain.from_iterable(sizes), ceil_mode)
+    _, where = _POOL(z, *pairs)
+    return torch.ops.aten.max_pool2d_with_indices_backward(dout, z, *pairs, where)
 
 
 def _forward(
@@ -42,7 +71,7 @@ def _forward(
     z, mean, rstd, _, new_mean, new_var = op("bn_act", namespace)(
         x, weight, bias, running_mean, running_var, None, training, momentum, eps, eps_std, activation, negative_slope, False
     )
-    out, _ = _POOL(z, kernel, stride, padding, dilation, ceil_mode)
+    out = _pool(namespace, z, (kernel, stride, padding, dilation, ceil_mode))
     return out, mean, rstd, new_mean, new_var
 
 
@@ -97,9 +126,8 @@ def _gradients(
     """``(dx, dweight, dbias)``; ``first, second``: mean and rstd in training, else the running statistics."""
     z = normalise_again(namespace, x, weight, bias, first, second, training, eps, eps_std, activation, negative_slope)
     mean, rstd = (first, second) if training else eval_statistics(x, first, second, eps, eps_std)
-    _, where = _POOL(z, kernel, stride, padding, dilation, ceil_mode)
-    dz = torch.ops.aten.max_pool2d_with_indices_backward(dout, z, kernel, stride, padding, dilation, ceil_mode, where)
-    del z, where
+    dz = _pool_back(namespace, dout, z, (kernel, stride, padding, dilation, ceil_mode))
+    del z
     return op("bn_act_bwd", namespace)(
         dz, x, weight, bias, mean, rstd, None, None, training, eps, eps_std, activation, negative_slope, need_dx, need_dparams,
         False,

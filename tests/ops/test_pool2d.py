@@ -1,4 +1,4 @@
-"""The inference poolings: bit for bit stock torch's maxima and averages, any geometry, every ISA, and dk.optimize."""
+"""The poolings: bit for bit stock torch's maxima, their gradient and averages, any geometry, every ISA, and dk.optimize."""
 
 from __future__ import annotations
 
@@ -78,6 +78,51 @@ def test_average(options: dict[str, Any], average: dict[str, Any], backend: str 
                 same(out, expected)
 
 
+def both_gradients(x: Tensor, options: dict[str, Any], dout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ours and stock's, of the input of a maximum pooling."""
+    kernel = options["kernel_size"]
+    values = kernel, options.get("stride", kernel), options.get("padding", 0), options.get("dilation", 1)
+    pairs = [[v, v] if isinstance(v, int) else list(v) for v in values]
+    ceil_mode = options.get("ceil_mode", False)
+    out, where = torch.ops.aten.max_pool2d_with_indices(x, *pairs, ceil_mode)
+    dout = torch.randn_like(out) if dout is None else dout
+    stock = torch.ops.aten.max_pool2d_with_indices_backward(dout, x, *pairs, ceil_mode, where)
+    return OPS.max_pool2d_bwd(dout, x, *itertools.chain(*pairs), ceil_mode), stock
+
+
+@kernels
+@pytest.mark.parametrize("options", GEOMETRIES + DILATED, ids=str)
+def test_gradient_of_the_maximum(options: dict[str, Any]) -> None:
+    """Bit for bit stock's: the first of equal values takes it all, sums in the same order; maps of several bands too."""
+    for size in [*SIZES, (2, 67, 70, 40)]:
+        same(*both_gradients(maps(size), options))
+
+
+@kernels
+def test_gradient_of_special_values() -> None:
+    """Windows of NaN, infinities and the two zeros; gradients that are NaN or infinite stay in their place."""
+    values = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0])
+    x = torch.cartesian_prod(values, values, values, values).view(1, -1, 2, 2).to(memory_format=CL)
+    dout = torch.tensor([1.0, float("nan"), float("inf"), -0.0, -2.0]).repeat(125).view(1, -1, 1, 1).to(memory_format=CL)
+    same(*both_gradients(x, {"kernel_size": 2}, dout))
+    wide = x.repeat(1, 1, 2, 2).contiguous(memory_format=CL)
+    same(*both_gradients(wide, {"kernel_size": 3, "stride": 1, "padding": 1}))
+
+
+@kernels
+def test_gradient_of_odd_tensors() -> None:
+    """Layouts are copied, wrong shapes and dtypes refused; opcheck."""
+    x, geometry = maps((2, 20, 9, 8)), (3, 3, 2, 2, 1, 1, 1, 1, False)
+    dout = torch.randn(2, 20, 5, 4)
+    expected = OPS.max_pool2d_bwd(dout.to(memory_format=CL), x, *geometry)
+    same(OPS.max_pool2d_bwd(dout, x.contiguous(), *geometry), expected)
+    torch.library.opcheck(OPS.max_pool2d_bwd.default, (dout, x, *geometry))
+    with pytest.raises(RuntimeError, match=r"max_pool2d_bwd: dout: expected the output's shape \(2, 20, 5, 4\), got"):
+        OPS.max_pool2d_bwd(dout[..., :3], x, *geometry)
+    with pytest.raises(RuntimeError, match="max_pool2d_bwd: dout: expected dtype"):
+        OPS.max_pool2d_bwd(dout.double(), x, *geometry)
+
+
 @kernels
 @settings(max_examples=80, deadline=None)
 @given(st.data())
@@ -91,6 +136,7 @@ def test_any_geometry(data: st.DataObject) -> None:
     options = {"kernel_size": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
     with torch.no_grad():
         same(dkf.max_pool2d(x, dilation=dilation, **options, backend="cpu"), TF.max_pool2d(x, dilation=dilation, **options))
+        same(*both_gradients(x, {"dilation": dilation, **options}))
         average = data.draw(st.sampled_from(AVERAGES))
         same(dkf.avg_pool2d(x, **options, **average, backend="cpu"), TF.avg_pool2d(x, **options, **average))
 
@@ -124,12 +170,13 @@ def test_special_values() -> None:
 @kernels
 def test_same_bits_for_any_number_of_threads() -> None:
     x, results = torch.randn(2, 300, 29, 30).to(memory_format=CL), []
+    dout = torch.randn(2, 300, 15, 15).to(memory_format=CL)
     with torch.no_grad():
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             results.append((
                 dkf.max_pool2d(x, 3, 2, 1, backend="cpu"), dkf.avg_pool2d(x, 3, 2, 1, backend="cpu"),
-                OPS.global_avg_pool2d(x),
+                OPS.global_avg_pool2d(x), OPS.max_pool2d_bwd(dout, x, 3, 3, 2, 2, 1, 1, 1, 1, False),
             ))  # fmt: skip
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -319,9 +366,11 @@ import test_pool2d as tests
 for options in tests.GEOMETRIES:
     tests.test_maximum(options, "cpu")
     tests.test_average(options, {"count_include_pad": False}, "cpu")
+    tests.test_gradient_of_the_maximum(options)
 for size in tests.SIZES:
     tests.test_global_average(size, "cpu")
 tests.test_special_values()
+tests.test_gradient_of_special_values()
 """
 
 

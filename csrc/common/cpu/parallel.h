@@ -18,6 +18,8 @@ namespace dl4ds {
 /// Below this many bytes of memory traffic a second thread costs more than it brings.
 constexpr int64_t kSerialBytes = 128 << 10;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 /// Calls fn(begin, end) on disjoint ranges that cover [0, items), in parallel unless the whole work moves
 /// fewer than kSerialBytes. fn must not throw.
 template <typename Fn>

@@ -13,8 +13,6 @@
 
 namespace dl4ds {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Rows (pixels or tiles) by panels of output channels; an item is one block of rows and a share of the
 /// panels.
 struct Cut {

@@ -38,6 +38,14 @@ struct PoolRowArgs {
     float* out;
 };
 
+/// The gradient of a maximum pooling, for one row of the output: each window's goes to its largest value.
+struct MaxPoolBackArgs {
+    PoolRowArgs row;     // out: null
+    const float* dout;   // the row of the output's gradient
+    float* dx;           // the gradient at the place of row.x, which is added to,
+    int64_t begin, end;  // in these rows of taps: others are somebody else's
+};
+
 struct AveragePoolArgs {
     PoolRowArgs row;
     int64_t divisor;  // 0: per window
@@ -55,6 +63,7 @@ struct GlobalPoolArgs {
 
 struct PoolKernels {
     void (*max_row)(const PoolRowArgs&);
+    void (*max_row_back)(const MaxPoolBackArgs&);
     void (*average_row)(const AveragePoolArgs&);
     void (*global_average)(const GlobalPoolArgs&);
 };

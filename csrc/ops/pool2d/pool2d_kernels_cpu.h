@@ -98,6 +98,68 @@ inline void max_row(const PoolRowArgs& args) {
     }
 }
 
+/// A vector of channels of one window: finds the first of the largest values (the last NaN, if there is one),
+/// as stock torch does, and adds the gradient there.
+template <int kRows, int kColumns, bool kPartial>
+DL4DS_INLINE void max_back_lanes(const MaxPoolBackArgs& p, const float* x, float* dx, Vec<float> d,
+                                 int64_t tap_step, int64_t taps, int64_t n) {
+    const int64_t rows = kRows > 0 ? kRows : p.row.rows, columns = kRows > 0 ? kColumns : taps;
+    Vec<float> best = broadcast(-__builtin_inff());
+    Mask<float> place{};
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int64_t q = 0; q < columns; ++q) {
+            const Vec<float> v = load_lanes<kPartial>(x + r * p.row.row_step + q * tap_step, n);
+            const Mask<float> larger = (v > best) | (v != v);
+            best = larger ? v : best;
+            place = larger ? Mask<float>{} + static_cast<int>(r * columns + q) : place;
+        }
+    }
+    for (int64_t r = p.begin; r < p.end; ++r) {
+#pragma GCC unroll 4
+        for (int64_t q = 0; q < columns; ++q) {
+            float* const to = dx + r * p.row.row_step + q * tap_step;
+            const Mask<float> here = place == Mask<float>{} + static_cast<int>(r * columns + q);
+            const Vec<float> sum = load_lanes<kPartial>(to, n) + (here ? d : Vec<float>{});
+            store_lanes<kPartial>(to, sum, n, false);
+        }
+    }
+}
+
+template <int kRows, int kColumns>
+DL4DS_INLINE void max_back_pixel(const MaxPoolBackArgs& p, const float* x, float* dx, const float* dout,
+                                 int64_t tap_step, int64_t taps) {
+    int64_t c = 0;
+    for (; c + kLanes<float> <= p.row.channels; c += kLanes<float>) {
+        max_back_lanes<kRows, kColumns, false>(p, x + c, dx + c, load(dout + c), tap_step, taps,
+                                               kLanes<float>);
+    }
+    if (c < p.row.channels) {
+        const int64_t n = p.row.channels - c;
+        max_back_lanes<kRows, kColumns, true>(p, x + c, dx + c, load_lanes<true>(dout + c, n), tap_step, taps,
+                                              n);
+    }
+}
+
+inline void max_row_back(const MaxPoolBackArgs& args) {
+    const MaxPoolBackArgs p = args;
+    const PoolAxis axis = *p.row.columns;
+    const int64_t tap_step = axis.dilation * p.row.column_step;
+    for (int64_t o = 0; o < axis.out; ++o) {
+        int64_t taps;
+        const float* x = first_tap(p.row, axis, o, taps);
+        float* const dx = p.dx + (x - p.row.x);
+        const float* dout = p.dout + o * p.row.channels;
+        if (p.row.rows == 2 && taps == 2) {
+            max_back_pixel<2, 2>(p, x, dx, dout, tap_step, taps);
+        } else if (p.row.rows == 3 && taps == 3) {
+            max_back_pixel<3, 3>(p, x, dx, dout, tap_step, taps);
+        } else {
+            max_back_pixel<0, 0>(p, x, dx, dout, tap_step, taps);
+        }
+    }
+}
+
 inline void average_row(const AveragePoolArgs& args) {
     const AveragePoolArgs a = args;
     const PoolRowArgs p = a.row;
@@ -161,7 +223,7 @@ inline void global_average(const GlobalPoolArgs& args) {
     }
 }
 
-const PoolKernels kPoolKernels = {&max_row, &average_row, &global_average};
+const PoolKernels kPoolKernels = {&max_row, &max_row_back, &average_row, &global_average};
 
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
