@@ -356,14 +356,18 @@ def residual_steps(
 ) -> tuple[Step, ...]:
     """A residual block that reads register ``source`` and fills those from ``first`` on; ``projection``: of its shortcut.
 
-    The projection's output is made late: the last convolution adds to it in place, else to the block's input.
+    The last convolution adds in place to the projection's output, else to the block's input. A projection with a stride is made
+    late: its output, and not the larger input, then lies beside those of the branch. Without one it is made first: the input is
+    free after the branch's first convolution, and a large output does not come after small ones have taken its place.
     """
-    steps = [Step(conv, bn, act, (first + i - 1 if i else source,)) for i, (conv, bn) in enumerate(pairs)]
-    end = steps.pop()._replace(residual=source, in_place="z")  # stock adds in place
-    if projection is not None:
-        steps.append(Step(*projection, NO_ACT, (source,)))
-        end = end._replace(residual=first + len(steps) - 1)
-    return (*steps, end)
+    shortcut = [] if projection is None else [Step(*projection, NO_ACT, (source,))]
+    early = [] if projection is None or tuple(projection[0].stride) != (1, 1) else shortcut
+    start = first + len(early)
+    branch = [Step(conv, bn, act, (start + i - 1 if i else source,)) for i, (conv, bn) in enumerate(pairs)]
+    end = branch.pop()._replace(residual=source, in_place="z")  # stock adds in place
+    if shortcut:
+        end = end._replace(residual=first if early else start + len(branch))
+    return (*early, *branch, *([] if early else shortcut), end)
 
 
 def run_blocks(
