@@ -92,6 +92,15 @@ def current() -> str:
     return _state.name or _default
 
 
+def is_large(x: Tensor, least: int) -> bool:
+    """Whether ``x`` has ``least`` elements. A size that torch.compile left open counts as large, without a guard: a comparison
+    would compile anew on either side of it.
+    """
+    if torch.compiler.is_compiling():
+        return not torch.fx.experimental.symbolic_shapes.statically_known_true(x.numel() < least)
+    return x.numel() >= least
+
+
 def select(op: str, x: Tensor, choice: str | None = None) -> str:
     """Where ``op`` on ``x`` runs: the namespace of a kernel, ``"reference"`` or ``"stock"``."""
     name = choice or _state.name or _default
@@ -100,7 +109,7 @@ def select(op: str, x: Tensor, choice: str | None = None) -> str:
             return STOCK  # what is exported is standard ops; forward-mode derivatives and torch.func exist for those alone
         device = x.device.type
         if device == "cpu":
-            return CPP if x.numel() >= MIN_NUMEL[op] and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
+            return CPP if is_large(x, MIN_NUMEL[op]) and x.dtype in FLOATING and has_kernel(op, CPP, "cpu") else STOCK
         if device != "cuda" or x.dtype not in FLOATING or (x.dtype == torch.float64 and op not in _FP64_ON_GPU):
             return STOCK
         if has_kernel(op, CPP, "cuda") and _extension.runs_on_gpu(x.device.index):

@@ -93,7 +93,7 @@ def _add3_act(
     grad = needs_grad(x, residual, residual2)
     if path is CPP and grad and (backend or _backend.current()) == "auto":
         # Host overhead of two autograd ops: measured, with an activation 4 times the size breaks even, a plain sum at 16 times.
-        path = path if x.numel() >= (16 if code == 0 else 4) * MIN_NUMEL["add3_act"] else STOCK
+        path = path if _backend.is_large(x, (16 if code == 0 else 4) * MIN_NUMEL["add3_act"]) else STOCK
     if path is STOCK or not fits or not x.is_floating_point():
         z = x + residual + residual2
         return apply_activation(z if alpha == 1.0 else alpha * z, code, negative_slope)

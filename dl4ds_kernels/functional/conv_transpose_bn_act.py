@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import reference
 from .._activation import ACTIVATION_CODES, activation_code, apply_activation
-from .._backend import REFERENCE, STOCK, current, select
+from .._backend import REFERENCE, STOCK, current, is_large, select
 from .._define import CPP, op
 from ._common import call, check_floating, check_vector, eps_mode_flag, fail, needs_grad
 from .bn_act import bn_act
@@ -87,7 +87,7 @@ def conv_transpose_bn_act(
         path = select(_OP, x, backend) if fused else STOCK
         # Measured: without BatchNorm our op gains only where a second tensor's memory costs more than its host time.
         plain = path is CPP and not batch_norm and (backend or current()) == "auto"
-        if plain and (code in (0, 1) or x.numel() < _MIN_NUMEL_PLAIN):
+        if plain and (code in (0, 1) or not is_large(x, _MIN_NUMEL_PLAIN)):
             y = torch.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
             return y.relu_() if code == 1 else apply_activation(y, code, negative_slope)
         if path is not STOCK:

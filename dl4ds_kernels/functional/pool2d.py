@@ -39,7 +39,6 @@ def _path(name: str, x: Any, backend: str | None, fits: bool) -> str:
         and not x.is_contiguous()
         and x.numel() > 0
         and not needs_grad(x)
-        and not torch.compiler.is_compiling()
     )
     return select(name, x, backend) if kernel else STOCK
 
@@ -92,7 +91,7 @@ def _geometry(x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any = 1)
 
 def _enough(x: Tensor, pairs: tuple[list[int], ...] | None, backend: str | None, least: int) -> bool:
     """Whether the call is one for the kernels: a known geometry, and large enough unless a backend was asked for."""
-    if pairs is None:
+    if pairs is None or torch.compiler.is_compiling():  # before the size: a comparison would tie compiled code to it
         return False
     (kh, kw), (sh, sw) = pairs[0], pairs[1]
     return (backend or current()) != "auto" or x.numel() * kh * kw >= least * sh * sw
@@ -162,7 +161,8 @@ def global_avg_pool2d(x: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if has_torch_function_variadic(x):
         return handle_torch_function(global_avg_pool2d, (x,), x, backend=backend)
-    fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] * x.shape[3] <= _LARGEST_GLOBAL
+    compiling = torch.compiler.is_compiling()  # before the size, as in _enough
+    fits = not compiling and isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] * x.shape[3] <= _LARGEST_GLOBAL
     path = _path("global_avg_pool2d", x, backend, fits)
     if path == STOCK:
         check_tensor("global_avg_pool2d", "x", x)  # stock torch says AttributeError

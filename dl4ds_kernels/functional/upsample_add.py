@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import reference
-from .._backend import MIN_NUMEL, REFERENCE, STOCK, current, select
+from .._backend import MIN_NUMEL, REFERENCE, STOCK, current, is_large, select
 from .._define import CPP, op
 from ._common import call, check_floating, fail, needs_grad
 
@@ -44,7 +44,7 @@ def upsample_add(low: Tensor, skip: Tensor, *, backend: str | None = None) -> Te
             fail("upsample_add", "skip", f"shape {(n, c, 2 * h, 2 * w)} for low {tuple(low.shape)}", tuple(skip.shape))
         grad = needs_grad(low, skip)
         path = select("upsample_add", skip, backend)
-        if path is CPP and grad and skip.numel() < _MIN_NUMEL_GRAD_NHWC and (backend or current()) == "auto":
+        if path is CPP and grad and (backend or current()) == "auto" and not is_large(skip, _MIN_NUMEL_GRAD_NHWC):
             path = path if skip.is_contiguous() else STOCK
         if path is STOCK or low.numel() == 0 or low.dtype != skip.dtype:
             return skip + TF.interpolate(low, scale_factor=2.0, mode="nearest")

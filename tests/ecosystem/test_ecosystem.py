@@ -72,6 +72,29 @@ def test_compile_without_breaks_or_recompiles(kind: str, training: bool, fresh_d
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+SIZES = [(4, 3, 16, 16), (3, 3, 16, 16), (9, 3, 64, 64), (2, 3, 128, 24), (16, 3, 40, 120)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thresholds", ["measured"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile_of_any_size(kind: str, training: bool, thresholds: str, fresh_dynamo: Any) -> None:
+    """dynamic=True, sizes on both sides of what is served in eager mode: as few graphs as of stock layers."""
+    graphs: dict[str, list[int]] = {}
+    for name in (kind, "stock"):
+        torch._dynamo.reset()
+        model = make(name).train(training)
+        eager = copy.deepcopy(model)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+        for size in SIZES:
+            x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+            close(step(compiled, x), step(eager, x))
+            graphs.setdefault(name, []).append(counter.frame_count)
+    assert graphs[kind] == graphs["stock"] and graphs["stock"][0] == graphs["stock"][2], graphs  # three squares, one graph
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_with_grad_scaler(kind: str, dtype: torch.dtype) -> None:
