@@ -90,6 +90,21 @@ def both_gradients(x: Tensor, options: dict[str, Any], dout: Tensor | None = Non
     return OPS.max_pool2d_bwd(dout, x, *itertools.chain(*pairs), ceil_mode), stock
 
 
+def all_inside(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether each window of an axis has a tap on the map. Stock's backward pass adds the others' gradients behind the map."""
+    return all(
+        any(0 <= o * stride - padding + tap * dilation < size for tap in range(kernel)) for o in range(out)
+    )  # fmt: skip
+
+
+@kernels
+def test_a_window_without_a_tap_gives_its_gradient_to_nobody() -> None:
+    x, geometry = maps((1, 20, 2, 4)), (2, 4, 1, 2, 1, 2, 3, 1, False)
+    out = OPS.max_pool2d(x, *geometry)  # taps in rows -1 and 2 of 0 and 1
+    assert out.isneginf().all()
+    assert not OPS.max_pool2d_bwd(torch.ones_like(out), x, *geometry).any()
+
+
 @kernels
 @pytest.mark.parametrize("options", GEOMETRIES + DILATED, ids=str)
 def test_gradient_of_the_maximum(options: dict[str, Any]) -> None:
@@ -136,7 +151,9 @@ def test_any_geometry(data: st.DataObject) -> None:
     options = {"kernel_size": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
     with torch.no_grad():
         same(dkf.max_pool2d(x, dilation=dilation, **options, backend="cpu"), TF.max_pool2d(x, dilation=dilation, **options))
-        same(*both_gradients(x, {"dilation": dilation, **options}))
+        out = OPS.max_pool2d(x, *kernel, *stride, *padding, *dilation, ceil_mode)
+        if all(map(all_inside, x.shape[2:], out.shape[2:], kernel, stride, padding, dilation)):
+            same(*both_gradients(x, {"dilation": dilation, **options}))
         average = data.draw(st.sampled_from(AVERAGES))
         same(dkf.avg_pool2d(x, **options, **average, backend="cpu"), TF.avg_pool2d(x, **options, **average))
 
