@@ -29,17 +29,21 @@ def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int, int
     if not (
         type(x) is Tensor  # not under tracing, where sizes may be symbols
         and x.dtype is torch.float32
-        and weight.dtype is torch.float32
         and x.device.type == "cpu"
         and x.dim() == 4
-        and weight.dim() == 4
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _extension.status()["_C"].loaded
     ):
         return LIBRARY, LIBRARY, LIBRARY
+    return choose_sizes(x.shape, weight, geometry)
+
+
+def choose_sizes(shape: tuple[int, ...], weight: Tensor, geometry: Geometry) -> tuple[int, int, int]:
+    """The same for an input of this shape, fp32 on the CPU and dense in channels_last."""
+    if weight.dtype is not torch.float32 or weight.dim() != 4 or not _extension.status()["_C"].loaded:
+        return LIBRARY, LIBRARY, LIBRARY
     stride, padding, dilation, groups = geometry
-    return _choose(tuple(x.shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _choose(tuple(shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def explain(x: Tensor, weight: Tensor, pairs: list[list[int]], groups: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _dense
+from . import _dense, _dense_layer
 from ._block_code import Block, Conv, Norm, decode
 from ._block_gradient import Gradient
 from ._conv2d import convolve_back
@@ -93,10 +93,28 @@ class _Pass(Gradient):
     def conv_needs(self, conv: Conv) -> bool:
         return self.needs[1 + conv.weight] or (conv.bias >= 0 and self.needs[1 + conv.bias])
 
+    def whole_layer_back(self, layer: Layer, held: Tensors, mean: Tensor, rstd: Tensor) -> bool:
+        """layer_back in one call; False where it goes step by step."""
+        first, last = layer.convs
+        if self.buffer is None or not (self.conv_needs(first) and self.conv_needs(last) and self.norm_needs(last.norm)):
+            return False
+        whole = _dense_layer.prepare(self, layer.channels, layer.new, layer.convs, self.out)
+        if whole is None:
+            return False
+        grads = _dense_layer.backward(
+            self.namespace, whole, self.total, self.buffer, self.linear, self.out, self.mean, self.var, held.pop(), (mean, rstd)
+        )  # fmt: skip
+        for conv, (dweight, dbias, dconv) in zip((first, last), (grads[:3], grads[3:]), strict=True):
+            self._note(conv.norm, dweight, dbias)
+            self.grads[1 + conv.weight] = dconv
+        return True
+
     def layer_back(self, layer: Layer, held: Tensors, mean: Tensor | None, rstd: Tensor | None, before: bool) -> None:
         """One layer: from the gradient of its slice to what it adds to that of all before."""
         first, norm = layer.convs[0], layer.convs[0].norm
         need_features = before or self.norm_needs(norm)
+        if need_features and len(held) == 1 and self.whole_layer_back(layer, held, mean, rstd):
+            return
         dy = self.gradient_of(layer.channels, layer.channels + layer.new)
         z = None  # the first convolution's input
         if len(layer.convs) == 2:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._define import define_op, op
-from . import _conv_bn_act_train, _dense
+from . import _conv_bn_act_train, _dense, _dense_layer
 from ._block_code import decode
 from ._block_gradient import Schedule, autocast
 from ._dense_gradient import Layer, Tensors, gradients, layers_of
@@ -59,6 +59,17 @@ def _forward(
     append(x, 0, x.shape[1])
     for channels, new, own in layers:
         norm = own[0].norm
+        whole = _dense_layer.prepare(s, channels, new, own, x)
+        if whole is not None:
+            norm = own[1].norm
+            y, z, first_mean, rstd, *inner[norm.index] = _dense_layer.forward(
+                namespace, whole, s.running(norm), out, mean, var
+            )  # fmt: skip
+            if save:
+                statistics += [first_mean, rstd]
+                kept += [y, z][:keep]
+            del y, z
+            continue
         z = _dense.normalise(
             namespace, out[:, :channels], *s.vectors(norm), mean[:channels], var[:channels], norm.eps, norm.eps_std,
             block.activation, block.negative_slope,

@@ -392,6 +392,74 @@ def test_one_value_per_channel_is_refused(kernels: None) -> None:
     assert torch.equal(t["0.0.mean"], before)
 
 
+WHOLE = Case((4, 64, 12, 12), 4, 32, 128)
+WHOLE_CASES = [
+    WHOLE, WHOLE._replace(memory_efficient=True), WHOLE._replace(keep_activations=True), WHOLE._replace(running=False),
+    WHOLE._replace(eps_mode="std", activation="silu"), WHOLE._replace(activation="leaky_relu"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE_CASES, ids=lambda case: case.id)
+def test_a_layer_in_one_call_has_the_same_bits(case: Case, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of a layer, and how many of them took the one call: all forward, backward those with one kept tensor.
+
+    The first layer of a backward pass, the last of the block, starts the gradient buffer and goes step by step.
+    """
+    layer = importlib.import_module("dl4ds_kernels.ops._dense_layer")
+    calls = {"forward": 0, "backward": 0}
+
+    def counted(name: str) -> Callable[..., Any]:
+        real = getattr(layer, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return real(*args)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(layer, name, counted(name))
+    whole = results(ours(case, "cpu"), tensors_of(case), steps=2)
+    kept_one = not (case.memory_efficient or case.keep_activations)
+    assert calls == {"forward": 2 * case.layers, "backward": (case.layers - 1) * kept_one}
+    monkeypatch.setattr(layer, "prepare", lambda *args: None)
+    steps = results(ours(case, "cpu"), tensors_of(case), steps=2)
+    assert whole.keys() == steps.keys() and all(torch.equal(whole[n], steps[n]) for n in whole)
+
+
+def test_gradient_subsets_of_whole_layers(kernels: None) -> None:
+    """Frozen parameters: what is asked for has the bits of a pass that asks for all."""
+    tensors = tensors_of(WHOLE)
+    full = results(ours(WHOLE, "cpu"), tensors)
+    for frozen in ("1.0.conv", "1.1.conv", "2.0.weight", "2.1.bias", "x"):
+        leaves = {n: t.detach().clone().requires_grad_(not is_running(n) and n != frozen) for n, t in tensors.items()}
+        out = ours(WHOLE, "cpu")(leaves)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=FP64).float()
+        out.backward(dout.contiguous(memory_format=torch.channels_last))
+        for n, leaf in leaves.items():
+            assert leaf.grad is None if is_running(n) or n == frozen else torch.equal(leaf.grad, full[f"d{n}"]), (frozen, n)
+
+
+def test_whole_layers_check_their_arguments(kernels: None) -> None:
+    x = torch.randn(2, 40, 8, 8).contiguous(memory_format=torch.channels_last)
+    v, d = torch.zeros(40), torch.zeros(40, dtype=FP64)
+    tensors = [v[:32], v[:32], torch.randn(16, 32, 1, 1), v[:16], v[:16], torch.randn(8, 16, 3, 3)]
+    code, numbers = [32, 8, 0, 0, 1, 1, 2, 1, 2, 1, 2, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [EPS, EPS, 0.0, 0.1]
+    forward, back = op("dense_layer_into"), op("dense_layer_back_into")
+    made = forward(x.clone(), v.clone(), v.clone(), tensors, code, numbers)
+    assert [tuple(t.shape) for t in made] == [(2, 16, 8, 8)] * 2 + [(16,)] * 2 + [(0,)] * 2
+    gradients = back(x, x.clone(), d.clone(), d.clone(), x, v, v, made[0], [*tensors, *made[2:4]], code, numbers)
+    assert [g.shape for g in gradients] == [t.shape for t in tensors]
+    for message, call in {
+        "dense_layer_into: code: expected 23": lambda: forward(x, v, v, tensors, code[:-1], numbers),
+        "dense_layer_into: tensors: expected 6 or 8": lambda: forward(x, v, v, tensors[:5], code, numbers),
+        "dense_layer_into: numbers: expected 4": lambda: forward(x, v, v, tensors, code, numbers[1:]),
+        "dense_layer_back_into: tensors: expected": lambda: back(x, x, d, d, x, v, v, made[0], tensors, code, numbers),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 def test_steps_check_what_they_write(kernels: None) -> None:
     """The CPU kernels refuse what would write outside a tensor."""
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(
     std::optional<Tensor> residual, std::optional<Tensor> mask, bool training, double eps, bool eps_std,
     int64_t activation, double negative_slope, bool need_dx, bool need_dparams, bool need_dresidual);
 
+// Steps of a dense block on its buffers (bn_act_dense_cpu.cpp).
+void dense_append_cpu(Tensor x, Tensor out, Tensor mean, Tensor var);
+std::tuple<Tensor, Tensor> dense_back_cpu(Tensor dz, Tensor x, std::optional<Tensor> weight,
+                                          std::optional<Tensor> bias, Tensor mean, Tensor var, Tensor grad,
+                                          Tensor out, Tensor factor, Tensor offset, double eps, bool eps_std,
+                                          int64_t activation, double negative_slope, bool activate);
+Tensor dense_take_cpu(Tensor grad, Tensor x, Tensor mean, Tensor factor, Tensor offset);
+
 /// 1/sqrt(var + eps), or 1/(sqrt(var) + eps) with eps_std.
 inline double bn_rstd(double var, double eps, bool eps_std) {
     return eps_std ? 1.0 / (std::sqrt(var) + eps) : 1.0 / std::sqrt(var + eps);

@@ -36,4 +36,11 @@ Tensor dense_channels_last(const Tensor& t, const TensorInfo& info);
 /// An uninitialised (n, channels, height, width) fp32 tensor in channels_last.
 Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype);
 
+// The convolutions of a training step, fp32 and channels_last (conv_train_cpu.cpp).
+Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
+                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm);
+std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                            int64_t dgrad, int64_t wgrad);
+
 }  // namespace dl4ds

@@ -1,0 +1,142 @@
+// A bottleneck layer of a dense block's training step in one call, forward and backward, on the block's
+// buffers. Nothing is computed here: these are the calls that dl4ds_kernels/ops/dense_block.py and
+// _dense_gradient.py would make one by one, in the same order. Between two of them Python and the dispatcher,
+// with caches that a convolution has just emptied, cost as much as a small layer's kernel (as for
+// conv_chain).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "ops/bn_act/bn_act_host_cpu.h"
+#include "ops/conv_bn_act/conv_step_cpu.h"
+
+namespace dl4ds {
+namespace {
+
+using Pair = std::vector<int64_t>;
+
+/// The ints of `code`, in this order.
+struct Code {
+    int64_t channels, growth;  // that the layer reads and makes
+    int64_t eps_std[2], activation;
+    int64_t forward[2], dgrad[2], wgrad[2];  // algorithms of the two convolutions
+    int64_t geometry[2][6];                  // stride, padding, dilation
+
+    Pair pair(int conv, int which) const {
+        return {geometry[conv][2 * which], geometry[conv][2 * which + 1]};
+    }
+};
+
+/// Places in `tensors`; the rest is the inner BatchNorm's running statistics, or its mean and rstd.
+enum Place { kWeight0, kBias0, kConv0, kWeight1, kBias1, kConv1, kFirst, kSecond };
+/// Places in `numbers`.
+enum Number { kEps0, kEps1, kSlope, kMomentum };
+
+Code decode(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& code,
+            const std::vector<double>& numbers) {
+    Code c;
+    DL4DS_CHECK(code.size() == sizeof c / sizeof(int64_t), op, ": code: expected ",
+                sizeof c / sizeof(int64_t), " integers, got ", code.size());
+    std::copy(code.begin(), code.end(), reinterpret_cast<int64_t*>(&c));
+    DL4DS_CHECK(tensors.size() == kFirst || tensors.size() == kSecond + 1, op, ": tensors: expected ",
+                static_cast<int>(kFirst), " or ", kSecond + 1, ", got ", tensors.size());
+    DL4DS_CHECK(numbers.size() == kMomentum + 1, op, ": numbers: expected ", kMomentum + 1, ", got ",
+                numbers.size());
+    return c;
+}
+
+Tensor channels(const Tensor& t, int64_t first, int64_t count) {
+    return torch::stable::narrow(const_cast<Tensor&>(t), 1, first, count);
+}
+
+Tensor entries(const Tensor& t, int64_t first, int64_t count) {
+    return torch::stable::narrow(const_cast<Tensor&>(t), 0, first, count);
+}
+
+}  // namespace
+
+/// The layer's output is appended to `out`, its statistics to `mean` and `var`; gives (y, z, mean, rstd,
+/// new_running_mean, new_running_var) of the inner BatchNorm, y its input and z its activated output.
+std::vector<Tensor> dense_layer_cpu(Tensor out, Tensor mean, Tensor var, std::vector<Tensor> tensors,
+                                    std::vector<int64_t> code, std::vector<double> numbers) {
+    const Code c = decode("dense_layer_into", tensors, code, numbers);
+    const bool tracks = tensors.size() > kFirst;
+    Tensor y = [&] {
+        const Tensor input = std::get<0>(
+            bn_act_fwd_cpu(channels(out, 0, c.channels), tensors[kWeight0], tensors[kBias0],
+                           entries(mean, 0, c.channels), entries(var, 0, c.channels), std::nullopt, false,
+                           0.0, numbers[kEps0], c.eps_std[0] != 0, c.activation, numbers[kSlope], false));
+        return conv2d_exact(input, tensors[kConv0], std::nullopt, c.pair(0, 0), c.pair(0, 1), c.pair(0, 2),
+                            c.forward[0]);
+    }();
+    auto [z, first, rstd, mask, new_mean, new_var] = bn_act_fwd_cpu(
+        y, tensors[kWeight1], tensors[kBias1], tracks ? std::optional<Tensor>(tensors[kFirst]) : std::nullopt,
+        tracks ? std::optional<Tensor>(tensors[kSecond]) : std::nullopt, std::nullopt, true,
+        numbers[kMomentum], numbers[kEps1], c.eps_std[1] != 0, c.activation, numbers[kSlope], false);
+    dense_append_cpu(conv2d_exact(z, tensors[kConv1], std::nullopt, c.pair(1, 0), c.pair(1, 1), c.pair(1, 2),
+                                  c.forward[1]),
+                     channels(out, c.channels, c.growth), entries(mean, c.channels, c.growth),
+                     entries(var, c.channels, c.growth));
+    return {std::move(y), std::move(z), first, rstd, new_mean, new_var};
+}
+
+/// From `total`, the gradient of all features, to `grad`: that plus the layer's part (but for what is linear
+/// in the features, see dense_back_cpu). `y` as dense_layer_cpu gave it; the last two of `tensors` are its
+/// mean and rstd. Gives the gradients of the first six.
+std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor factor, Tensor offset, Tensor out,
+                                         Tensor mean, Tensor var, Tensor y, std::vector<Tensor> tensors,
+                                         std::vector<int64_t> code, std::vector<double> numbers) {
+    constexpr const char* kOp = "dense_layer_back_into";
+    const Code c = decode(kOp, tensors, code, numbers);
+    DL4DS_CHECK(tensors.size() == kSecond + 1, kOp, ": tensors: expected the inner mean and rstd");
+    const Tensor features = channels(out, 0, c.channels), &first = tensors[kFirst], &rstd = tensors[kSecond];
+    Tensor dweight1 = tensors[kConv1], dvector1 = tensors[kWeight1], dbias1 = tensors[kBias1];
+    Tensor dy = [&] {
+        const Tensor dout =
+            dense_take_cpu(channels(total, c.channels, c.growth), channels(out, c.channels, c.growth),
+                           entries(mean, c.channels, c.growth), entries(factor, c.channels, c.growth),
+                           entries(offset, c.channels, c.growth));
+        // The activation as the forward pass had it, bit for bit: see normalise_again in ops/bn_act.py.
+        const TensorInfo ri = tensor_info(rstd), wi = tensor_info(tensors[kWeight1]);
+        check_dtype(kOp, "rstd", ri, DType::kFloat32);
+        check_channel_vector(kOp, "weight", wi, tensor_info(y));
+        Tensor scale = empty_vector_cpu(ri.numel, DType::kFloat32),
+               ones = empty_vector_cpu(ri.numel, DType::kFloat32);
+        for (int64_t i = 0; i < ri.numel; ++i) {
+            tensor_info(scale).as<float>()[i] =
+                channel_entry<float>(wi, i, 1.0f) * channel_entry<float>(ri, i, 1.0f);
+            tensor_info(ones).as<float>()[i] = 1.0f;
+        }
+        const Tensor inner =
+            std::get<0>(bn_act_fwd_cpu(y, scale, tensors[kBias1], first, ones, std::nullopt, false, 0.0, 0.0,
+                                       false, c.activation, numbers[kSlope], false));
+        Tensor dinner = dout;
+        std::tie(dinner, dweight1) = conv2d_exact_bwd(dout, inner, tensors[kConv1], c.pair(1, 0),
+                                                      c.pair(1, 1), c.pair(1, 2), c.dgrad[1], c.wgrad[1]);
+        Tensor made = dinner, none = dinner;
+        std::tie(made, dvector1, dbias1, none) = bn_act_bwd_cpu(
+            dinner, y, tensors[kWeight1], tensors[kBias1], first, rstd, std::nullopt, std::nullopt, true,
+            numbers[kEps1], c.eps_std[1] != 0, c.activation, numbers[kSlope], true, true, false);
+        return made;
+    }();
+    const auto first_back = [&](const Tensor& x, int64_t dgrad, int64_t wgrad) {
+        return conv2d_exact_bwd(dy, x, tensors[kConv0], c.pair(0, 0), c.pair(0, 1), c.pair(0, 2), dgrad,
+                                wgrad);
+    };
+    // The gradient of a 1x1 convolution's input does not read that input, which dense_back_cpu then makes of
+    // it.
+    const Tensor dz = std::get<0>(first_back(features, c.dgrad[0], 0));
+    auto [dvector0, dbias0] = dense_back_cpu(
+        dz, features, tensors[kWeight0], tensors[kBias0], entries(mean, 0, c.channels),
+        entries(var, 0, c.channels), channels(total, 0, c.channels), channels(grad, 0, c.channels),
+        entries(factor, 0, c.channels), entries(offset, 0, c.channels), numbers[kEps0], c.eps_std[0] != 0,
+        c.activation, numbers[kSlope], true);
+    Tensor dweight0 = std::get<1>(first_back(dz, 0, c.wgrad[0]));
+    return {dvector0, dbias0, std::move(dweight0), dvector1, dbias1, dweight1};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
+    m.impl("dense_layer_into", TORCH_BOX(&dense_layer_cpu));
+    m.impl("dense_layer_back_into", TORCH_BOX(&dense_layer_back_cpu));
+}
+
+}  // namespace dl4ds

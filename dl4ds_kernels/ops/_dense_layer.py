@@ -1,0 +1,102 @@
+"""A bottleneck layer of ``dense_block`` as one call each way, where all its convolutions are ours.
+
+The same kernels in the same order as the schedules of dense_block.py and _dense_gradient.py, which remain for everything else,
+so the same bits; what is saved is the host's time between them (csrc/ops/dense_block/dense_layer_cpu.cpp).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _cpu_conv
+from .._define import define_op, has_kernel, op
+from ._block_code import Conv
+from ._block_gradient import Schedule
+
+
+class LayerCall(NamedTuple):
+    """Arguments that both calls share, in the order of dense_layer_cpu.cpp."""
+
+    tensors: list[Tensor]
+    code: list[int]
+    numbers: list[float]
+
+
+def prepare(s: Schedule, channels: int, new: int, convs: tuple[Conv, ...], like: Tensor) -> LayerCall | None:
+    """The call of a layer that makes ``new`` of ``channels`` on maps of ``like``'s size; None where it goes step by step."""
+    if len(convs) != 2 or like.dim() != 4 or not has_kernel("dense_layer_into", s.namespace, like.device.type):
+        return None
+    weights = [s._convs[conv.weight] for conv in convs]
+    vectors = [v for conv in convs for v in s.vectors(conv.norm)]
+    n, _, h, w = like.shape
+    inner = weights[0].shape[0]
+    plain = convs[0].geometry == ((1, 1), (0, 0), (1, 1), 1) and tuple(weights[0].shape[2:]) == (1, 1)
+    if not plain or any(conv.bias >= 0 for conv in convs) or any(v is None for v in vectors):
+        return None
+    if like.dtype is not torch.float32 or min(channels, inner, h * w) < 2:  # of one channel or pixel the layout is ambiguous
+        return None
+    sizes = (n, channels, h, w), (n, inner, h, w)
+    codes = [_cpu_conv.choose_sizes(*c) for c in zip(sizes, weights, [conv.geometry for conv in convs], strict=True)]
+    if not all(codes[0]) or not all(codes[1]):
+        return None
+    first, last = (conv.norm for conv in convs)
+    code = [channels, new, int(first.eps_std), int(last.eps_std), s.block.activation]
+    code += [algorithm for both in zip(*codes, strict=True) for algorithm in both]
+    code += [value for conv in convs for pair in conv.geometry[:3] for value in pair]
+    tensors = [*vectors[:2], weights[0], *vectors[2:], weights[1]]
+    return LayerCall(tensors, code, [first.eps, last.eps, s.block.negative_slope, last.momentum])
+
+
+def forward(
+    namespace: str, layer: LayerCall, running: tuple[Tensor | None, Tensor | None], out: Tensor, mean: Tensor, var: Tensor
+) -> list[Tensor]:
+    """``(y, z, mean, rstd, new_running_mean, new_running_var)`` of the inner BatchNorm; the layer's output is appended."""
+    tensors = layer.tensors + [t for t in running if t is not None]
+    return op("dense_layer_into", namespace)(out, mean, var, tensors, layer.code, layer.numbers)
+
+
+def backward(
+    namespace: str, layer: LayerCall, total: Tensor, grad: Tensor, linear: tuple[Tensor, Tensor], out: Tensor, mean: Tensor,
+    var: Tensor, y: Tensor, inner: tuple[Tensor, Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of (outer weight and bias, first convolution, inner weight and bias, last convolution).
+
+    From ``total``, the gradient of all features, to ``grad``, where the layer's part is added, and ``linear``.
+    """
+    tensors = [*layer.tensors, *inner]
+    return op("dense_layer_back_into", namespace)(
+        total, grad, *linear, out, mean, var, y, tensors, layer.code, layer.numbers
+    )  # fmt: skip
+
+
+def _fake_forward(out: Tensor, mean: Tensor, var: Tensor, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+    n, _, *size = out.shape
+    inner = tensors[2].shape[0]
+    maps = [
+        torch.empty((n, inner, *size), dtype=out.dtype, device=out.device, memory_format=torch.channels_last) for _ in range(2)
+    ]
+    return [*maps, *(out.new_empty(inner) for _ in range(2)), *(out.new_empty(t.shape) for t in tensors[6:])]
+
+
+def _fake_backward(*args: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t in args[8][:6]]
+
+
+define_op(
+    "dense_layer_into",
+    "(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
+    fake=_fake_forward,
+    stem="dense_block",
+    triton=False,
+)
+define_op(
+    "dense_layer_back_into",
+    "(Tensor total, Tensor(a!) grad, Tensor(b!) factor, Tensor(c!) offset, Tensor out, Tensor mean, Tensor var, Tensor y, "
+    "Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
+    fake=_fake_backward,
+    stem="dense_block",
+    triton=False,
+)
