@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import dl4ds_kernels as dk
 from dl4ds_kernels import _extension
 from dl4ds_kernels.modules import _chain
-from dl4ds_kernels.modules._chain import Step, run_chain
+from dl4ds_kernels.modules._chain import Step, residual_steps, run_chain
 from dl4ds_kernels.modules._run import NO_ACT, ActSpec
 
 pytestmark = pytest.mark.skipif(
@@ -396,3 +396,16 @@ def test_what_is_no_plain_chain_trains_layer_by_layer(kernels: None) -> None:
             found = trained(ours, x)[0]
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_projection_without_a_stride_goes_first(stride: int) -> None:
+    """Registers of a block that reads register 2 and fills those from 3 on; the branch's end is then one after the other."""
+    branch = [(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)) for _ in range(3)]
+    projection = nn.Conv2d(8, 8, 1, stride), nn.BatchNorm2d(8)
+    act = ActSpec("relu")
+    steps = residual_steps(branch, act, projection, 2, 3)
+    assert [step.conv is projection[0] for step in steps] == ([True] + [False] * 3 if stride == 1 else [False] * 2 + [True, False])
+    assert [step.sources for step in steps] == ([(2,), (2,), (4,), (5,)] if stride == 1 else [(2,), (3,), (2,), (4,)])
+    assert [step.residual for step in steps] == [-1, -1, -1, 3 if stride == 1 else 5]
+    assert [step.residual for step in residual_steps(branch, act, None, 2, 3)] == [-1, -1, 2]
