@@ -1,7 +1,7 @@
 """A bottleneck layer of ``dense_block`` as one call each way, where all its convolutions are ours.
 
 The same kernels in the same order as the schedules of dense_block.py and _dense_gradient.py, which remain for everything else,
-so the same bits; what is saved is the host's time between them (csrc/ops/dense_block/dense_layer_cpu.cpp).
+so the same bits; what is saved is the host's time between them (csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._block_gradient import Schedule
 
 
 class LayerCall(NamedTuple):
-    """Arguments that both calls share, in the order of dense_layer_cpu.cpp."""
+    """Arguments that both calls share, in the order of conv_dense_layer_cpu.cpp."""
 
     tensors: list[Tensor]
     code: list[int]
@@ -89,7 +89,7 @@ define_op(
     "dense_layer_into",
     "(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
     fake=_fake_forward,
-    stem="dense_block",
+    stem="conv_bn_act",
     triton=False,
 )
 define_op(
@@ -97,6 +97,6 @@ define_op(
     "(Tensor total, Tensor(a!) grad, Tensor(b!) factor, Tensor(c!) offset, Tensor out, Tensor mean, Tensor var, Tensor y, "
     "Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
     fake=_fake_backward,
-    stem="dense_block",
+    stem="conv_bn_act",
     triton=False,
 )
