@@ -13,7 +13,7 @@ import torch
 from conftest import skip_unless_loaded
 
 from dl4ds_kernels import _extension
-from dl4ds_kernels.functional import add_act
+from dl4ds_kernels.functional import add_act, bn_act
 
 X = torch.randn(4, 64, 32, 32)  # 1 MiB
 NBYTES = X.numel() * 4
@@ -191,6 +191,14 @@ def test_outputs_are_ordinary_tensors(host: Any) -> None:
     array = call().numpy()  # the array keeps the memory after the tensor is gone
     fresh = call()
     assert torch.equal(torch.from_numpy(array), EXPECTED) and fresh.data_ptr() != array.ctypes.data
+
+
+def test_outputs_with_gradients_are_of_the_pool(host: Any) -> None:
+    """Also an addition that keeps a mask: a block of its own would fault every page in, at every step."""
+    x = X.clone().requires_grad_()
+    outputs = [add_act(x, X, backend="cpu"), bn_act(x, None, None, training=True, backend="cpu")]
+    assert host.pool_stats()["used_bytes"] >= 2 * NBYTES
+    assert all(out.requires_grad for out in outputs)
 
 
 def test_gradients_and_saved_masks_come_back(host: Any) -> None:

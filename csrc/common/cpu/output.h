@@ -26,9 +26,9 @@ inline FromBlobFn* from_blob_fn() {
 }
 
 /// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not (or if this torch
-/// cannot give a block back to us: 2.10). `apart`: see pool.h.
+/// cannot give a block back to us: 2.10).
 inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t dim, DType dtype,
-                        bool apart = false) {
+                        PoolBlock* (*acquire)(size_t) = &pool_acquire) {
     int64_t bytes = dtype_size(dtype);
     for (int64_t d = 0; d < dim; ++d) {
         bytes *= sizes[d];
@@ -41,8 +41,7 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
         shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, cpu, 0, &handle), "empty_strided");
         return Tensor(handle);
     }
-    const auto size = static_cast<size_t>(bytes);
-    PoolBlock* block = apart ? pool_acquire_apart(size) : pool_acquire(size);
+    PoolBlock* block = acquire(static_cast<size_t>(bytes));
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
     const auto error = from_blob_fn()(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
                                       &handle, strided, nullptr, 0, release, block);
@@ -54,13 +53,16 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
 }
 
 /// An uninitialised vector of n elements; n = 0 gives the empty tensor that stands for "not computed".
-inline Tensor empty_vector_cpu(int64_t n, DType dtype, bool apart = false) {
+inline Tensor empty_vector_cpu(int64_t n, DType dtype) {
     const int64_t stride = 1;
-    return empty_cpu(&n, &stride, 1, dtype, apart);
+    return empty_cpu(&n, &stride, 1, dtype);
 }
 
 /// Memory of n elements for packed weights, which stay.
-inline Tensor empty_pack_cpu(int64_t n, DType dtype) { return empty_vector_cpu(n, dtype, /*apart=*/true); }
+inline Tensor empty_pack_cpu(int64_t n, DType dtype) {
+    const int64_t stride = 1;
+    return empty_cpu(&n, &stride, 1, dtype, &pool_acquire_apart);
+}
 
 /// Uninitialised, 64-byte aligned working memory that lives as long as this object.
 class Scratch {

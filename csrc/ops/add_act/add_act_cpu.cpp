@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> forward(const char* kOp, const Tensor& x, const Tenso
     const bool with_mask = save_mask && activation_has_mask(act);
     Tensor mask = empty_vector_cpu(with_mask ? (xi.numel + 7) / 8 : 0, DType::kUInt8);
     const bool flat = is_flat(xi, ri) && (!ti.present || is_flat(xi, ti));
-    Tensor out = flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype, with_mask)
-                      : torch_add(x, residual);
+    Tensor out =
+        flat ? empty_cpu(xi.sizes, elementwise_strides(xi).data(), xi.dim, xi.dtype) : torch_add(x, residual);
     if (!flat && ti.present) {
         out = torch_add(out, *third);
     }
