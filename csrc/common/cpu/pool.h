@@ -5,11 +5,11 @@
 // come back: a pass whose layers need other sizes than those before finds room in what is there. (Whole
 // blocks kept by size held up to half as much again, and DenseNet's sizes never fitted: docs/cpu-engine.md.)
 //
-// Memory: the pool never holds more than 3/2 of what was in use at once at some time, and idle bytes never
-// exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory; 0 turns the pool off). The
-// highest addresses go back first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes (NaN) at hand-out,
-// so that a test sees an element that a kernel forgot to write. Thread-safe; survives fork and interpreter
-// exit (nothing is freed at exit; a block may be released from any thread).
+// Memory: the pool never holds more than 3/2 of what was in use at once at some time (and a huge page), and
+// idle bytes never exceed the limit (DL4DS_POOL_MB, default a quarter of the machine's memory; 0 turns the
+// pool off). The highest addresses go back first. DL4DS_POOL_POISON=1 fills every block with 0xFF bytes (NaN)
+// at hand-out, so that a test sees an element that a kernel forgot to write. Thread-safe; survives fork and
+// interpreter exit (nothing is freed at exit; a block may be released from any thread).
 #pragma once
 
 #include <cstddef>

@@ -26,6 +26,10 @@ const size_t kPage = [] {
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+char* next_huge_page(char* address) {
+    return reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(address), kHugePage));
+}
+
 /// New pages, at this address if it is free; null where the system has no memory left.
 char* map_pages(char* address, size_t bytes) {
     void* mapping = mmap(address, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -39,7 +43,7 @@ char* find_room() {
         return nullptr;
     }
     munmap(room, kRoom);
-    return reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(room), kHugePage));
+    return next_huge_page(static_cast<char*>(room));
 }
 
 int64_t default_limit() {
@@ -174,10 +178,7 @@ class Pool {
             tail = last->first + last->second == end_ ? last->second : 0;
         }
         // Up to the end of a huge page: what that gives too much is idle, and not resident before it is used.
-        const auto up_to = [](char* address) {
-            return reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(address), kHugePage));
-        };
-        size_t more = static_cast<size_t>(up_to(end_ + bytes - tail) - end_);
+        size_t more = static_cast<size_t>(next_huge_page(end_ + bytes - tail) - end_);
         char* pages = end_ == nullptr ? nullptr : map_pages(end_, more);
         if (pages == nullptr || pages != end_) {  // there are none yet, or somebody else is there
             if (pages != nullptr) {
@@ -199,20 +200,19 @@ class Pool {
 
     void add_free(char* data, size_t bytes) {
         idle_ += static_cast<int64_t>(bytes);
-        const auto next = free_.lower_bound(data);
+        auto next = free_.lower_bound(data);
         if (next != free_.end() && data + bytes == next->first) {
             bytes += next->second;
-            free_.erase(next);
+            next = free_.erase(next);
         }
-        const auto after = free_.lower_bound(data);
-        if (after != free_.begin()) {
-            const auto before = std::prev(after);
+        if (next != free_.begin()) {
+            const auto before = std::prev(next);
             if (before->first + before->second == data) {
                 before->second += bytes;
                 return;
             }
         }
-        free_.emplace(data, bytes);
+        free_.emplace_hint(next, data, bytes);
     }
 
     /// Gives idle pages back, those at the highest addresses first, until at most `most` bytes are left.
