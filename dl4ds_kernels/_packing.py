@@ -27,21 +27,18 @@ from ._define import op
 # oneDNN's primitive, whose call costs about 30 us more than aten's convolution.
 MIN_MACS = 200_000
 MIN_LIBRARY_MACS = 8_000_000
-# Of a 2x2 transposed convolution with stride 2: below, the host time of its steps (some 100 us) outweighs the faster product.
-MIN_TRANSPOSED_MACS = 30_000_000
 
 LIBRARY = 0  # oneDNN; the other algorithm codes are those of conv_bn_act_packed (csrc/ops/conv_bn_act/conv_engine_cpu.h)
 DIRECT = 1
 TRANSPOSED = 5  # conv_transpose_bn_act_packed
-_TRANSPOSED, _TRANSPOSED_PACK = 16, 17  # the weight of a 2x2 transposed convolution as that of a 1x1 one, and its pack
 _TURNED = 18  # the weight of a transposed convolution with stride 1 as that of a convolution
 ALGORITHMS = {
     LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
-    TRANSPOSED: "transposed 2x2", 7: "Strassen", _TRANSPOSED_PACK: "direct, transposed",
+    TRANSPOSED: "transposed 2x2", 6: "Winograd F(6x6, 3x3)", 7: "Strassen",
 }  # fmt: skip
 # Those whose error may exceed twice stock torch's own (``exact=True`` leaves them out), and those that a variable switches off.
-INEXACT = frozenset({4, 7})
-SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4}), "DL4DS_STRASSEN": frozenset({7})}
+INEXACT = frozenset({4, 6, 7})
+SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4, 6}), "DL4DS_STRASSEN": frozenset({7})}
 
 _SLOT = "_dl4ds_packed"
 _EXACT = "_dl4ds_exact"  # set on convolutions of a model that was optimized with exact=True
@@ -97,7 +94,7 @@ def choose(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, 
 def candidates(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, exact: bool) -> list[int]:
     """Every algorithm that can run these sizes and that ``exact`` and the environment allow."""
     sizes = _sizes(x, weight, stride, padding, dilation, groups)
-    off = {TRANSPOSED, _TRANSPOSED_PACK}  # another operation
+    off = {TRANSPOSED}  # another operation
     off.update(*(codes for variable, codes in SWITCHES.items() if os.environ.get(variable) == "0"))
     if exact:
         off |= INEXACT
@@ -225,23 +222,6 @@ def transposed_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
         with torch.no_grad():
             packed = holder.packs[TRANSPOSED] = op("conv_transpose_bn_act_pack")(weight.detach())
     return packed
-
-
-def transposed_taps(module: torch.nn.Module, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``weight`` (C_in, C_out, 2, 2) as (4 C_out, C_in, 1, 1), tap by tap, and its pack for the direct algorithm.
-
-    None on a machine where that algorithm is not used.
-    """
-    holder = _holder(module, weight)
-    packed = holder.packs.get(_TRANSPOSED_PACK)
-    if packed is None:
-        if _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"):
-            return None
-        with torch.no_grad():
-            taps = weight.detach().permute(2, 3, 1, 0).reshape(-1, weight.shape[0], 1, 1)
-            packed = op("conv_bn_act_pack")(taps, 1, DIRECT)
-        holder.packs[_TRANSPOSED], holder.packs[_TRANSPOSED_PACK] = taps, packed
-    return holder.packs[_TRANSPOSED], packed
 
 
 def turned_weight(

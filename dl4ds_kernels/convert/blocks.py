@@ -13,6 +13,7 @@ from ..modules._block import run_residual_block
 from ..modules._chain import DenseLayerParts, Step, residual_steps, run_blocks, run_chain, run_dense_block
 from ..modules._dense import run_dense_training
 from ..modules._run import NO_ACT, ActSpec, has_hooks, is_plain, run_bn_act, run_conv_act, run_conv_bn_act, run_dense_conv
+from .passing import whole_forward
 from .plan import MISS, Chain, Options, Plan, default_arguments, make_plan, module_problem, run_keywords
 
 _DENSE_LAYER = ("torchvision.models.densenet", "_DenseLayer")
@@ -62,7 +63,7 @@ def _residual(module: nn.Module, convolutions: int, options: Options, skip: Coll
         if not isinstance(x, Tensor):  # fx.symbolic_trace: no plan fits, and a new one would be this one
             return type(self).forward(self, x)
         shortcut = self.downsample
-        if torch.is_grad_enabled() and (shortcut is None or _whole(shortcut)):  # else it is excluded
+        if torch.is_grad_enabled() and (shortcut is None or whole_forward(shortcut)):  # else it is excluded
             m = self._modules
             pairs = [(m[conv], m[bn]) for conv, bn in names]
             out = run_residual_block(x, pairs, ActSpec("relu", 0.0, m["relu"]), shortcut, **keywords)
@@ -78,19 +79,11 @@ def _residual(module: nn.Module, convolutions: int, options: Options, skip: Coll
     return plan._replace(run=forward)
 
 
-def _whole(module: Any) -> Any:
-    """The fused forward of a module that ``optimize`` took without exclusions, None for any other."""
-    from .forward import FusedForward
-
-    fused = module.__dict__.get("forward") if isinstance(module, nn.Module) else None
-    return fused if isinstance(fused, FusedForward) and not fused.skip else None
-
-
 def _steps(block: Any, names: list[tuple[str, str]], source: int, first: int) -> tuple[Step, ...] | None:
     """The steps of a block (see ``residual_steps``); None: not all of it is fused."""
     m, shortcut, projection = block._modules, block.downsample, None
     if shortcut is not None:
-        if not _whole(shortcut) or has_hooks(shortcut) or len(shortcut) != 2:
+        if not whole_forward(shortcut) or has_hooks(shortcut) or len(shortcut) != 2:
             return None
         projection = tuple(shortcut._modules.values())
     return residual_steps([(m[c], m[b]) for c, b in names], ActSpec("relu", 0.0, m["relu"]), projection, source, first)
@@ -101,7 +94,7 @@ def _stage(options: Options) -> Plan:
     keywords = run_keywords(options)
 
     def steps_of(block: Any, source: int, first: int) -> tuple[Step, ...] | None:
-        fused = _whole(block)
+        fused = whole_forward(block)
         if fused is None or fused.options != options or has_hooks(block):
             return None
         found = getattr(fused.plan, "steps", None)
@@ -158,7 +151,7 @@ def _dense_block(options: Options) -> Plan:
     keywords, training_keywords = run_keywords(options), run_keywords(options, convolution=False)
 
     def parts(layer: Any) -> DenseLayerParts | None:
-        if not _whole(layer) or has_hooks(layer) or (layer.drop_rate > 0 and layer.training):
+        if not whole_forward(layer) or has_hooks(layer) or (layer.drop_rate > 0 and layer.training):
             return None
         m = layer._modules  # nn.Module's attribute lookup is slow, and there are 58 layers
         relu1, relu2 = ActSpec("relu", 0.0, m["relu1"]), ActSpec("relu", 0.0, m["relu2"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
+from ..functional import avg_pool2d, global_avg_pool2d, max_pool2d
 from ..modules._block import run_conv_bn_act_pool
 from ..modules._linear import is_linear, run_linear_act
 from ..modules._pool import is_pool, run_pool
@@ -104,3 +107,33 @@ def rewrite_layers(
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
     return len(taken)
+
+
+def rewrite_pools(graph: fx.Graph, keywords: Mapping[str, Any]) -> int:
+    """Poolings that a forward calls as functions, through ours of the same signature; how many were replaced."""
+    replaced = 0
+    for node in list(graph.nodes):
+        found = _pool_function(node)
+        if found is None:
+            continue
+        function, arguments, options = found
+        with graph.inserting_before(node):
+            pooled = graph.create_node("call_function", function, arguments, options | dict(keywords))
+        node.replace_all_uses_with(pooled)
+        graph.erase_node(node)
+        replaced += 1
+    return replaced
+
+
+def _pool_function(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """(our function, its arguments) for torch's pooling of a map, None for another call."""
+    options = dict(node.kwargs)
+    if node.op != "call_function" or len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is torch.max_pool2d or (node.target is F.max_pool2d and options.pop("return_indices", None) is False):
+        return max_pool2d, node.args, options
+    if node.target is F.avg_pool2d:
+        return avg_pool2d, node.args, options
+    if node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1), [1, 1]) and not options:
+        return global_avg_pool2d, node.args[:1], {}
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 class FusedMarker:
     """Base of the forwards that ``optimize`` installs: a module with one of them still computes what its class does."""
+
+    options: Any
+    skip: frozenset[str]  # keys of the chains that are kept
 
 
 _NO_FORWARD = FusedMarker()
@@ -40,6 +43,12 @@ def runs_its_class(module: nn.Module) -> bool:
 def module_source(path: str) -> str:
     """The expression over ``self`` of a submodule."""
     return "self" + "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+
+
+def whole_forward(module: Any) -> Any:
+    """The fused forward of a module that ``optimize`` took without exclusions, None for any other."""
+    fused = module.__dict__.get("forward") if isinstance(module, nn.Module) else None
+    return fused if isinstance(fused, FusedMarker) and not fused.skip else None
 
 
 def is_tail(module: nn.Module) -> bool:

@@ -16,10 +16,11 @@ from ..modules._run import ActSpec, has_hooks, run_add_act, run_bn_act, run_conv
 from ..modules._transposed import is_convolution, is_two_by_two, run_conv_transpose_bn_act
 from ..modules.bn_act import BNAct2d
 from ..modules.local_response_norm import run_local_response_norm
+from .concat import rewrite_concats
 from .effects import Effects
 from .effects import guards as effect_guards
 from .foreign import CONVOLUTIONS, NORMS, is_foreign, is_norm_act, norm_act_problem, run_foreign, stock_type
-from .layers import find_layers, layer_members, rewrite_layers
+from .layers import find_layers, layer_members, rewrite_layers, rewrite_pools
 from .merge import merge_chains
 from .passing import skip_passing
 from .patterns import ACT, ADD, BN, CONV, CONV_T, LRN, NORM_ACT, PATTERNS, Candidate, Element, find_candidates, in_place
@@ -108,7 +109,9 @@ def make_plan(
     members = {node.target: layer_members(node, module) for node in found}
     layers = tuple(Chain(path, "layer", paths, None) for path, paths in members.items())
     keywords = run_keywords(options, convolution=False)
-    if rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces) == 0:
+    rewritten = rewrite_layers(traced.graph, found, module, skip, keywords) + len(pieces)
+    rewritten += rewrite_pools(traced.graph, keywords) + rewrite_concats(traced.graph, module, run_keywords(options))
+    if rewritten == 0:
         return Plan(None, chains, "", traced.inlined, layers)
     run, source = _generate(traced)
     return Plan(run, chains, source, traced.inlined, layers)

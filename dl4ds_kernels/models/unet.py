@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..modules import FusedSequential
 from ..modules._pool import run_pool
 from ..modules._run import run_conv_act
-from ..modules._transposed import run_up_concat
+from ..modules._transposed import run_conv_transpose_bn_act
+from ..modules.sequential import run_concat
 from ._init import he_fan_in
 from ._registry import register
 
@@ -99,7 +100,7 @@ class UNet(nn.Module):
             if self.padding == "valid":
                 skip = center_crop(skip, size)
             if size == skip.shape[2:]:
-                x = decode(run_up_concat(skip, x, up))
+                x = run_concat((skip, run_conv_transpose_bn_act(x, up, None)), decode)
             else:
                 x = decode(torch.cat((skip, _pad_to(up(x), skip.shape[2:])), 1))
         return run_conv_act(x, self.head)

@@ -42,7 +42,7 @@ from .bn_act import BNAct2d
 
 
 class Step(NamedTuple):
-    """``act(bn(conv(x)) [+ residual])``; with ``before`` (BatchNorm, activation), x is ``act(bn(cat(sources)))``.
+    """``act(bn(conv(cat(sources))) [+ residual])``; ``before`` (BatchNorm, activation) is applied to what is read.
 
     ``sources`` and ``residual`` are registers: first the inputs of the chain, then the outputs of its steps.
     """
@@ -146,10 +146,11 @@ def _run_step(registers: list[Tensor], step: Step, memory_format: str, exact: bo
             out = run_norm_act_conv(xs[0] if len(xs) == 1 else torch.cat(xs, 1), *before, conv, **keywords)
             return out if pool is None else pool(out)
         xs = [run_bn_act(xs[0] if len(xs) == 1 else torch.cat(xs, 1), *before, backend=backend)]
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, 1)
     if bn is not None:
-        out = run_conv_bn_act(xs[0], conv, bn, act, registers[residual] if residual >= 0 else None, in_place, **keywords)
+        out = run_conv_bn_act(x, conv, bn, act, registers[residual] if residual >= 0 else None, in_place, **keywords)
     else:
-        out = run_conv_act(xs[0], conv, act, **keywords)
+        out = run_conv_act(x, conv, act, **keywords)
     return out if pool is None else pool(out)
 
 
@@ -250,7 +251,7 @@ def _step_algorithm(step: Step, shape: tuple[int, ...], aligned: bool, exact: bo
 
     ``aligned``: every source but the last fills whole chunks of channels.
     """
-    conv, bn, act, sources, _residual, before, pool, _in_place = step
+    conv, bn, act, _sources, _residual, before, pool, _in_place = step
     if not (_conv_fusable(conv) and _act_fusable(act) and type(conv.padding) is not str and shape[1] == conv.in_channels):
         return None
     if bn is not None and (not _bn_fusable(bn) or bn.training or bn._buffers["running_mean"] is None):
@@ -268,7 +269,7 @@ def _step_algorithm(step: Step, shape: tuple[int, ...], aligned: bool, exact: bo
             and (pool is None or (act.name == "none" and bn is None and min(shape[2:]) >= 2))
         )  # fmt: skip
         return _packing.DIRECT if fits and _packing.direct_weight(conv, weight) is not None else None
-    if pool is not None or len(sources) != 1:
+    if pool is not None:
         return None
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     algorithm = _packing.chosen(conv, weight, shape, *geometry, exact)
@@ -314,6 +315,8 @@ def _compile(
         if any(len(shapes[i]) != 4 for i in sources):
             return none
         n, _, height, width = shapes[sources[0]]
+        if any((shapes[i][0], *shapes[i][2:]) != (n, height, width) for i in sources):
+            return none
         channels = sum(shapes[i][1] for i in sources)
         aligned = all(shapes[i][1] % 16 == 0 for i in sources[:-1])
         algorithm = _step_algorithm(step, (n, channels, height, width), aligned, exact)

@@ -166,15 +166,6 @@ define_op(
 )
 
 
-def _fake_buffer(x: Tensor, channels: int) -> Tensor:
-    n, _, height, width = x.shape
-    return x.new_empty((n, channels, height, width)).to(memory_format=torch.channels_last)
-
-
-# An uninitialised (N, channels, H, W) in channels_last from the output pool: where a concatenation goes in inference.
-define_op("conv_buffer", "(Tensor x, int channels) -> Tensor", fake=_fake_buffer, stem="conv_bn_act", triton=False)
-
-
 def _fake_chain(inputs: list[Tensor], tensors: list[Tensor], code: list[int], numbers: list[float]) -> Tensor:
     raise RuntimeError("conv_chain: made for eager inference; under tracing the steps run one by one")
 

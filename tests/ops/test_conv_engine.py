@@ -20,11 +20,11 @@ from dl4ds_kernels import _extension, _packing
 
 pytestmark = pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="the engine is in the C++ part")
 
-DIRECT, F2, F4 = 1, 2, 4
+DIRECT, F2, F4, F6 = 1, 2, 4, 6
 OPS = torch.ops.dl4ds_kernels
 ACTS = {0: lambda z: z, 1: torch.relu, 2: lambda z: TF.leaky_relu(z, 0.1), 3: TF.relu6, 4: TF.silu, 5: TF.hardswish}
-# The documented bound of F(4x4) is 1e-4 of the output's scale; what it does on these inputs is well below.
-F4_BOUND = 2e-5
+# The documented bound of F(4x4) and F(6x6) is 1e-4 of the output's scale; what they do on these inputs is well below.
+BOUNDS = {F4: 2e-5, F6: 4e-5}
 
 
 class Conv(NamedTuple):
@@ -102,12 +102,12 @@ def check(conv: Conv, algorithm: int, act: int, **options: bool) -> None:
         return
     scale = float(truth.abs().max())
     error, stock_error = float((out - truth).abs().max()), float((eager - truth).abs().max())
-    bound = F4_BOUND * scale if algorithm == F4 else max(2 * stock_error, 2e-6 * scale)
+    bound = BOUNDS[algorithm] * scale if algorithm in BOUNDS else max(2 * stock_error, 2e-6 * scale)
     assert error <= bound, f"{error:.2e} against {stock_error:.2e} of stock, scale {scale:.2e}"
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
+@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4, F6])
 @pytest.mark.parametrize("conv", WINOGRAD, ids=str)
 def test_three_by_three(conv: Conv, algorithm: int, act: int) -> None:
     check(conv, algorithm, act, residual=act % 2 == 1)
@@ -141,7 +141,7 @@ def test_long_sums(conv: Conv) -> None:
     long_sums_hold(conv)
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
+@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4, F6])
 def test_without_batch_norm(algorithm: int) -> None:
     check(WINOGRAD[2], algorithm, 1, bn=False)
     check(WINOGRAD[2], algorithm, 0, bn=False, bias=False, residual=True)
@@ -151,7 +151,7 @@ def test_without_batch_norm(algorithm: int) -> None:
 @given(st.data())
 def test_any_geometry(data: st.DataObject) -> None:
     small = st.integers(1, 20)
-    algorithm = data.draw(st.sampled_from([DIRECT, F2, F4]))
+    algorithm = data.draw(st.sampled_from([DIRECT, F2, F4, F6]))
     direct = algorithm == DIRECT
     kernel = data.draw(st.integers(1, 5)) if direct else 3
     dilation = data.draw(st.integers(1, 2)) if direct else 1
@@ -168,7 +168,7 @@ def test_any_geometry(data: st.DataObject) -> None:
     check(conv, algorithm, data.draw(st.sampled_from(list(ACTS))), residual=data.draw(st.booleans()))
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
+@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4, F6])
 def test_any_layout(algorithm: int) -> None:
     conv = Conv(2, 24, 40, 10, 11)
     t = make(conv, residual=True)
@@ -182,7 +182,7 @@ def test_any_layout(algorithm: int) -> None:
     assert torch.equal(ours(conv, t | {"weight": weight}, 1, algorithm), expected)
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
+@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4, F6])
 @pytest.mark.parametrize(
     "conv", [Conv(1, 32, 96, 7, 7), Conv(1, 16, 40, 60, 61), Conv(5, 64, 64, 9, 9), Conv(2, 600, 40, 5, 5)], ids=str
 )
@@ -196,7 +196,7 @@ def test_same_bits_for_any_number_of_threads(conv: Conv, algorithm: int) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
-@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4])
+@pytest.mark.parametrize("algorithm", [DIRECT, F2, F4, F6])
 def test_special_values_spread_as_in_stock(algorithm: int, value: float) -> None:
     """A Winograd transform would spoil a whole tile: the call then goes to the library."""
     conv = Conv(1, 20, 36, 11, 11)
@@ -209,6 +209,35 @@ def test_special_values_spread_as_in_stock(algorithm: int, value: float) -> None
             assert torch.equal(out.isnan(), expected.isnan()), (name, act)
             assert torch.equal(out[~finite], expected[~finite]) or expected[~finite].isnan().any()
             torch.testing.assert_close(out[finite], expected[finite], rtol=1e-4, atol=1e-4)
+
+
+def hard_inputs(channels: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and weights on which transforms cancel: far from zero, alternating, in spikes, of very different sizes."""
+    x, w = torch.randn(1, channels, 38, 37), torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
+    spikes = torch.zeros_like(x)
+    spikes[:, :, ::7, ::5] = 1e3
+    board = (torch.arange(38)[:, None] + torch.arange(37)) % 2 * 2.0 - 1.0
+    return {
+        "relu": (x.relu(), w),
+        "shifted": (10 + x, w),
+        "shifted, filters of sum zero": (10 + x, w - w.mean((1, 2, 3), keepdim=True)),
+        "spikes": (spikes + x, w),
+        "board": (board * (1 + 0.1 * x), w),
+        "board, smooth filters": (board * (1 + 0.01 * x), torch.ones_like(w) / 9 + 0.1 * w),
+        "range": (x * torch.logspace(-3, 3, channels)[:, None, None], w),
+        "signs": (x.sign(), w.sign()),
+    }
+
+
+@pytest.mark.parametrize("channels", [16, 128, 256])
+@pytest.mark.parametrize("algorithm", [F2, F4, F6])
+def test_hard_inputs(algorithm: int, channels: int) -> None:
+    conv = Conv(1, channels, channels, 38, 37)
+    for name, (x, w) in hard_inputs(channels).items():
+        t = make(conv, bn=False, bias=False) | {"x": x.to(memory_format=torch.channels_last), "weight": w}
+        truth = stock(conv, t, 0, torch.float64)
+        error = float((ours(conv, t, 0, algorithm) - truth).abs().max() / truth.abs().max())
+        assert error <= {F2: 5e-6, F4: 3e-5, F6: 1e-4}[algorithm], f"{name}: {error:.2e}"
 
 
 def dense(xs: list[Tensor], t: dict[str, Any], before: tuple[Tensor, ...], act: int, pool: int = 1) -> Tensor:
@@ -239,7 +268,7 @@ def test_normalise_on_the_way_in(channels: tuple[int, ...], act: int, pool: int)
 
 
 def test_choice() -> None:
-    """exact excludes F(4x4); narrow groups and 16-byte vectors go to the library."""
+    """exact excludes F(4x4) and F(6x6); narrow groups and 16-byte vectors go to the library."""
     if _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"):
         pytest.skip("the engine is chosen with AVX2 and AVX-512 only")
 
@@ -248,7 +277,9 @@ def test_choice() -> None:
         pair = (conv.stride,) * 2
         return _packing.choose(x, weight, pair, (conv.padding,) * 2, (conv.dilation,) * 2, conv.groups, exact)
 
-    assert choose(Conv(1, 64, 64, 56, 56), False) == F4
+    assert choose(Conv(1, 64, 64, 112, 112), False) == F6
+    assert choose(Conv(1, 256, 256, 14, 14), False) in (F2, F4)  # tiles of 6 x 6 fit badly
+    assert choose(Conv(1, 512, 512, 112, 112), False) == F4  # F(6x6) errs more on long sums
     assert choose(Conv(1, 64, 64, 56, 56), True) == F2
     assert choose(Conv(1, 64, 64, 56, 56, stride=2), False) == DIRECT
     assert choose(Conv(1, 64, 64, 56, 56, dilation=2), False) == DIRECT
@@ -262,7 +293,7 @@ import json, torch
 from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, LONG, check, choices, long_sums_hold
 torch.manual_seed(0)
 for conv in WINOGRAD:
-    for algorithm in (1, 2, 4):
+    for algorithm in (1, 2, 4, 6):
         check(conv, algorithm, 1, residual=True)
 for conv in DIRECT_ONLY:
     check(conv, 1, 4)
@@ -304,7 +335,7 @@ def test_bad_arguments_are_named() -> None:
     conv = Conv(1, 8, 8, 6, 6)
     t = make(conv)
     packed = OPS.conv_bn_act_pack(t["weight"], 1, F2)
-    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 3, 4 or 7, got 5"):
+    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 3, 4, 6 or 7, got 5"):
         OPS.conv_bn_act_pack(t["weight"], 1, 5)
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         OPS.conv_bn_act_pack(torch.randn(8, 8, 3), 1, DIRECT)
@@ -335,9 +366,3 @@ def test_opcheck() -> None:
     before = (torch.zeros(32), torch.ones(32), None, None)
     arguments = (xs, t["weight"], direct, *before, 1e-5, False, 1, 1, None, *t["bn"], 1e-5, False, 1, 0.0)
     torch.library.opcheck(OPS.bn_act_conv_packed.default, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_buffer() -> None:
-    buffer = OPS.conv_buffer(torch.randn(2, 24, 9, 7), 64)
-    assert buffer.shape == (2, 64, 9, 7) and buffer.is_contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(OPS.conv_buffer.default, (torch.randn(2, 3, 4, 5), 7), test_utils=("test_schema", "test_faketensor"))

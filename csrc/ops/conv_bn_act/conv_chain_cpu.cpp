@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/cpu/parallel.h"
 #include "ops/conv_bn_act/conv_step_cpu.h"
 
 namespace dl4ds {
@@ -31,41 +30,6 @@ struct Code {
 };
 constexpr size_t kCodeInts = sizeof(Code) / sizeof(int64_t);
 constexpr size_t kNumbers = 3;  // of a step: eps after, negative slope, eps before
-
-/// fp32 (N, C, H, W) tensors side by side along the channels.
-Tensor join(const std::vector<Tensor>& xs) {
-    struct Part {
-        const char* data;
-        size_t bytes;
-    };
-    std::vector<Part> parts;
-    std::vector<Tensor> dense;
-    const TensorInfo first = tensor_info(xs.at(0));
-    int64_t channels = 0;
-    for (const Tensor& x : xs) {
-        const TensorInfo xi = tensor_info(x);
-        DL4DS_CHECK(xi.dim == 4 && xi.dtype == DType::kFloat32 && xi.sizes[0] == first.sizes[0] &&
-                        xi.sizes[2] == first.sizes[2] && xi.sizes[3] == first.sizes[3],
-                    kOp, ": join: expected fp32 maps that differ in C alone, got ", xi.shape());
-        channels += xi.sizes[1];
-        dense.push_back(dense_channels_last(x, xi));
-        parts.push_back({tensor_info(dense.back()).as<char>(), static_cast<size_t>(xi.sizes[1] * 4)});
-    }
-    Tensor out =
-        empty_channels_last(first.sizes[0], channels, first.sizes[2], first.sizes[3], DType::kFloat32);
-    char* to = tensor_info(out).as<char>();
-    const int64_t pixels = first.sizes[0] * first.sizes[2] * first.sizes[3], row = channels * 4;
-    parallel_for(pixels, 2 * pixels * row, [&](int64_t begin, int64_t end) {
-        for (int64_t pixel = begin; pixel < end; ++pixel) {
-            char* at = to + pixel * row;
-            for (const Part& part : parts) {
-                std::memcpy(at, part.data + static_cast<size_t>(pixel) * part.bytes, part.bytes);
-                at += part.bytes;
-            }
-        }
-    });
-    return out;
-}
 
 /// The steps of a program and which of them is the last to read a register.
 struct Program {
@@ -139,7 +103,7 @@ Tensor conv_chain(std::vector<Tensor> inputs, std::vector<Tensor> tensors, std::
             step.xs.push_back(*registers[static_cast<size_t>(program.sources[i][k])]);
         }
         if (c.algorithm == kJoin) {
-            registers.emplace_back(join(step.xs));
+            registers.emplace_back(join_channels(step.xs));
         } else {
             step.algorithm =
                 c.algorithm == 0 ? ConvAlgorithm::kLibrary : conv_algorithm_from_code(c.algorithm);

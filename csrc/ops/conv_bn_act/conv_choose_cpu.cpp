@@ -20,6 +20,14 @@ constexpr double kCyclesPerWeightByte = 0.1;
 /// takes 50 MB less than by the cycles alone, and no more time that could be measured (docs/cpu-engine.md).
 constexpr double kCyclesPerPackedByte = 0.1;
 
+/// Writing tiles of an output that has left the L2 caches, where a direct product writes pixel after pixel.
+constexpr double kCyclesPerFarByte = 0.08;
+
+/// Input channels for which F(6x6) is taken, and what it has to gain on the next best algorithm: it errs more (on
+/// normal inputs 1.2e-5 of the output's scale for 128 channels, 2.3e-5 for 256). With fewer, transforms decide.
+constexpr int64_t kFewestChannelsOf6 = 16, kMostChannelsOf6 = 256;
+constexpr double kLeastGainOf6 = 1.06;
+
 /// GEMM of `rows` rows (pixels or tiles) with `panels` panels over k, on all threads.
 double gemm_cycles(double rows, double panels, double k, double rows_end, double threads) {
     const ConvKernels& kernels = conv_kernels();
@@ -33,9 +41,9 @@ double packed_bytes(ConvAlgorithm algorithm, const ConvShape& s) {
     const double weight = static_cast<double>(s.channels_out * s.group_channels()) * 4.0;
     switch (algorithm) {
         case ConvAlgorithm::kWinograd2:
-            return 16.0 * weight;
         case ConvAlgorithm::kWinograd4:
-            return 36.0 * weight;
+        case ConvAlgorithm::kWinograd6:
+            return static_cast<double>(winograd_positions(algorithm)) * weight;
         case ConvAlgorithm::kStrassen:
             return 7.0 / 4.0 * weight;
         default:
@@ -53,18 +61,24 @@ double direct_cycles(const ConvShape& s, double threads) {
     return std::max(gemm_cycles(pixels, panels, k, 8.0, threads) + pack, bytes * kCyclesPerWeightByte);
 }
 
-double winograd_cycles(int m, const ConvShape& s, double threads) {
+double winograd_cycles(ConvAlgorithm algorithm, const ConvShape& s, double threads) {
+    const int m = static_cast<int>(algorithm);
     const ConvKernels& kernels = conv_kernels();
     const double tiles = static_cast<double>(s.n) * ceil_div(s.out_height(), m) * ceil_div(s.out_width(), m);
     const double positions = (m + 2) * (m + 2), panels = ceil_div(s.channels_out, kernels.panel);
     const double lanes = static_cast<double>(kernels.panel) / 2.0;
-    const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * 6.0;
-    const double out = tiles * panels * 2.0 * positions * 4.5;
+    // The 64 vectors of F(6x6) fill the registers twice.
+    const double each_in = m == 6 ? 8.0 : 6.0, each_out = m == 6 ? 5.5 : 4.5;
+    const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * each_in;
+    const double out = tiles * panels * 2.0 * positions * each_out;
     // With few tiles the threads share output channels, and each transforms the whole input.
     const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
-    const double bytes = packed_bytes(m == 2 ? ConvAlgorithm::kWinograd2 : ConvAlgorithm::kWinograd4, s);
+    const double bytes = packed_bytes(algorithm, s);
     const double gemm = positions * gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads);
-    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
+    const double written = static_cast<double>(s.n * s.out_height() * s.out_width() * s.channels_out) * 4.0;
+    const double near = static_cast<double>(cache_sizes().l2_bytes) * threads;
+    const double far = written > near ? written * kCyclesPerFarByte : 0.0;
+    return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads + far;
 }
 
 double strassen_cycles(const ConvShape& s, double threads) {
@@ -95,7 +109,7 @@ bool strassen_allowed() {
 }  // namespace
 
 bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
-    if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
+    if (is_winograd(algorithm)) {
         return s.kernel_h == 3 && s.kernel_w == 3 && s.stride_h == 1 && s.stride_w == 1 &&
                s.dilation_h == 1 && s.dilation_w == 1 && s.groups == 1;
     }
@@ -131,9 +145,13 @@ ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
         consider(ConvAlgorithm::kStrassen, strassen_cycles(s, t));
     }
     if (winograd_allowed() && conv_supports(ConvAlgorithm::kWinograd4, s)) {
-        consider(ConvAlgorithm::kWinograd2, winograd_cycles(2, s, t));
+        consider(ConvAlgorithm::kWinograd2, winograd_cycles(ConvAlgorithm::kWinograd2, s, t));
         if (!exact) {
-            consider(ConvAlgorithm::kWinograd4, winograd_cycles(4, s, t));
+            consider(ConvAlgorithm::kWinograd4, winograd_cycles(ConvAlgorithm::kWinograd4, s, t));
+            if (s.channels >= kFewestChannelsOf6 && s.channels <= kMostChannelsOf6) {
+                consider(ConvAlgorithm::kWinograd6,
+                         kLeastGainOf6 * winograd_cycles(ConvAlgorithm::kWinograd6, s, t));
+            }
         }
     }
     return best;

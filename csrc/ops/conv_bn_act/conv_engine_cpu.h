@@ -6,7 +6,8 @@
 //   direct    implicit GEMM: the receptive fields of a block of output pixels are packed into A panels, and
 //             every B panel (kPanel output channels of the weight) runs over them; scale, shift, residual and
 //             activation are applied to the accumulators.
-//   winograd  F(m x m, 3x3), m = 2 or 4, stride 1: a block of tiles is transformed (A panels per position),
+//   winograd  F(m x m, 3x3), m = 2, 4 or 6, stride 1: a block of tiles is transformed (A panels per
+//   position),
 //             multiplied position by position, transformed back and finished, while the block is in cache.
 //   strassen  1x1 convolutions as seven products of half the size instead of eight, in the same way.
 // An output element is computed in an order that depends on the algorithm alone: not on the blocking, not on
@@ -25,6 +26,7 @@ enum class ConvAlgorithm : int {
     kWinograd2 = 2,  // F(2x2, 3x3): error like direct convolution's
     kDepthwise = 3,  // one filter a channel, no GEMM
     kWinograd4 = 4,  // F(4x4, 3x3): error at most 1e-4 of the output's scale
+    kWinograd6 = 6,  // F(6x6, 3x3): the same bound, up to four times kWinograd4's error
     kStrassen = 7,   // 1x1: error like kWinograd4's, relative to the scale of the whole output
 };
 
@@ -105,7 +107,7 @@ struct PackArgs {
     int64_t pitch = 0;  // rows of the panel where `rows` are only a part of it; 0: they are all
 };
 
-/// A part of the channels of a 1x1 convolution's input: pixels of channels_last tensors, which need not be
+/// A part of the channels of a convolution's input: pixels of channels_last tensors, which need not be
 /// joined.
 struct ConvSource {
     const float* x;
@@ -190,7 +192,10 @@ struct ScaleShiftArgs {
     float *scale, *shift;
 };
 
-/// Kernels of one ISA. Index 0 is F(2x2, 3x3), 1 is F(4x4, 3x3).
+/// Where the transforms of F(m x m, 3x3) lie in ConvKernels.
+constexpr int winograd_index(int m) { return m / 2 - 1; }
+
+/// Kernels of one ISA.
 struct ConvKernels {
     int64_t panel;                                                   // output channels of a B panel
     int64_t max_rows;                                                // rows of an A panel
@@ -198,8 +203,8 @@ struct ConvKernels {
     void (*const* gemm_finish)(const GemmArgs&, const GemmFinish&);  // [rows]
     void (*pack)(const PackArgs&);
     void (*pack_sources)(const PackSourcesArgs&);
-    void (*winograd_in[2])(const WinogradInArgs&);
-    bool (*winograd_out[2])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
+    void (*winograd_in[3])(const WinogradInArgs&);
+    bool (*winograd_out[3])(const WinogradOutArgs&);  // false: a sum is infinite or NaN
     void (*strassen_in)(const StrassenInArgs&);
     bool (*strassen_out)(const StrassenOutArgs&);  // false: as winograd_out
     void (*scale_shift)(const ScaleShiftArgs&);
@@ -210,6 +215,17 @@ struct ConvKernels {
 const ConvKernels& conv_kernels();
 
 // ---- plan and drivers
+
+/// Whether the algorithm is one of the Winograd family.
+constexpr bool is_winograd(ConvAlgorithm algorithm) {
+    return algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4 ||
+           algorithm == ConvAlgorithm::kWinograd6;
+}
+
+/// Transformed positions of a Winograd algorithm.
+constexpr int64_t winograd_positions(ConvAlgorithm algorithm) {
+    return (static_cast<int64_t>(algorithm) + 2) * (static_cast<int64_t>(algorithm) + 2);
+}
 
 /// Floats of the packed weight for an algorithm other than kLibrary.
 int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& shape);
@@ -233,6 +249,9 @@ struct ConvArgs {
     int64_t threads;
     const ConvPrologue* prologue =
         nullptr;  // kDirect, 1x1, stride 1, no padding, one group: then x is not read
+    // Winograd: the channels lie in these tensors, and x is not read; none: they lie in x.
+    const ConvSource* parts = nullptr;
+    int64_t part_count = 0;
 };
 
 /// Runs the convolution. False: a transformed sum was infinite or NaN, the output is incomplete, and the

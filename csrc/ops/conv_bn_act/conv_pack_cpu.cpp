@@ -12,8 +12,10 @@ int64_t panels_of(int64_t channels_out, int64_t panel) { return (channels_out + 
 
 /// G of F(m x m, 3x3) with all divisors of Toom-Cook's interpolation: (m + 2) x 3, row major.
 std::vector<double> filter_transform(int m) {
-    const std::vector<double> points =
-        m == 2 ? std::vector<double>{0, 1, -1} : std::vector<double>{0, 0.625, -0.625, 1.5, -1.5};
+    // The transforms of conv_winograd_kernels_cpu.h are for these points.
+    const std::vector<double> points = m == 2   ? std::vector<double>{0, 1, -1}
+                                       : m == 4 ? std::vector<double>{0, 0.625, -0.625, 1.5, -1.5}
+                                                : std::vector<double>{0, 0.5625, -0.5625, 1, -1, 2, -2};
     std::vector<double> g;
     for (size_t i = 0; i < points.size(); ++i) {
         double divisor = 1;
@@ -119,9 +121,7 @@ int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
         return s.channels_out * s.channels / 4 * 7;
     }
     const int64_t lanes = panels_of(s.group_channels_out(), width) * width * s.groups;
-    const int64_t positions = algorithm == ConvAlgorithm::kWinograd2   ? 16
-                              : algorithm == ConvAlgorithm::kWinograd4 ? 36
-                                                                       : s.taps();
+    const int64_t positions = is_winograd(algorithm) ? winograd_positions(algorithm) : s.taps();
     return lanes * s.group_channels() * positions;
 }
 

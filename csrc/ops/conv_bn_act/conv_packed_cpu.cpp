@@ -59,19 +59,10 @@ Tensor bn_act_conv_packed(std::vector<Tensor> xs, Tensor weight, Tensor packed, 
     return run_conv_step(step);
 }
 
-Tensor conv_buffer(Tensor x, int64_t channels) {
-    const TensorInfo xi = tensor_info(x);
-    check_batched("conv_buffer", xi);
-    DL4DS_CHECK(xi.dim == 4 && channels >= 0, "conv_buffer: x: expected shape (N, C, H, W), got ",
-                xi.shape());
-    return empty_channels_last(xi.sizes[0], channels, xi.sizes[2], xi.sizes[3], xi.dtype);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("conv_bn_act_pack", TORCH_BOX(&conv_bn_act_pack));
     m.impl("conv_bn_act_packed", TORCH_BOX(&conv_bn_act_packed));
     m.impl("bn_act_conv_packed", TORCH_BOX(&bn_act_conv_packed));
-    m.impl("conv_buffer", TORCH_BOX(&conv_buffer));
 }
 
 }  // namespace dl4ds

@@ -3,6 +3,9 @@
 #include "ops/conv_bn_act/conv_step_cpu.h"
 
 #include <algorithm>
+#include <cstring>
+
+#include "common/cpu/parallel.h"
 
 namespace dl4ds {
 namespace {
@@ -14,22 +17,18 @@ void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t leas
                 ": expected two numbers of at least ", least);
 }
 
-ConvShape full_shape(const TensorInfo& x, const TensorInfo& weight, const Convolution& conv) {
+/// Stride, padding and dilation into `s`, whose map has its size.
+void set_geometry(ConvShape& s, const Convolution& conv) {
     check_pair("stride", conv.stride, 1);
     check_pair("padding", conv.padding, 0);
     check_pair("dilation", conv.dilation, 1);
-    ConvShape s = conv_weight_shape(weight, conv.groups);
-    DL4DS_CHECK(x.dim == 4 && x.sizes[1] == s.channels, kOp, ": x: expected shape (N, ", s.channels,
-                ", H, W), got ", x.shape());
-    check_dtype(kOp, "x", x, DType::kFloat32);
-    s.n = x.sizes[0], s.height = x.sizes[2], s.width = x.sizes[3];
     s.stride_h = conv.stride[0], s.stride_w = conv.stride[1];
     s.pad_h = conv.padding[0], s.pad_w = conv.padding[1];
     s.dilation_h = conv.dilation[0], s.dilation_w = conv.dilation[1];
     DL4DS_CHECK(s.height + 2 * s.pad_h >= s.dilation_h * (s.kernel_h - 1) + 1 &&
                     s.width + 2 * s.pad_w >= s.dilation_w * (s.kernel_w - 1) + 1,
-                kOp, ": x: expected a padded input at least as large as the kernel, got ", x.shape());
-    return s;
+                kOp, ": x: expected a padded input at least as large as the kernel, got a map of ", s.height,
+                "x", s.width);
 }
 
 /// scale and shift of every channel of a BatchNorm (and the bias of a convolution before it), `padding`
@@ -81,17 +80,9 @@ TensorInfo readable(Tensor& x) {
     return info;
 }
 
-/// The inputs of a step with a prologue: sizes into `s`, places into the result.
+/// The inputs of a step where they lie: sizes into `s`, places into the result.
 std::vector<ConvSource> sources_of(ConvStep& step, ConvShape& s) {
-    const BnVectors& before = *step.before;
-    DL4DS_CHECK(before.activation == Activation::kNone || before.activation == Activation::kRelu ||
-                    before.activation == Activation::kRelu6,
-                kOp, ": in_activation: expected none, relu or relu6, got ",
-                activation_name(before.activation));
     DL4DS_CHECK(!step.xs.empty(), kOp, ": xs: expected at least one tensor");
-    DL4DS_CHECK(s.taps() == 1, kOp, ": weight: expected a 1x1 kernel, got ",
-                tensor_info(step.weight).shape());
-    DL4DS_CHECK(step.pool == 1 || step.pool == 2, kOp, ": pool: expected 1 or 2, got ", step.pool);
     std::vector<ConvSource> sources;
     sources.reserve(step.xs.size());
     int64_t channels = 0;
@@ -107,18 +98,63 @@ std::vector<ConvSource> sources_of(ConvStep& step, ConvShape& s) {
         channels += xi.sizes[1];
         sources.push_back({xi.as<float>(), xi.sizes[1], xi.strides[0], xi.strides[2], xi.strides[3]});
     }
+    DL4DS_CHECK(channels == s.channels, kOp, ": xs: expected ", s.channels, " channels in all, got ",
+                channels);
+    return sources;
+}
+
+/// What a prologue asks of its step; the map becomes the one behind the pooling.
+void check_before(const ConvStep& step, ConvShape& s) {
+    const BnVectors& before = *step.before;
+    DL4DS_CHECK(before.activation == Activation::kNone || before.activation == Activation::kRelu ||
+                    before.activation == Activation::kRelu6,
+                kOp, ": in_activation: expected none, relu or relu6, got ",
+                activation_name(before.activation));
+    DL4DS_CHECK(s.taps() == 1, kOp, ": weight: expected a 1x1 kernel, got ",
+                tensor_info(step.weight).shape());
+    DL4DS_CHECK(step.pool == 1 || step.pool == 2, kOp, ": pool: expected 1 or 2, got ", step.pool);
     s.height /= step.pool, s.width /= step.pool;
     DL4DS_CHECK(s.height > 0 && s.width > 0, kOp, ": xs: expected maps of at least ", step.pool, "x",
                 step.pool, ", got ", tensor_info(step.xs[0]).shape());
-    DL4DS_CHECK(channels == s.channels, kOp, ": xs: expected ", s.channels, " channels in all, got ",
-                channels);
     for (const TensorInfo v : {tensor_info(before.running_mean), tensor_info(before.running_var),
                                tensor_info(before.weight), tensor_info(before.bias)}) {
-        DL4DS_CHECK(!v.present || (v.dim == 1 && v.sizes[0] == channels && is_floating(v.dtype)), kOp,
-                    ": BatchNorm before the convolution: expected vectors of shape (", channels, ",), got ",
+        DL4DS_CHECK(!v.present || (v.dim == 1 && v.sizes[0] == s.channels && is_floating(v.dtype)), kOp,
+                    ": BatchNorm before the convolution: expected vectors of shape (", s.channels, ",), got ",
                     v.shape());
     }
-    return sources;
+}
+
+/// Whether Winograd's transform can read the tensors where they lie.
+bool is_readable_apart(const ConvStep& step) {
+    return is_winograd(step.algorithm) &&
+           std::all_of(step.xs.begin(), step.xs.end() - 1, [](const Tensor& x) {
+               const TensorInfo xi = tensor_info(x);
+               return xi.dim == 4 && xi.sizes[1] % kChunk == 0;
+           });
+}
+
+/// What the step reads: the rest of its shape, and where the inputs lie.
+std::vector<ConvSource> read_inputs(ConvStep& step, ConvShape& s, ConvArgs& args) {
+    std::vector<ConvSource> sources;
+    if (step.before) {
+        sources = sources_of(step, s);
+        check_before(step, s);
+        return sources;
+    }
+    if (step.xs.size() > 1) {
+        sources = sources_of(step, s);
+        args.parts = sources.data(), args.part_count = static_cast<int64_t>(sources.size());
+    } else {
+        const TensorInfo xi = readable(step.xs.at(0));
+        DL4DS_CHECK(xi.dim == 4 && xi.sizes[1] == s.channels, kOp, ": x: expected shape (N, ", s.channels,
+                    ", H, W), got ", xi.shape());
+        check_dtype(kOp, "x", xi, DType::kFloat32);
+        s.n = xi.sizes[0], s.height = xi.sizes[2], s.width = xi.sizes[3];
+        args.x = xi.as<float>();
+        args.stride_n = xi.strides[0], args.stride_h = xi.strides[2], args.stride_w = xi.strides[3];
+    }
+    set_geometry(s, step.conv);
+    return sources;  // moved or elided: args.parts stays where it points
 }
 
 /// The output: the residual's own memory if that is free and lies as the output does.
@@ -143,9 +179,44 @@ Tensor dense_channels_last(const Tensor& t, const TensorInfo& info) {
                                    dense_strides(info.sizes, info.dim, Format::kChannelsLast).data());
 }
 
+Tensor join_channels(const std::vector<Tensor>& xs) {
+    struct Part {
+        const char* data;
+        size_t bytes;
+    };
+    std::vector<Part> parts;
+    std::vector<Tensor> dense;
+    const TensorInfo first = tensor_info(xs.at(0));
+    int64_t channels = 0;
+    for (const Tensor& x : xs) {
+        const TensorInfo xi = tensor_info(x);
+        DL4DS_CHECK(xi.dim == 4 && xi.dtype == DType::kFloat32 && xi.sizes[0] == first.sizes[0] &&
+                        xi.sizes[2] == first.sizes[2] && xi.sizes[3] == first.sizes[3],
+                    kOp, ": xs: expected float32 (N, C, H, W) tensors that differ in C alone, got ",
+                    xi.shape());
+        channels += xi.sizes[1];
+        dense.push_back(dense_channels_last(x, xi));
+        parts.push_back({tensor_info(dense.back()).as<char>(), static_cast<size_t>(xi.sizes[1] * 4)});
+    }
+    Tensor out =
+        empty_channels_last(first.sizes[0], channels, first.sizes[2], first.sizes[3], DType::kFloat32);
+    char* to = tensor_info(out).as<char>();
+    const int64_t pixels = first.sizes[0] * first.sizes[2] * first.sizes[3], row = channels * 4;
+    parallel_for(pixels, 2 * pixels * row, [&](int64_t begin, int64_t end) {
+        for (int64_t pixel = begin; pixel < end; ++pixel) {
+            char* at = to + pixel * row;
+            for (const Part& part : parts) {
+                std::memcpy(at, part.data + static_cast<size_t>(pixel) * part.bytes, part.bytes);
+                at += part.bytes;
+            }
+        }
+    });
+    return out;
+}
+
 ConvAlgorithm conv_algorithm_from_code(int64_t code) {
-    DL4DS_CHECK((code >= 1 && code <= 4) || code == 7, kOp, ": algorithm: expected 1, 2, 3, 4 or 7, got ",
-                code);
+    DL4DS_CHECK((code >= 1 && code <= 4) || code == 6 || code == 7, kOp,
+                ": algorithm: expected 1, 2, 3, 4, 6 or 7, got ", code);
     return static_cast<ConvAlgorithm>(code);
 }
 
@@ -169,22 +240,16 @@ Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t 
 
 Tensor run_conv_step(ConvStep& step) {
     const ConvAlgorithm how = step.algorithm;
+    if (step.xs.size() > 1 && !step.before && !is_readable_apart(step)) {
+        step.xs = {join_channels(step.xs)};
+    }
     if (how == ConvAlgorithm::kLibrary) {
         return conv_bn_act_library(step.xs.at(0), step.packed, step.bias, step.conv, step.after,
                                    step.residual);
     }
-    ConvShape s;
+    ConvShape s = conv_weight_shape(tensor_info(step.weight), step.before ? 1 : step.conv.groups);
     ConvArgs args{};
-    std::vector<ConvSource> sources;
-    if (step.before) {
-        s = conv_weight_shape(tensor_info(step.weight), 1);
-        sources = sources_of(step, s);
-    } else {
-        const TensorInfo xi = readable(step.xs.at(0));
-        s = full_shape(xi, tensor_info(step.weight), step.conv);
-        args.x = xi.as<float>();
-        args.stride_n = xi.strides[0], args.stride_h = xi.strides[2], args.stride_w = xi.strides[3];
-    }
+    const std::vector<ConvSource> sources = read_inputs(step, s, args);
     const TensorInfo packed = tensor_info(step.packed), bias = tensor_info(step.bias);
     check_packed(packed, how, s);
     Tensor out = output_of(step, s);
@@ -215,7 +280,8 @@ Tensor run_conv_step(ConvStep& step) {
         args.prologue = &prologue;
     }
     if (oi.numel > 0 && !conv_run(how, args)) {
-        return conv_bn_act_library(step.xs[0], step.weight, step.bias, step.conv, step.after, step.residual);
+        const Tensor x = step.xs.size() > 1 ? join_channels(step.xs) : step.xs[0];
+        return conv_bn_act_library(x, step.weight, step.bias, step.conv, step.after, step.residual);
     }
     return out;
 }

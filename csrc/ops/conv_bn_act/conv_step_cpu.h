@@ -8,7 +8,8 @@
 namespace dl4ds {
 
 /// act(bn(conv(x)) [+ residual]); with `before`, x first goes through a BatchNorm and an activation (and a
-/// mean over pool x pool pixels), and may be several tensors that are not joined.
+/// mean over pool x pool pixels). x may be several tensors, side by side along the channels: they are joined
+/// where the algorithm cannot read them where they lie.
 struct ConvStep {
     ConvAlgorithm algorithm;
     std::vector<Tensor> xs;
@@ -32,6 +33,9 @@ ConvShape conv_weight_shape(const TensorInfo& weight, int64_t groups);
 
 /// t as it is if it lies densely in channels_last, else a copy that does.
 Tensor dense_channels_last(const Tensor& t, const TensorInfo& info);
+
+/// fp32 (N, C, H, W) tensors side by side along the channels.
+Tensor join_channels(const std::vector<Tensor>& xs);
 
 /// An uninitialised (n, channels, height, width) fp32 tensor in channels_last.
 Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype);

@@ -1,5 +1,7 @@
 // The algorithms with fewer multiplications: a block of tiles is transformed (A panels for every product),
 // multiplied product by product, transformed back and finished, while it is in cache.
+#include <span>
+
 #include "ops/conv_bn_act/conv_cut_cpu.h"
 
 namespace dl4ds {
@@ -12,7 +14,9 @@ class Winograd {
         : m_(m),
           args_(args),
           tiles_h_(ceil_div(args.shape.out_height(), m)),
-          tiles_w_(ceil_div(args.shape.out_width(), m)) {}
+          tiles_w_(ceil_div(args.shape.out_width(), m)),
+          whole_{args.x, args.shape.channels, args.stride_n, args.stride_h, args.stride_w},
+          parts_(args.part_count > 0 ? args.parts : &whole_, args.part_count > 0 ? args.part_count : 1) {}
 
     int64_t products() const { return (m_ + 2) * (m_ + 2); }
     int64_t k() const { return args_.shape.channels; }
@@ -22,9 +26,12 @@ class Winograd {
     void in(int64_t t, float* v, int64_t v_product, int64_t v_chunk, const float* zeros) const {
         const ConvShape& s = args_.shape;
         const Tile tile = at(t);
-        conv_kernels().winograd_in[m_ / 4]({args_.x + tile.image * args_.stride_n, args_.stride_h,
-                                            args_.stride_w, tile.y - s.pad_h, tile.x - s.pad_w, s.height,
-                                            s.width, s.channels, zeros, v, v_product, v_chunk});
+        for (const ConvSource& part : parts_) {
+            conv_kernels().winograd_in[winograd_index(m_)](
+                {part.x + tile.image * part.stride_n, part.stride_h, part.stride_w, tile.y - s.pad_h,
+                 tile.x - s.pad_w, s.height, s.width, part.channels, zeros, v, v_product, v_chunk});
+            v += part.channels / kChunk * v_chunk;
+        }
     }
 
     bool out(int64_t first, int64_t count, int64_t panel, const float* sums) const {
@@ -36,7 +43,7 @@ class Winograd {
             const Tile tile = at(first + i);
             const int64_t place = ((tile.image * ho + tile.y) * wo + tile.x) * s.channels_out + panel * width;
             finish.residual = args_.epilogue.residual ? args_.epilogue.residual + place : nullptr;
-            finite &= conv_kernels().winograd_out[m_ / 4](
+            finite &= conv_kernels().winograd_out[winograd_index(m_)](
                 {sums + i * products() * width, args_.out + place, wo * s.channels_out, s.channels_out,
                  std::min<int64_t>(m_, ho - tile.y), std::min<int64_t>(m_, wo - tile.x), finish});
         }
@@ -46,14 +53,19 @@ class Winograd {
     /// What tiles [first, last] read and the tiles before them did not.
     void ahead(Ahead& next, int64_t first, int64_t last) const {
         const ConvShape& s = args_.shape;
-        if (args_.stride_w != s.channels || at(first).image != at(last).image) {
+        if (at(first).image != at(last).image) {
             return;
         }
-        const auto row = [&](int64_t y) {
-            return args_.x + at(last).image * args_.stride_n +
-                   std::clamp<int64_t>(y - s.pad_h + 2, 0, s.height) * args_.stride_h;
-        };
-        next.add(row(at(first).y), row(at(last).y + m_));
+        for (const ConvSource& part : parts_) {
+            if (part.stride_w != part.channels) {
+                continue;
+            }
+            const auto row = [&](int64_t y) {
+                return part.x + at(last).image * part.stride_n +
+                       std::clamp<int64_t>(y - s.pad_h + 2, 0, s.height) * part.stride_h;
+            };
+            next.add(row(at(first).y), row(at(last).y + m_));
+        }
     }
 
   private:
@@ -69,6 +81,8 @@ class Winograd {
     const int m_;
     const ConvArgs& args_;
     const int64_t tiles_h_, tiles_w_;
+    const ConvSource whole_;
+    const std::span<const ConvSource> parts_;
 };
 
 /// One step of Strassen: a tile is two neighbouring pixels of an image, a product half the input channels

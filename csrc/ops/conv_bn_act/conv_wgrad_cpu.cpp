@@ -42,9 +42,9 @@ void transform_tiles(const WgradArgs& args, const Plan& plan, int64_t start, int
     for (int64_t t = first; t < end; ++t) {
         const int64_t row = t / plan.tiles_w, image = row / plan.tiles_h;
         const int64_t y = row % plan.tiles_h * 2, x = t % plan.tiles_w * 2, at = (t - start) * kChunk;
-        conv_kernels().winograd_in[0]({args.x + image * args.stride_n, args.stride_h, args.stride_w,
-                                       y - s.pad_h, x - s.pad_w, s.height, s.width, s.channels, zeros, v + at,
-                                       plan.v_position(), plan.block * kChunk});
+        conv_kernels().winograd_in[winograd_index(2)](
+            {args.x + image * args.stride_n, args.stride_h, args.stride_w, y - s.pad_h, x - s.pad_w, s.height,
+             s.width, s.channels, zeros, v + at, plan.v_position(), plan.block * kChunk});
         train_kernels().wgrad_in({args.dout + ((image * ho + y) * wo + x) * s.channels_out,
                                   wo * s.channels_out, s.channels_out, ho - y, wo - x, s.channels_out, e + at,
                                   plan.e_position(), plan.block * kChunk});

@@ -1,7 +1,8 @@
 // The transforms of Winograd's F(m x m, 3x3). Included once per ISA by conv_kernels_cpu.h.
 //
-// Toom-Cook with the points 0, +-1 and infinity (m = 2) or 0, +-5/8, +-3/2 and infinity (m = 4: about 3.5
-// times less error than 0, +-1, +-2 for the same number of operations). All divisors are in the filter
+// Toom-Cook with the points 0, +-1 and infinity (m = 2), 0, +-5/8, +-3/2 and infinity (m = 4: about 3.5
+// times less error than 0, +-1, +-2 for the same number of operations) or 0, +-9/16, +-1, +-2 and infinity
+// (m = 6: half the error of the usual 0, +-1/2, +-1, +-2). All divisors are in the filter
 // transform (conv_pack_cpu.cpp). Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
 namespace dl4ds {
 namespace DL4DS_ISA {
@@ -42,6 +43,42 @@ struct WinogradF4 {
         y[1] = fma(kB, u, broadcast(kA) * r);
         y[2] = fma(kB2, t, broadcast(kA2) * s);
         y[3] = fma(kB2 * kB, u, fma(kA2 * kA, r, z[5]));
+    }
+};
+
+struct WinogradF6 {
+    static constexpr int kOut = 6, kIn = 8;
+    static constexpr float kA = 0.5625f, kB = 1.0f, kC = 2.0f;
+    DL4DS_INLINE static Vec<float> fma(float a, Vec<float> b, Vec<float> c) {
+        return multiply_add(broadcast(a), b, c);
+    }
+    /// (t^2 - p^2)(t^2 - q^2) on three values that are two places apart.
+    DL4DS_INLINE static Vec<float> without(float p, float q, const Vec<float>* d) {
+        return fma(p * p * q * q, d[0], fma(-(p * p + q * q), d[2], d[4]));
+    }
+    DL4DS_INLINE static void in(const Vec<float>* d, Vec<float>* o) {
+        const Vec<float> even_a = without(kB, kC, d + 2), odd_a = without(kB, kC, d + 1);
+        const Vec<float> even_b = without(kA, kC, d + 2), odd_b = without(kA, kC, d + 1);
+        const Vec<float> even_c = without(kA, kB, d + 2), odd_c = without(kA, kB, d + 1);
+        o[0] = fma(-kA * kA, without(kB, kC, d), even_a);
+        o[1] = fma(kA, odd_a, even_a);
+        o[2] = fma(-kA, odd_a, even_a);
+        o[3] = even_b + odd_b;
+        o[4] = even_b - odd_b;
+        o[5] = fma(kC, odd_c, even_c);
+        o[6] = fma(-kC, odd_c, even_c);
+        o[7] = fma(-kA * kA, odd_a, without(kB, kC, d + 3));
+    }
+    DL4DS_INLINE static void out(const Vec<float>* z, Vec<float>* y) {
+        constexpr float kA2 = kA * kA, kC2 = kC * kC;
+        const Vec<float> s = z[1] + z[2], r = z[1] - z[2], t = z[3] + z[4], u = z[3] - z[4];
+        const Vec<float> v = z[5] + z[6], w = z[5] - z[6];
+        y[0] = z[0] + (s + (t + v));
+        y[1] = fma(kC, w, fma(kA, r, u));
+        y[2] = fma(kC2, v, fma(kA2, s, t));
+        y[3] = fma(kC2 * kC, w, fma(kA2 * kA, r, u));
+        y[4] = fma(kC2 * kC2, v, fma(kA2 * kA2, s, t));
+        y[5] = fma(kC2 * kC2 * kC, w, fma(kA2 * kA2 * kA, r, u + z[7]));
     }
 };
 
