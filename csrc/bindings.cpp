@@ -8,6 +8,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/cpu/pool.h"
+#include "module_snapshot.h"
 #include "ops/conv_bn_act/conv_train_cpu.h"
 
 namespace py = pybind11;
@@ -86,11 +87,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_features", &cpu_features, "Instruction set in use and cache sizes in bytes.");
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
     m.def("conv_choose", &conv_choose,
-          "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 3 depthwise, 4 F(4x4), 6 F(6x6), 7 Strassen.");
+          "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 3 depthwise, 4 F(4x4), 6 F(6x6), 7 "
+          "Strassen.");
     m.def("conv_train_choose", &conv_train_choose,
           "Algorithms of a training step: forward, gradients of input and weight.");
     m.def("conv_supports", &conv_supports,
           "Whether an algorithm (a code but 0) can run a convolution of these sizes.");
+    m.def("module_snapshot", &dl4ds::module_snapshot, py::arg("module"), py::arg("keep"),
+          "What a recorded forward of this tree of modules relies on, and the cache lines it lies in.");
+    m.def("prefetch_lines", &dl4ds::prefetch_lines, py::arg("lines"), "Asks for cache lines.");
+    m.def("module_unchanged", &dl4ds::module_unchanged, py::arg("module"), py::arg("snapshot"),
+          "Whether the tree still is what the snapshot saw.");
     m.def("pool_stats", &pool_stats, "Counters of the output pool, bytes and calls.");
     m.def("pool_trim", &dl4ds::pool_trim, "Give idle blocks back to the operating system; returns bytes.");
     m.def("pool_set_limit", &dl4ds::pool_set_limit, py::arg("bytes"),

@@ -40,7 +40,7 @@ ALGORITHMS = {
 INEXACT = frozenset({4, 6, 7})
 SWITCHES = {"DL4DS_WINOGRAD": frozenset({2, 4, 6}), "DL4DS_STRASSEN": frozenset({7})}
 
-_SLOT = "_dl4ds_packed"
+SLOT = "_dl4ds_packed"
 _EXACT = "_dl4ds_exact"  # set on convolutions of a model that was optimized with exact=True
 
 
@@ -142,9 +142,9 @@ def _measured(x: Tensor, weight: Tensor, geometry: tuple[Any, ...], exact: bool,
 
 def _holder(module: torch.nn.Module, weight: Tensor) -> PackedWeight:
     """The module's holder, emptied if the weight is not the one that its packs were made of."""
-    holder = module.__dict__.get(_SLOT)
+    holder = module.__dict__.get(SLOT)
     if holder is None:
-        holder = module.__dict__[_SLOT] = PackedWeight()
+        holder = module.__dict__[SLOT] = PackedWeight()
     if (
         holder.version != weight._version
         or holder.weight is None
@@ -204,6 +204,12 @@ def kept(module: torch.nn.Module, weight: Tensor, algorithm: int) -> Tensor | No
     return _holder(module, weight).packs.get(algorithm)
 
 
+def packs(module: torch.nn.Module) -> dict[int, Tensor]:
+    """What is packed of the module's weight now, by algorithm."""
+    holder = module.__dict__.get(SLOT)
+    return {} if holder is None else holder.packs
+
+
 def direct_weight(module: torch.nn.Module, weight: Tensor) -> Tensor | None:
     """``weight`` (C_out, C_in, 1, 1) packed for the direct algorithm; None on a machine where that is not used."""
     holder = _holder(module, weight)
@@ -253,20 +259,20 @@ def turned_weight(
 
 def algorithms(module: torch.nn.Module) -> tuple[str, ...]:
     """Names of the algorithms that this module holds a pack for."""
-    holder = module.__dict__.get(_SLOT)
+    holder = module.__dict__.get(SLOT)
     return () if holder is None else tuple(ALGORITHMS[code] for code in sorted(holder.packs) if code in ALGORITHMS)
 
 
 def drop(module: torch.nn.Module) -> None:
     """Free the packed weight of one module, if it has one."""
-    holder = module.__dict__.get(_SLOT)
+    holder = module.__dict__.get(SLOT)
     if holder is not None:
         holder.drop()
 
 
 def forget(module: torch.nn.Module) -> None:
     """Remove the holder itself and the mark of :func:`keep_exact` (``dk.restore``)."""
-    module.__dict__.pop(_SLOT, None)
+    module.__dict__.pop(SLOT, None)
     module.__dict__.pop(_EXACT, None)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import _backend, _packing
+from ..modules import _replay
 from .audit import Untraceable
 from .blocks import block_plan
 from .forward import FusedForward
@@ -131,6 +132,7 @@ def restore(model: M) -> M:
         if isinstance(fused, FusedForward):
             fused.uninstall()
         _packing.forget(module)
+        _replay.drop(module)
     model.__dict__.pop("dl4ds_report", None)
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..modules.sequential import FusedSequential, begins_with_convolutions, run_concat, run_sequence_on_parts
+from ..modules.sequential import FusedSequential, begins_with_convolutions, replay_on_parts, run_concat
 from .audit import Untraceable
 from .passing import runs_its_class, whole_forward
 
@@ -43,9 +43,10 @@ def run_block_on_parts(xs: tuple[Tensor, ...], modules: tuple[nn.Module, ...], *
         if not wrappers and type(block) is FusedSequential:
             return run_concat(xs, block)
         fused = whole_forward(block)
-        children = list(block._modules.values())
-        if fused is not None and runs_its_class(block) and begins_with_convolutions(children) == len(children):
-            return run_sequence_on_parts(xs, children, **keywords)
+        if fused is not None and runs_its_class(block) and begins_with_convolutions(block) == len(block._modules):
+            from .purity import is_pure  # needs plan.py, which needs this file
+
+            return replay_on_parts(xs, block, is_pure, **keywords)
     return modules[0](torch.cat(xs, 1))
 
 
@@ -77,7 +78,7 @@ def _path_to_sequence(container: nn.Module, target: str) -> list[str] | None:
     for _ in range(4):
         module = container.get_submodule(path[-1])
         if type(module).forward in (nn.Sequential.forward, FusedSequential.forward):
-            return path if begins_with_convolutions(list(module._modules.values())) else None
+            return path if begins_with_convolutions(module) else None
         child = _delegate(module)
         if child is None:
             return None

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modules._replay import run_replayed
 from .audit import Untraceable
 from .blocks import block_plan
 from .passing import FusedMarker
 from .plan import MISS, Options, Plan, make_plan
+from .purity import is_pure
 from .trace import TENSOR, Tensors, argument_kind, stock_signature
 
 _MAX_SPECIALISATIONS = 8
@@ -32,6 +34,7 @@ class FusedForward(FusedMarker):
         self.options = options
         self.skip = frozenset(skip)
         self._runs = [] if plan is None else [plan.run]
+        self.is_pure = plan is None or plan.from_instances
         self._planned = len(self._runs)
 
     @property
@@ -59,6 +62,14 @@ class FusedForward(FusedMarker):
         return replica
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.is_pure:
+            return self._run(args, kwargs)
+        if type(args[0]) is not torch.Tensor or not args[0].is_cpu:
+            return self._run(args, kwargs)
+        backend = None if self.options.backend == "auto" else self.options.backend
+        return run_replayed(self.module, args, lambda: self._run(args, kwargs), is_pure, backend)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for run in self._runs:
             out = run(self.module, *args, **kwargs)
             if out is not MISS:
@@ -79,6 +90,7 @@ class FusedForward(FusedMarker):
                 out = run(module, *args, **kwargs)
                 if out is not MISS:
                     return out
+        self.is_pure = False  # it did not come to a plan: somebody else may have a say
         return type(module).forward(module, *args, **kwargs)
 
     def _plan(self, arguments: dict[str, Any]) -> Any:
@@ -86,7 +98,9 @@ class FusedForward(FusedMarker):
             # Blocks are called with tensors; under fx.symbolic_trace with proxies, which no plan fits.
             tensors = all(kind is TENSOR or type(kind) is Tensors for kind in arguments.values())
             plan = block_plan(self.module, self.options, self.skip) if tensors else None
-            return (plan or make_plan(self.module, arguments, self.options, self.skip)).run
+            plan = plan or make_plan(self.module, arguments, self.options, self.skip)
+            self.is_pure &= plan.from_instances
+            return plan.run
         except Untraceable:
             return None
 
@@ -95,7 +109,7 @@ class FusedForward(FusedMarker):
 
     def __getattr__(self, name: str) -> Any:
         """Signature, name, code, … of the stock method, for those who introspect ``model.forward``."""
-        if name in ("module", "options", "skip", "_runs", "_planned"):  # not there yet while being unpickled
+        if name in ("module", "options", "skip", "is_pure", "_runs", "_planned"):  # not there yet while being unpickled
             raise AttributeError(name)
         stock = types.MethodType(type(self.module).forward, self.module)
         return stock if name == "__wrapped__" else getattr(stock, name)

@@ -19,6 +19,7 @@ class FusedMarker:
 
     options: Any
     skip: frozenset[str]  # keys of the chains that are kept
+    is_pure: bool  # nothing but what the module holds and reads had a say so far
 
 
 _NO_FORWARD = FusedMarker()

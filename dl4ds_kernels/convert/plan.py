@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     source: str
     inlined: tuple[str, ...] = ()  # containers below this one whose chains are among these
     layers: tuple[Chain, ...] = ()  # single layers; they take part in include and exclude, but are not in the report
+    from_instances: bool = True  # as of Traced
 
 
 def default_arguments(module: nn.Module) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def make_plan(
     if rewritten == 0:
         return Plan(None, chains, "", traced.inlined, layers)
     run, source = _generate(traced)
-    return Plan(run, chains, source, traced.inlined, layers)
+    return Plan(run, chains, source, traced.inlined, layers, traced.from_instances)
 
 
 def _is_idle(element: Element) -> bool:

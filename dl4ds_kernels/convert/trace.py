@@ -57,6 +57,7 @@ class Traced(NamedTuple):
     guards: tuple[str, ...]
     constants: dict[str, Any]
     inlined: tuple[str, ...] = ()  # paths of the submodules that are no node of their own
+    from_instances: bool = True  # the conditions are about what instances hold themselves, in attributes that cannot be mutated
 
 
 def trace_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Traced:
@@ -93,7 +94,9 @@ def trace_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Traced:
         if node.op == "get_attr" and not node.users:
             tracer.graph.erase_node(node)
     inlined = tuple(tracer.inlined)
-    return Traced(type(module).__name__, tracer.graph, signature, tuple(tracer.guards), tracer.constants, inlined)
+    return Traced(
+        type(module).__name__, tracer.graph, signature, tuple(tracer.guards), tracer.constants, inlined, tracer.from_instances
+    )  # fmt: skip
 
 
 def stock_signature(module: nn.Module) -> inspect.Signature:
@@ -137,6 +140,7 @@ class _LeafTracer(fx.Tracer):
         self.constants: dict[str, Any] = {}
         self.stand_ins: dict[str, Any] = {}
         self.inlined: dict[str, None] = {}
+        self.from_instances = True
         self._handed_out: list[tuple[Any, Any]] = []
         self._lists: list[tuple[Any, list[Any]]] = []
 
@@ -194,6 +198,8 @@ class _LeafTracer(fx.Tracer):
             self.guard(f"{expression} is {value}")
         elif _is_plain(value):
             self.guard(f"{expression} == {self.constant(copy.deepcopy(value))}")
+            if isinstance(value, (list, dict, tuple)):  # a tuple may hold a list
+                self.from_instances &= _is_immutable(value)
             if isinstance(value, (list, dict)):
                 shown = copy.deepcopy(value)
                 self._handed_out.append((shown, value))
@@ -226,6 +232,13 @@ def _is_plain(value: Any) -> bool:
     if kind in (dict, OrderedDict):
         return all(_is_plain(item) for pair in value.items() for item in pair)
     return value is None or kind in (bool, int, float, complex, str, bytes, slice)
+
+
+def _is_immutable(value: Any) -> bool:
+    """Whether a plain value stays what it is as long as it is the same object."""
+    if isinstance(value, tuple):
+        return all(_is_immutable(item) for item in value)
+    return not isinstance(value, (list, dict))
 
 
 class _StandIn:
@@ -292,6 +305,7 @@ class _Origin:
             if name in getattr(module, kind):
                 return self.tensor(kind, name)
         if name.startswith("__") or on_class is not None:
+            self.tracer.from_instances = False
             return self.tracer.guard_attribute(self.source, name, getattr(type(module), name))
         self.tracer.guard(f"not hasattr({self.source}, {name!r})")
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")

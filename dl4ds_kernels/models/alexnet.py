@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedSequential, LocalResponseNorm
+from ..modules._replay import replayed
 from ._registry import register
 
 
@@ -36,6 +37,7 @@ class AlexNet(nn.Module):
             nn.Linear(4096, num_classes),
         )  # fmt: skip
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         x = self.avgpool(self.features(x))
         return self.classifier(torch.flatten(x, 1))
@@ -71,6 +73,7 @@ class AlexNetPaper(nn.Module):
             nn.init.normal_(layer.weight, 0.0, 0.01)
             nn.init.constant_(layer.bias, 1.0 if i in (1, 3, 4, 5, 6) else 0.0)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != (3, 227, 227):
             raise RuntimeError(f"alexnet_paper: x: expected shape (N, 3, 227, 227), got {tuple(x.shape)}")

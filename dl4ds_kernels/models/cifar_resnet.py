@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..modules import BasicBlock, FusedSequential, PreActBottleneck
 from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
+from ..modules._replay import replayed
 from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.residual import ResidualStage, conv1x1, conv3x3
 from ._init import he_fan_out
@@ -134,6 +135,7 @@ class CifarPreActResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         he_fan_out(self)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(run_conv_act(x, self.conv1))))
         x = run_bn_act(x, self.norm, ActSpec("relu", 0.0, self.relu))

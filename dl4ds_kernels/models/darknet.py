@@ -15,6 +15,7 @@ from ..detection.weights import WeightsHeader, WeightSlot, load_weights, save_we
 from ..detection.yolo import YoloLayout
 from ..functional import max_pool2d
 from ..modules import BNAct2d, ConvBNAct2d, FusedSequential, LocallyConnected2d
+from ..modules._replay import replayed
 from ..modules.darknet_norm import DarknetBatchNorm2d, DarknetConvBNAct2d
 
 # How darknet's two implementations and OpenCV's importer keep the standard deviation from zero.
@@ -116,6 +117,7 @@ class DarknetNet(nn.Module):
         """From a ``.cfg`` file."""
         return cls(read_cfg(path), bn=bn)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.input_size:
             raise RuntimeError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import max_pool_indices, max_unpool
 from ..modules import FusedSequential
+from ..modules._replay import replayed
 from ..modules._run import run_conv_act
 from ._init import he_fan_in
 from ._registry import register
@@ -57,6 +58,7 @@ class DeconvNet(nn.Module):
         self.head = nn.Conv2d(channels, num_classes, 1)
         he_fan_in(self)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         if any(s < 224 or s % 32 for s in x.shape[2:]):
             raise RuntimeError(f"DeconvNet: x: expected sides that are multiples of 32 from 224 on, got {tuple(x.shape[2:])}")

@@ -23,6 +23,7 @@ from ..modules._chain import DenseLayerParts, Step, run_chain, run_dense_block
 from ..modules._dense import DenseParts, run_dense_training
 from ..modules._linear import run_linear_act
 from ..modules._packed import applies
+from ..modules._replay import replayed
 from ..modules._run import (
     NO_ACT,
     ActSpec,
@@ -140,6 +141,7 @@ class DenseBlock(nn.ModuleDict):
             features.append(new)
         return torch.cat(features, 1)
 
+    @replayed
     def _in_inference(self, x: Tensor) -> Tensor:
         layers = list(self.values())
         whole = x.shape[1] % 16 == 0 and self.growth % 16 == 0  # the kernel reads 16 channels of one input at a time
@@ -189,6 +191,7 @@ class Transition(FusedSequential):
     Shape: x (N, C, H, W) -> (N, C_out, H // 2, W // 2).
     """
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         if [*self._modules] != ["norm", "relu", "conv", "pool"] or self.training:
             return super().forward(x)
@@ -258,6 +261,7 @@ class DenseNet(nn.Module):
         he_fan_in(self)
         nn.init.zeros_(self.classifier.bias)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         # The last BatchNorm and its ReLU are one pass, unless somebody looks at what comes between them.
         plain = is_plain(self.features)

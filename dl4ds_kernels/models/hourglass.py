@@ -15,6 +15,7 @@ from ..functional import add_act, max_pool2d, upsample_add
 from ..modules import FusedSequential
 from ..modules._chain import Step, run_chain
 from ..modules._pool import run_pool
+from ..modules._replay import replayed
 from ..modules._run import NO_ACT, ActSpec, run_conv_act, run_conv_bn_act
 from ._init import he_fan_in
 from ._registry import register
@@ -129,6 +130,7 @@ class StackedHourglass(nn.Module):
         self.score_ = nn.ModuleList(nn.Conv2d(joints, features, 1) for _ in range(stacks - 1))
         he_fan_in(self)
 
+    @replayed
     def forward(self, x: Tensor) -> list[Tensor]:
         step = 4 << self.depth
         if any(s % step or s == 0 for s in x.shape[2:]):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..modules import PreActBasicBlock, PreActBottleneck
 from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
+from ..modules._replay import replayed
 from ..modules._run import ActSpec, run_bn_act, run_conv_act, run_conv_bn_act
 from ..modules.residual import conv1x1
 from ._init import he_fan_out
@@ -80,6 +81,7 @@ class PreActResNet(nn.Module):
         he_fan_out(self)
         nn.init.zeros_(self.fc.bias)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         act = ActSpec("relu", 0.0, self.relu)
         x = run_conv_act(x, self.conv1) if self.bn1 is None else run_conv_bn_act(x, self.conv1, self.bn1, act)

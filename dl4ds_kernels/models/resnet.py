@@ -15,6 +15,7 @@ from ..modules import BasicBlock, Bottleneck, FusedSequential
 from ..modules._block import run_conv_bn_act_pool
 from ..modules._linear import run_linear_act
 from ..modules._pool import run_pool
+from ..modules._replay import replayed
 from ..modules._run import ActSpec
 from ..modules.residual import ResidualStage, conv1x1
 from ._init import he_fan_out
@@ -109,6 +110,7 @@ class ResNet(nn.Module):
             self._channels = out
         return ResidualStage(*blocks)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         x = run_conv_bn_act_pool(x, self.conv1, self.bn1, ActSpec("relu", 0.0, self.relu), self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..modules import FusedSequential
 from ..modules._pool import run_pool
+from ..modules._replay import replayed
 from ..modules._run import run_conv_act
 from ..modules._transposed import run_conv_transpose_bn_act
 from ..modules.sequential import run_concat
@@ -88,6 +89,7 @@ class UNet(nn.Module):
         size = max(at_least, 188)
         return size + (-(size - 188)) % 16
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         skips = []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedSequential
+from ..modules._replay import replayed
 from ._init import he_fan_in
 from ._registry import register
 from .unet import center_crop
@@ -54,6 +55,7 @@ class UNet3d(nn.Module):
         self.head = nn.Conv3d(channels, num_classes, 1)
         he_fan_in(self)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         skips = []

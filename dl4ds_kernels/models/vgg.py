@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import FusedSequential
+from ..modules._replay import replayed
 from ._registry import register
 
 # 3x3 convolutions at each of the five resolutions; the widths are 64, 128, 256, 512, 512.
@@ -56,6 +57,7 @@ class VGG(nn.Module):
                 nn.init.normal_(m.weight, 0, 0.01)
                 nn.init.zeros_(m.bias)
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..functional import add_act
 from ._block import Pair, run_residual_block
 from ._chain import Step, residual_steps, run_blocks, run_chain
+from ._replay import replayed
 from ._run import NO_ACT, ActSpec, _bn_fusable, is_plain
 from .sequential import FusedSequential
 
@@ -94,6 +95,7 @@ class ResidualStage(nn.Sequential):
     Shape: of the blocks.
     """
 
+    @replayed
     def forward(self, input: Tensor) -> Tensor:
         out = run_blocks(input, self._modules.values(), _steps_of)
         return super().forward(input) if out is None else out

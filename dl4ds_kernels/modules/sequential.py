@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ._block import run_conv_bn_act_pool, run_norm_act_conv
 from ._chain import Step, run_chain
 from ._linear import is_linear, run_linear_act
 from ._pool import is_pool, run_pool
+from ._replay import is_known, replayed, run_replayed
 from ._run import NO_ACT, ActSpec, _no_global_hooks, act_spec, is_plain, run_bn_act, run_conv_act, run_conv_bn_act
 from ._transposed import run_conv_transpose_bn_act
 
@@ -33,6 +35,7 @@ class FusedSequential(nn.Sequential):
 
     in_order = True  # the forward is the children's, one after the other
 
+    @replayed
     def forward(self, x: Tensor) -> Tensor:
         return run_sequence(list(self._modules.values()), x)
 
@@ -79,9 +82,20 @@ def run_sequence(children: list[nn.Module], x: Tensor) -> Tensor:
 
 def run_concat(xs: tuple[Tensor, ...], block: nn.Module) -> Tensor:
     """``block(torch.cat(xs, 1))``; of a FusedSequential in inference on the CPU as :func:`run_sequence_on_parts`."""
-    if type(block) is FusedSequential and is_plain(block) and _no_global_hooks():
-        return run_sequence_on_parts(xs, list(block._modules.values()))
-    return block(torch.cat(xs, 1))
+    if not (type(block) is FusedSequential and is_plain(block) and _no_global_hooks()):
+        return block(torch.cat(xs, 1))
+    return replay_on_parts(xs, block, is_known)
+
+
+def replay_on_parts(xs: tuple[Tensor, ...], block: nn.Module, is_pure: Callable[[nn.Module], bool], **keywords: Any) -> Tensor:
+    """:func:`run_sequence_on_parts` of a block's children, replayed where that applies."""
+
+    def forward() -> Tensor:
+        return run_sequence_on_parts(xs, list(block._modules.values()), **keywords)
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return forward()
+    return run_replayed(block, xs, forward, is_pure, keywords.get("backend"))
 
 
 def run_sequence_on_parts(xs: tuple[Tensor, ...], children: list[nn.Module], **keywords: Any) -> Tensor:
@@ -98,9 +112,9 @@ def run_sequence_on_parts(xs: tuple[Tensor, ...], children: list[nn.Module], **k
     return run_sequence(children[end:], run_chain(xs, tuple(chain), **keywords))
 
 
-def begins_with_convolutions(children: list[nn.Module]) -> int:
-    """How many of the first children :func:`run_sequence_on_parts` runs on parts."""
-    return _steps(children, 0)[1]
+def begins_with_convolutions(block: nn.Module) -> int:
+    """How many of a Sequential's first children :func:`run_sequence_on_parts` runs on parts."""
+    return _steps(list(block._modules.values()), 0)[1]
 
 
 def _fit(xs: tuple[Tensor, ...]) -> bool:
