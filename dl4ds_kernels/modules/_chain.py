@@ -202,7 +202,8 @@ def _inspect(steps: tuple[Step, ...]) -> tuple[list[Any] | None, list[Tensor]]:
     signature: list[Any] = []
     vectors: list[Tensor] = []
     note, take = signature.append, vectors.append
-    for conv, bn, act, _sources, _residual, before, pool, _in_place in steps:
+    for conv, bn, act, sources, residual, before, pool, _in_place in steps:
+        note((sources, residual))
         note(_CONV_STATE(conv))
         bias = conv._parameters["bias"]
         note(bias is None)

@@ -7,8 +7,8 @@ Later calls of that size compare the tree of modules with the recorded one (``mo
 modes, hooks, geometry, parameters, submodules) and what is not theirs (grad mode, autocast, threads, backend, …). If all of it
 is as it was, the same ops are called with the tensors that the modules hold now; anything else runs the forward again.
 
-A forward is recorded only if nothing else can have a say: no module is in training mode, hooked or patched, and each is torch's,
-ours, or one whose forward ``dk.optimize`` could follow completely (control flow on data and side effects cannot be followed).
+A forward is recorded only if nothing else can have a say: no module is in training mode, hooked or patched, and each is
+torch's, ours, or one whose forward ``dk.optimize`` could follow (control flow on data and side effects cannot be followed).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..functional._common import call
 from ._run import _no_global_hooks, has_hooks, is_plain
 
 _SLOT = "_dl4ds_replay"
+_OURS = "dl4ds_kernels."
 _MAX_SIZES = 32  # recorded of one module
 _MAX_CALLS = 4096  # of a recording
 _DTYPE = attrgetter("dtype")
@@ -90,6 +91,8 @@ def replayed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: nn.Module, x: Tensor) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not x.is_cpu:
             return forward(self, x)
+        if not type(self).__module__.startswith(_OURS):  # somebody's subclass may do more
+            return forward(self, x)
         return run_replayed(self, (x,), lambda: forward(self, x), is_known)
 
     return run
@@ -97,7 +100,7 @@ def replayed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_known(module: nn.Module) -> bool:
     """Whether a module is torch's or ours, so that its forward depends on what it holds and reads alone."""
-    return type(module).__module__.startswith(("torch.nn.modules.", "dl4ds_kernels.")) and is_plain(module)
+    return type(module).__module__.startswith(("torch.nn.modules.", _OURS)) and is_plain(module)
 
 
 def run_replayed(
@@ -123,7 +126,7 @@ def run_replayed(
         if more is not None:
             return tape.run(*xs, *more)
     seen = known.seen[key] = known.seen.get(key, 0) + 1
-    if seen not in (2, 3):  # the first packs weights, and most sizes of a stream of sizes come once
+    if seen < 2 or seen & (seen - 1):  # the first packs weights; what was in the way of the second may go later
         if len(known.seen) > 4 * _MAX_SIZES:
             known.seen.clear()
         return forward()
@@ -306,7 +309,7 @@ def _lines_of(tensors: list[Tensor], packs: tuple[tuple[nn.Module, int], ...]) -
     lines = array("Q")
     for t in (*tensors, *(_packing.packs(conv)[algorithm] for conv, algorithm in packs)):
         lines.extend((id(t), t._cdata, t._cdata + 64, t._cdata + 128))
-    for conv, algorithm in packs:
+    for conv, _ in packs:
         holder = _packing.packs(conv)
         lines.extend((id(conv._parameters), id(holder), id(conv.__dict__[_packing.SLOT])))
         lines.append(conv._parameters["weight"].untyped_storage()._cdata)

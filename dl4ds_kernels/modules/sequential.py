@@ -99,10 +99,10 @@ def replay_on_parts(xs: tuple[Tensor, ...], block: nn.Module, is_pure: Callable[
 
 
 def run_sequence_on_parts(xs: tuple[Tensor, ...], children: list[nn.Module], **keywords: Any) -> Tensor:
-    """:func:`run_sequence` of ``torch.cat(xs, 1)``; in inference on the CPU the first convolution reads the parts where they lie.
+    """:func:`run_sequence` of ``torch.cat(xs, 1)``; in inference on the CPU the first convolution reads the parts themselves.
 
-    Winograd's input transform goes channel by channel anyway, so the concatenation of a U-Net is never written (5.7 of 51 ms for
-    one of 256 x 256); for another algorithm the op joins the parts. ``keywords`` of :func:`run_chain`, for the convolutions.
+    Winograd's input transform goes channel by channel anyway, so the concatenation of a U-Net is never written (5.7 of 51 ms
+    for one of 256 x 256); for another algorithm the op joins them. ``keywords`` of :func:`run_chain`, for the convolutions.
     """
     steps, end = _steps(children, 0)
     if not steps or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fit(xs):

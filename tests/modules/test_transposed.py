@@ -1,4 +1,4 @@
-"""Transposed convolutions as modules: the packed path, its concatenation, staleness, training, and the falls back to stock."""
+"""Transposed convolutions as modules: the packed path, staleness, training, and the falls back to stock."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from dl4ds_kernels import _packing
 from dl4ds_kernels.modules import ConvTransposeBNAct2d, FusedSequential, _transposed
-from dl4ds_kernels.modules._transposed import run_up_concat
 
 
 @pytest.fixture(autouse=True)
 def _pack_small_layers(monkeypatch: pytest.MonkeyPatch, kernels: None) -> None:
     monkeypatch.setattr(_packing, "MIN_MACS", 0)
-    monkeypatch.setattr(_packing, "MIN_TRANSPOSED_MACS", 0)
     monkeypatch.setattr(_transposed, "_LEAST_ALONE", 0)
     monkeypatch.setattr(_transposed, "_LEAST_FUSED", 0)
 
@@ -105,22 +103,3 @@ def test_sequential_and_hooks() -> None:
     net[1].register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(net(x), stock(module, x), rtol=1e-4, atol=1e-5)
     assert seen == [1]
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("crop", [False, True])
-def test_concatenation(layout: torch.memory_format, crop: bool) -> None:
-    """Skip first; a cropped skip is read where it lies; the gradient goes the stock way."""
-    up, x = nn.ConvTranspose2d(24, 10, 2, 2).eval(), torch.randn(2, 24, 4, 5).contiguous(memory_format=layout)
-    skip = torch.randn(2, 7, 12, 14).contiguous(memory_format=layout)[:, :, 2:10, 2:12] if crop else torch.randn(2, 7, 8, 10)
-    want = torch.cat((skip, up(x)), 1)
-    torch.testing.assert_close(run_up_concat(skip, x, up), want)
-    with torch.no_grad():
-        got = run_up_concat(skip, x, up)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if packs_here():
-            assert got.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(
-            run_up_concat(skip, x, nn.Upsample(scale_factor=2)),
-            torch.cat((skip, x.repeat_interleave(2, 2).repeat_interleave(2, 3)), 1),
-        )

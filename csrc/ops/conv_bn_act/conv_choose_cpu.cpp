@@ -23,8 +23,9 @@ constexpr double kCyclesPerPackedByte = 0.1;
 /// Writing tiles of an output that has left the L2 caches, where a direct product writes pixel after pixel.
 constexpr double kCyclesPerFarByte = 0.08;
 
-/// Input channels for which F(6x6) is taken, and what it has to gain on the next best algorithm: it errs more (on
-/// normal inputs 1.2e-5 of the output's scale for 128 channels, 2.3e-5 for 256). With fewer, transforms decide.
+/// Input channels for which F(6x6) is taken, and what it has to gain on the next best algorithm: it errs more
+/// (on normal inputs 1.2e-5 of the output's scale for 128 channels, 2.3e-5 for 256). With fewer, transforms
+/// decide.
 constexpr int64_t kFewestChannelsOf6 = 16, kMostChannelsOf6 = 256;
 constexpr double kLeastGainOf6 = 1.06;
 

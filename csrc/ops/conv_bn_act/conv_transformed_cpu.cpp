@@ -50,21 +50,29 @@ class Winograd {
         return finite;
     }
 
-    /// What tiles [first, last] read and the tiles before them did not.
+    /// What tiles [first, last] read and the tiles before them did not, and what they write.
     void ahead(Ahead& next, int64_t first, int64_t last) const {
         const ConvShape& s = args_.shape;
-        if (at(first).image != at(last).image) {
-            return;
-        }
-        for (const ConvSource& part : parts_) {
-            if (part.stride_w != part.channels) {
-                continue;
+        for (int64_t t = first; t <= last;) {  // the tiles of one row at a time
+            const int64_t end = std::min(last + 1, (t / tiles_w_ + 1) * tiles_w_);
+            const Tile tile = at(t);
+            const int64_t left = std::max<int64_t>(tile.x - s.pad_w, 0),
+                          right = std::min(at(end - 1).x - s.pad_w + m_ + 2, s.width);
+            for (const ConvSource& part : parts_) {
+                for (int64_t y = std::max<int64_t>(tile.y - s.pad_h + 2, 0);
+                     part.stride_w == part.channels && y < std::min(tile.y - s.pad_h + 2 + m_, s.height);
+                     ++y) {
+                    const float* row = part.x + tile.image * part.stride_n + y * part.stride_h;
+                    next.add(row + left * part.stride_w, row + right * part.stride_w);
+                }
             }
-            const auto row = [&](int64_t y) {
-                return part.x + at(last).image * part.stride_n +
-                       std::clamp<int64_t>(y - s.pad_h + 2, 0, s.height) * part.stride_h;
-            };
-            next.add(row(at(first).y), row(at(last).y + m_));
+            for (int64_t y = tile.y; y < std::min(tile.y + m_, s.out_height()); ++y) {
+                const float* row =
+                    args_.out + (tile.image * s.out_height() + y) * s.out_width() * s.channels_out;
+                const int64_t past = std::min(at(end - 1).x + m_, s.out_width());
+                next.add(row + tile.x * s.channels_out, row + past * s.channels_out);
+            }
+            t = end;
         }
     }
 
