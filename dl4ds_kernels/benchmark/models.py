@@ -119,7 +119,7 @@ class ModelBench:
     """One model as an op of the engine: ``select``, ``problem``, ``setup`` and an error floor of its own.
 
     Args:
-        spec: as :func:`load` takes it. exact: ours leaves out Winograd F(4x4) and Strassen.
+        spec: as :func:`load` takes it. exact: ours leaves out Winograd F(4x4), F(6x6) and Strassen.
     """
 
     STOCK, DEFAULT, differentiable = ("eager", "channels_last", "compile"), "", False

@@ -147,8 +147,9 @@ def refresh(model: M) -> M:
 def algorithms(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Which algorithms the convolutions of an optimized model took on the CPU so far: fully qualified name -> their names.
 
-    The choice is made from the sizes of a call, so a convolution that has not run yet is not listed. ``"Winograd F(4x4, 3x3)"``
-    marks the layers whose rounding error may exceed twice stock torch's own (``exact=True`` leaves it out).
+    The choice is made from the sizes of a call, so a convolution that has not run yet is not listed. Those with ``"Strassen"``,
+    ``"Winograd F(4x4, 3x3)"`` or ``"Winograd F(6x6, 3x3)"`` may have a rounding error above twice stock torch's;
+    ``exact=True`` leaves these out.
     """
     found = {fqn: _packing.algorithms(module) for fqn, module in model.named_modules()}
     return {fqn: names for fqn, names in found.items() if names}

@@ -14,43 +14,25 @@ torch's, ours, or one whose forward ``dk.optimize`` could follow (control flow o
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from array import array
-from collections.abc import Callable, Iterable
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import _is_torch_function_mode_enabled
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .. import _extension, _packing
+from .. import _extension
 from .._backend import current
-from ..functional._common import call
 from ._run import _no_global_hooks, has_hooks, is_plain
+from ._tape import Tape, record
 
+_ON = os.environ.get("DL4DS_REPLAY") != "0"
 _SLOT = "_dl4ds_replay"
 _OURS = "dl4ds_kernels."
 _MAX_SIZES = 32  # recorded of one module
-_MAX_CALLS = 4096  # of a recording
-_DTYPE = attrgetter("dtype")
-# What is made of a weight once, and must not be made again at every call.
-_PREPARES = (
-    "dl4ds_kernels::conv_bn_act_pack",
-    "dl4ds_kernels::conv_transpose_bn_act_pack",
-    "mkldnn::_reorder_convolution_weight",
-)
-
-
-class _Tape(NamedTuple):
-    """A recording: what the generated ``run`` is called with after the inputs."""
-
-    run: Callable[..., Any]
-    tensors: tuple[tuple[dict[str, Any], str], ...]  # where parameters and buffers lie
-    dtypes: list[torch.dtype]
-    packs: tuple[tuple[nn.Module, int], ...]  # (convolution, algorithm)
-    lines: bytes  # addresses of the cache lines that looking at all of these reads
 
 
 class _Recordings:
@@ -60,7 +42,7 @@ class _Recordings:
 
     def __init__(self) -> None:
         self.snapshot, self.lines, self.keep = b"", b"", []
-        self.tapes: dict[Any, _Tape] = {}
+        self.tapes: dict[Any, Tape] = {}
         self.seen: dict[Any, int] = {}  # calls without a tape
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -114,7 +96,7 @@ def run_replayed(
 
     ``is_pure`` says of a module below this one whether nothing but what it holds and reads has a say in its forward.
     """
-    if _busy.recording or not _is_ordinary(xs, backend):
+    if not _ON or _busy.recording or not _is_ordinary(xs, backend):
         return forward()
     key = (*[(x.shape, x.stride()) for x in xs], torch.get_num_threads(), torch.is_inference_mode_enabled())
     known = module.__dict__.get(_SLOT)
@@ -149,7 +131,7 @@ def _is_ordinary(xs: tuple[Tensor, ...], backend: str | None) -> bool:
     )
 
 
-def _tensors_of(module: nn.Module, known: _Recordings, tape: _Tape) -> list[Tensor] | None:
+def _tensors_of(module: nn.Module, known: _Recordings, tape: Tape) -> list[Tensor] | None:
     """Parameters, buffers and packed weights for a recording; None if the module is not what it was."""
     host = _extension.host()
     host.prefetch_lines(known.lines)
@@ -157,15 +139,7 @@ def _tensors_of(module: nn.Module, known: _Recordings, tape: _Tape) -> list[Tens
     if not host.module_unchanged(module, known.snapshot):
         known.tapes, known.seen = {}, {}
         return None
-    tensors = [holder[name] for holder, name in tape.tensors]
-    if list(map(_DTYPE, tensors)) != tape.dtypes:
-        return None
-    for conv, algorithm in tape.packs:
-        packed = _packing.kept(conv, conv._parameters["weight"], algorithm)
-        if packed is None:  # of a weight that has been written to
-            return None
-        tensors.append(packed)
-    return tensors
+    return tape.tensors()
 
 
 def _record(
@@ -176,14 +150,11 @@ def _record(
     below = (m for m in modules if m is not module)
     if any(m.training for m in modules) or any(has_hooks(m) or not is_pure(m) for m in below):
         return forward()
-    recorder = _Recorder()
     _busy.recording = True
     try:
-        with recorder:
-            out = forward()
+        out, tape = record(modules, xs, forward)
     finally:
         _busy.recording = False
-    tape = _Writer(modules, xs).tape(recorder.calls, out)
     if tape is not None:
         host = _extension.host()
         if not host.module_unchanged(module, known.snapshot):
@@ -194,140 +165,3 @@ def _record(
             known.tapes.clear()
         known.tapes[key] = tape
     return out
-
-
-class _Recorder(TorchDispatchMode):
-    """Notes every op with its arguments and result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-
-class _Unknown(Exception):
-    """Something that a recording cannot say where to find again."""
-
-
-class _Writer:
-    """Turns recorded calls into a function of the same calls: one line each, and the names that nobody reads later freed."""
-
-    def __init__(self, modules: Iterable[nn.Module], xs: tuple[Tensor, ...]) -> None:
-        self._held: dict[int, tuple[dict[str, Any], str]] = {}
-        self._packed: dict[int, tuple[nn.Module, int]] = {}
-        for m in modules:
-            for holder in (m._parameters, m._buffers):
-                self._held.update((id(t), (holder, name)) for name, t in holder.items() if t is not None)
-            self._packed.update((id(t), (m, algorithm)) for algorithm, t in _packing.packs(m).items())
-        self._names = {id(x): f"x{i}" for i, x in enumerate(xs)}
-        self._inputs = list(self._names.values())
-        self._tensors: dict[str, tuple[dict[str, Any], str]] = {}
-        self._packs: dict[str, tuple[nn.Module, int]] = {}
-        self._constants: dict[str, Any] = {"call": call}
-
-    def tape(self, calls: list[Any], out: Any) -> _Tape | None:
-        """None for calls that cannot be repeated: a result that is no tensor, a tensor of unknown origin."""
-        try:
-            lines = [self._line(*one) for one in calls[: _MAX_CALLS + 1]]
-            result = self._text(out)
-        except _Unknown:
-            return None
-        if len(calls) > _MAX_CALLS or not lines:
-            return None
-        parameters = ", ".join([*self._inputs, *self._tensors, *self._packs])
-        body = "\n".join(f"    {line}" for line in _with_frees(lines, result))
-        namespace = dict(self._constants)
-        exec(compile(f"def run({parameters}):\n{body}\n    return {result}", "<dl4ds_kernels replay>", "exec"), namespace)
-        rows = tuple(self._tensors.values())
-        packs = tuple(self._packs.values())
-        tensors = [holder[name] for holder, name in rows]
-        return _Tape(namespace["run"], rows, list(map(_DTYPE, tensors)), packs, _lines_of(tensors, packs))
-
-    def _line(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str:
-        name = func._schema.name
-        if name in _PREPARES:
-            raise _Unknown
-        arguments = [self._text(a) for a in args] + [f"{k}={self._text(v)}" for k, v in kwargs.items()]
-        function = self._constant(func)
-        if name.startswith("dl4ds_kernels::"):
-            made = f"call({function}, False, {', '.join(arguments)})"
-        else:
-            made = f"{function}({', '.join(arguments)})"
-        return f"{self._target(out)} = {made}"
-
-    def _target(self, out: Any) -> str:
-        if isinstance(out, (tuple, list)):
-            return "(" + "".join(f"{self._target(o)}, " for o in out) + ")"
-        if type(out) is not Tensor:
-            raise _Unknown
-        name = self._names.get(id(out))  # what an op in place returns has its name already
-        if name is None:
-            name = self._names[id(out)] = f"t{len(self._names)}"
-        return name
-
-    def _text(self, value: Any) -> str:
-        """An expression for an argument or a result."""
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (list, tuple, torch.Size):
-            inner = "".join(f"{self._text(v)}, " for v in value)
-            return f"[{inner}]" if type(value) is list else f"({inner})"
-        if type(value) is dict and all(type(k) is str for k in value):
-            return "{" + "".join(f"{k!r}: {self._text(v)}, " for k, v in value.items()) + "}"
-        if value is None or type(value) in (bool, int, str):
-            return repr(value)
-        if type(value) in (float, torch.dtype, torch.device, torch.layout, torch.memory_format):
-            return self._constant(value)
-        raise _Unknown
-
-    def _tensor(self, t: Tensor) -> str:
-        name = self._names.get(id(t))
-        if name is None:
-            if id(t) in self._held:
-                name = f"p{len(self._tensors)}"
-                self._tensors[name] = self._held[id(t)]
-            elif id(t) in self._packed:
-                name = f"w{len(self._packs)}"
-                self._packs[name] = self._packed[id(t)]
-            else:
-                raise _Unknown
-            self._names[id(t)] = name
-        return name
-
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self._constants)}"
-        self._constants[name] = value
-        return name
-
-
-def _lines_of(tensors: list[Tensor], packs: tuple[tuple[nn.Module, int], ...]) -> bytes:
-    """Addresses of the cache lines that a look at these tensors and at the holders of packed weights reads."""
-    lines = array("Q")
-    for t in (*tensors, *(_packing.packs(conv)[algorithm] for conv, algorithm in packs)):
-        lines.extend((id(t), t._cdata, t._cdata + 64, t._cdata + 128))
-    for conv, _ in packs:
-        holder = _packing.packs(conv)
-        lines.extend((id(conv._parameters), id(holder), id(conv.__dict__[_packing.SLOT])))
-        lines.append(conv._parameters["weight"].untyped_storage()._cdata)
-    return lines.tobytes()
-
-
-def _with_frees(lines: list[str], result: str) -> list[str]:
-    """The lines, and after the last that reads a made tensor its name set free: the memory goes to the next op."""
-    last: dict[str, int] = {}
-    for i, line in enumerate(lines):
-        last.update((word, i) for word in _words(line) if word[0] == "t")
-    for word in _words(result):
-        last.pop(word, None)
-    dying: dict[int, list[str]] = {}
-    for word, i in last.items():
-        dying.setdefault(i, []).append(word)
-    return [text for i, line in enumerate(lines) for text in (line, *([f"del {', '.join(dying[i])}"] if i in dying else []))]
-
-
-def _words(line: str) -> list[str]:
-    return [w for w in "".join(c if c.isalnum() else " " for c in line).split() if w[1:].isdigit()]

@@ -14,9 +14,9 @@ from .bn_act import EPS, MOMENTUM, SLOPE, VECTORS, activate, make_vectors, norma
 
 STOCK = ("eager", "eager_cl", "compile")
 DEFAULT = "resnet50"
-# Inference in fp32 on the CPU may choose Winograd F(4x4) or Strassen, as models without exact=True do: measured up to 5x
-# stock's error, where twice would refuse our own default.
-_FAST_LIMIT = 1e-5
+# Inference in fp32 on the CPU may choose Winograd F(4x4), F(6x6) or Strassen, as models without exact=True do: measured up to
+# 5, 30 and 2 times stock's error, where twice would refuse our own default. The documented bound is 1e-4.
+_FAST_LIMIT = 5e-5
 
 
 def floor(case: Case, provider: str) -> float:
