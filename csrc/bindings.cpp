@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_archs", &cuda_archs, "GPU architectures of the CUDA part, empty without one.");
     m.def("conv_choose", &conv_choose,
           "Algorithm for a convolution: 0 library, 1 direct, 2 F(2x2), 3 depthwise, 4 F(4x4), 6 F(6x6), 7 "
-          "Strassen.");
+          "Strassen, 8 dot products.");
     m.def("conv_train_choose", &conv_train_choose,
           "Algorithms of a training step: forward, gradients of input and weight.");
     m.def("conv_supports", &conv_supports,

@@ -35,6 +35,7 @@ _TURNED = 18  # the weight of a transposed convolution with stride 1 as that of 
 ALGORITHMS = {
     LIBRARY: "oneDNN", DIRECT: "direct", 2: "Winograd F(2x2, 3x3)", 3: "depthwise", 4: "Winograd F(4x4, 3x3)",
     TRANSPOSED: "transposed 2x2", 6: "Winograd F(6x6, 3x3)", 7: "Strassen",
+    8: "dot products",
 }  # fmt: skip
 # Those whose error may exceed twice stock torch's own (``exact=True`` leaves them out), and those that a variable switches off.
 INEXACT = frozenset({4, 6, 7})

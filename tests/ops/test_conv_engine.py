@@ -20,7 +20,7 @@ from dl4ds_kernels import _extension, _packing
 
 pytestmark = pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="the engine is in the C++ part")
 
-DIRECT, F2, F4, F6 = 1, 2, 4, 6
+DIRECT, F2, F4, F6, DOTS = 1, 2, 4, 6, 8
 OPS = torch.ops.dl4ds_kernels
 ACTS = {0: lambda z: z, 1: torch.relu, 2: lambda z: TF.leaky_relu(z, 0.1), 3: TF.relu6, 4: TF.silu, 5: TF.hardswish}
 # The documented bound of F(4x4) and F(6x6) is 1e-4 of the output's scale; what they do on these inputs is well below.
@@ -55,6 +55,12 @@ DIRECT_ONLY = [
     Conv(1, 3, 64, 50, 47, 7, 2, 3), Conv(2, 64, 128, 14, 13, 1, 1, 0), Conv(2, 64, 100, 15, 14, 1, 2, 0),
     Conv(2, 32, 40, 15, 14, 3, 2, 1), Conv(1, 24, 36, 15, 14, 3, 1, 2, 2, 3), Conv(1, 32, 32, 9, 9, 3, 1, 1, 1, 32),
     Conv(1, 20, 30, 9, 9, 5, 3, 2, 1, 2), Conv(1, 5, 6, 9, 9, 4, 1, 3), Conv(1, 2, 3, 4, 300, 3, 1, (1)),
+]  # fmt: skip
+
+
+NARROW = [
+    Conv(2, 32, 2, 9, 7, 1, 1, 0), Conv(1, 20, 1, 5, 6, 1, 1, 0), Conv(2, 100, 4, 8, 9, 1, 2, 0), Conv(1, 3, 3, 4, 5, 1, 1, 0),
+    Conv(0, 8, 2, 4, 4, 1, 1, 0), Conv(1, 1, 1, 1, 3, 1, 1, 0),
 ]  # fmt: skip
 
 
@@ -267,6 +273,19 @@ def test_normalise_on_the_way_in(channels: tuple[int, ...], act: int, pool: int)
     assert error <= max(2 * stock_error, 2e-6 * float(truth.abs().max()))
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("conv", NARROW, ids=str)
+def test_dot_products(conv: Conv, act: int) -> None:
+    check(conv, DOTS, act)
+    check(conv, DOTS, act, bn=False, residual=True)
+    if conv.n:
+        t = make(conv)
+        expected = ours(conv, t, act, DOTS)
+        assert torch.equal(ours(conv, t | {"x": t["x"].contiguous()}, act, DOTS), expected)
+        t["x"][0, 0, 0, 0] = float("nan")
+        assert torch.equal(ours(conv, t, act, DOTS).isnan(), stock(conv, t, act, torch.float32).isnan())
+
+
 def test_choice() -> None:
     """exact excludes F(4x4) and F(6x6); narrow groups and 16-byte vectors go to the library."""
     if _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"):
@@ -286,17 +305,21 @@ def test_choice() -> None:
     assert choose(Conv(1, 64, 64, 56, 56, groups=16), False) == _packing.LIBRARY
     # So few tiles that reading four times the weight costs more than the multiplications it saves.
     assert choose(Conv(1, 512, 512, 7, 7), False) == F2
+    x, head = torch.empty(1, 32, 64, 64), torch.empty(3, 32, 1, 1)
+    assert _packing.choose(x, head, (1, 1), (0, 0), (1, 1), 1, True) == DOTS
 
 
 RUN = """
 import json, torch
-from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, LONG, check, choices, long_sums_hold
+from tests.ops.test_conv_engine import Conv, WINOGRAD, DIRECT_ONLY, NARROW, LONG, check, choices, long_sums_hold
 torch.manual_seed(0)
 for conv in WINOGRAD:
     for algorithm in (1, 2, 4, 6):
         check(conv, algorithm, 1, residual=True)
 for conv in DIRECT_ONLY:
     check(conv, 1, 4)
+for conv in NARROW:
+    check(conv, 8, 1, residual=True)
 for conv in LONG:
     long_sums_hold(conv)
 print(json.dumps(choices()))
@@ -335,7 +358,7 @@ def test_bad_arguments_are_named() -> None:
     conv = Conv(1, 8, 8, 6, 6)
     t = make(conv)
     packed = OPS.conv_bn_act_pack(t["weight"], 1, F2)
-    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 3, 4, 6 or 7, got 5"):
+    with pytest.raises(RuntimeError, match="algorithm: expected 1, 2, 3, 4, 6, 7 or 8, got 5"):
         OPS.conv_bn_act_pack(t["weight"], 1, 5)
     with pytest.raises(RuntimeError, match="weight: expected shape"):
         OPS.conv_bn_act_pack(torch.randn(8, 8, 3), 1, DIRECT)

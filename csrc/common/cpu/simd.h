@@ -334,5 +334,19 @@ DL4DS_INLINE void add_to_doubles(double* sums, Vec<T> value) {
     }
 }
 
+/// Sum of all lanes, halves first: in one order for all callers.
+DL4DS_INLINE float sum_lanes(Vec<float> v) {
+    float lane[kLanes<float>];
+    store(lane, v);
+#pragma GCC unroll 8
+    for (int width = kLanes<float> / 2; width > 0; width /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) {
+            lane[i] += lane[i + width];
+        }
+    }
+    return lane[0];
+}
+
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds

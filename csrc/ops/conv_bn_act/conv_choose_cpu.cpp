@@ -7,6 +7,7 @@
 
 #include "common/cpu/isa.h"
 #include "ops/conv_bn_act/conv_depthwise_cpu.h"
+#include "ops/conv_bn_act/conv_narrow_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -47,6 +48,8 @@ double packed_bytes(ConvAlgorithm algorithm, const ConvShape& s) {
             return static_cast<double>(winograd_positions(algorithm)) * weight;
         case ConvAlgorithm::kStrassen:
             return 7.0 / 4.0 * weight;
+        case ConvAlgorithm::kNarrow:
+            return weight;
         default:
             return static_cast<double>(s.taps()) * weight;
     }
@@ -80,6 +83,13 @@ double winograd_cycles(ConvAlgorithm algorithm, const ConvShape& s, double threa
     const double near = static_cast<double>(cache_sizes().l2_bytes) * threads;
     const double far = written > near ? written * kCyclesPerFarByte : 0.0;
     return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads + far;
+}
+
+double narrow_cycles(const ConvShape& s, double threads) {
+    const double pixels = static_cast<double>(s.n * s.out_height() * s.out_width());
+    const double lanes = static_cast<double>(conv_kernels().panel) / 2.0;
+    const double vectors = static_cast<double>(s.channels) / lanes;
+    return pixels * (static_cast<double>(s.channels_out) * (vectors + 25.0) + vectors) / threads;
 }
 
 double strassen_cycles(const ConvShape& s, double threads) {
@@ -118,6 +128,9 @@ bool conv_supports(ConvAlgorithm algorithm, const ConvShape& s) {
         return s.taps() == 1 && s.pad_h == 0 && s.pad_w == 0 && s.groups == 1 &&
                s.channels % (2 * kChunk) == 0 && s.channels_out % (2 * conv_kernels().panel) == 0;
     }
+    if (algorithm == ConvAlgorithm::kNarrow) {
+        return is_narrow(s);
+    }
     return algorithm != ConvAlgorithm::kDepthwise || is_depthwise(s);
 }
 
@@ -142,6 +155,9 @@ ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
             best = algorithm, least = cycles;
         }
     };
+    if (is_narrow(s)) {
+        consider(ConvAlgorithm::kNarrow, narrow_cycles(s, t));
+    }
     if (!exact && strassen_allowed() && conv_supports(ConvAlgorithm::kStrassen, s)) {
         consider(ConvAlgorithm::kStrassen, strassen_cycles(s, t));
     }

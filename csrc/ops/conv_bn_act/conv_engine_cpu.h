@@ -28,6 +28,7 @@ enum class ConvAlgorithm : int {
     kWinograd4 = 4,  // F(4x4, 3x3): error at most 1e-4 of the output's scale
     kWinograd6 = 6,  // F(6x6, 3x3): the same bound, up to four times kWinograd4's error
     kStrassen = 7,   // 1x1: error like kWinograd4's, relative to the scale of the whole output
+    kNarrow = 8,     // 1x1 to a few channels: dot products, no GEMM
 };
 
 /// Sizes of a convolution; `channels` and `channels_out` are totals over the groups.
@@ -182,6 +183,17 @@ struct DepthwiseArgs {
     GemmFinish finish;  // of all channels; finish.residual: at the row's first pixel
 };
 
+/// Consecutive pixels of a 1x1 convolution to a few channels.
+struct NarrowArgs {
+    const float* x;
+    int64_t stride;  // between pixels of x
+    int64_t pixels, channels;
+    const float* weight;  // [output][padded]
+    int64_t padded;
+    float* out;
+    GemmFinish finish;
+};
+
 /// BatchNorm with running statistics (after a convolution with a bias) as scale and shift of every channel;
 /// all vectors are contiguous, null: absent. In double, as in bn_act.
 struct ScaleShiftArgs {
@@ -209,6 +221,7 @@ struct ConvKernels {
     bool (*strassen_out)(const StrassenOutArgs&);  // false: as winograd_out
     void (*scale_shift)(const ScaleShiftArgs&);
     void (*depthwise_row)(const DepthwiseArgs&);
+    void (*const* narrow)(const NarrowArgs&);  // [outputs]
 };
 
 /// The table of the active ISA.

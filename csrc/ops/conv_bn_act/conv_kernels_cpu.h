@@ -114,6 +114,7 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 
 #include "ops/conv_bn_act/conv_depthwise_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_gemm_kernels_cpu.h"
+#include "ops/conv_bn_act/conv_narrow_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_strassen_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
 
@@ -136,6 +137,7 @@ const ConvKernels kConvKernels = {
     &strassen_out,
     &scale_shift,
     &depthwise_row,
+    kNarrow,
 };
 
 }  // namespace DL4DS_ISA

@@ -4,6 +4,7 @@
 
 #include "common/cpu/parallel.h"
 #include "ops/conv_bn_act/conv_depthwise_cpu.h"
+#include "ops/conv_bn_act/conv_narrow_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -116,6 +117,9 @@ int64_t conv_packed_floats(ConvAlgorithm algorithm, const ConvShape& s) {
     if (algorithm == ConvAlgorithm::kDepthwise) {
         return depthwise_packed_floats(s);
     }
+    if (algorithm == ConvAlgorithm::kNarrow) {
+        return narrow_packed_floats(s);
+    }
     const int64_t width = conv_kernels().panel;
     if (algorithm == ConvAlgorithm::kStrassen) {
         return s.channels_out * s.channels / 4 * 7;
@@ -132,6 +136,8 @@ void conv_pack_weight(ConvAlgorithm algorithm, const ConvShape& s, const float* 
         pack_strassen(s, weight, packed);
     } else if (algorithm == ConvAlgorithm::kDepthwise) {
         depthwise_pack_weight(s, weight, packed);
+    } else if (algorithm == ConvAlgorithm::kNarrow) {
+        narrow_pack_weight(s, weight, packed);
     } else {
         pack_winograd(static_cast<int>(algorithm), s, weight, packed);
     }

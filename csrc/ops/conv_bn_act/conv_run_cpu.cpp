@@ -1,6 +1,7 @@
 // The direct algorithm of the convolution engine: what one thread does with a block of output pixels.
 #include "ops/conv_bn_act/conv_cut_cpu.h"
 #include "ops/conv_bn_act/conv_depthwise_cpu.h"
+#include "ops/conv_bn_act/conv_narrow_cpu.h"
 
 namespace dl4ds {
 namespace {
@@ -97,6 +98,10 @@ bool conv_run(ConvAlgorithm algorithm, const ConvArgs& args) {
     }
     if (algorithm == ConvAlgorithm::kDepthwise) {
         depthwise_run(args);
+        return true;
+    }
+    if (algorithm == ConvAlgorithm::kNarrow) {
+        narrow_run(args);
         return true;
     }
     return conv_run_transformed(algorithm, args);

@@ -215,8 +215,8 @@ Tensor join_channels(const std::vector<Tensor>& xs) {
 }
 
 ConvAlgorithm conv_algorithm_from_code(int64_t code) {
-    DL4DS_CHECK((code >= 1 && code <= 4) || code == 6 || code == 7, kOp,
-                ": algorithm: expected 1, 2, 3, 4, 6 or 7, got ", code);
+    DL4DS_CHECK((code >= 1 && code <= 4) || (code >= 6 && code <= 8), kOp,
+                ": algorithm: expected 1, 2, 3, 4, 6, 7 or 8, got ", code);
     return static_cast<ConvAlgorithm>(code);
 }
 

@@ -11,20 +11,6 @@ constexpr int64_t kAhead = 1024;  // floats from a weight that is used to the on
 // number of pieces, not with k. Eight rows of x of this length stay in the first two caches.
 constexpr int64_t kPiece = 64 * kLanes<float>;
 
-/// Sum of all lanes, in one order for all callers.
-DL4DS_INLINE float sum_lanes(Vec<float> v) {
-    float lane[kLanes<float>];
-    store(lane, v);
-#pragma GCC unroll 8
-    for (int width = kLanes<float> / 2; width > 0; width /= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < width; ++i) {
-            lane[i] += lane[i + width];
-        }
-    }
-    return lane[0];
-}
-
 /// Adds [from, to) of the products of kRows rows of x with kOutputs rows of the weight. Each sum has one
 /// accumulator, so that its order does not depend on how rows are grouped.
 template <int kRows, int kOutputs>
