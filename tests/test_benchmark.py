@@ -237,14 +237,14 @@ def test_limit_is_twice_stocks_own_error():
 
 
 def test_the_default_convolution_is_measured_and_the_wider_limit_is_for_it_alone():
-    """F(4x4) has a few times stock's error: CPU inference of ours in fp32 has a limit of its own, nothing else has."""
+    """F(4x4) and F(6x6) err more than stock: CPU inference of ours in fp32 has a limit of its own, nothing else has."""
     from dl4ds_kernels.benchmark.ops import conv_bn_act as module
 
     (layer,) = module.select("16x14x14")
     case = _case.Case("conv_bn_act", layer)
     (row,) = benchmark.run_case(case, ["cpu"], module, time_it=False)
     assert row.status == "ok", row.message
-    assert module.floor(case, "cpu") == 1e-5
+    assert module.floor(case, "cpu") == 5e-5
     others = [(case, "eager"), (dataclasses.replace(case, backward=True), "cpu")]
     others += [(dataclasses.replace(case, dtype="bf16"), "cpu"), (dataclasses.replace(case, device="cuda"), "cuda")]
     assert [module.floor(*other) for other in others] == [0.0] * 4

@@ -106,7 +106,7 @@ def run_replayed(
     if tape is not None:
         more = _tensors_of(module, known, tape)
         if more is not None:
-            return tape.run(*xs, *more)
+            return tape.run((*xs, *more))
     seen = known.seen[key] = known.seen.get(key, 0) + 1
     if seen < 2 or seen & (seen - 1):  # the first packs weights; what was in the way of the second may go later
         if len(known.seen) > 4 * _MAX_SIZES:

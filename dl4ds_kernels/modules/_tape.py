@@ -1,10 +1,10 @@
-"""What a forward comes to, written down while it runs: a function of the same op calls (for ``_replay.py``)."""
+"""What a forward comes to, written down while it runs: the same op calls, on registers (for ``_replay.py``)."""
 
 from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ..functional._common import call
 
 _MAX_CALLS = 4096  # of a recording
 _DTYPE = attrgetter("dtype")
+_IMMUTABLE = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 # What is made of a weight once, and must not be made again at every call.
 _PREPARES = (
     "dl4ds_kernels::conv_bn_act_pack",
@@ -25,10 +26,30 @@ _PREPARES = (
 )
 
 
-class Tape(NamedTuple):
-    """A recorded forward: ``run(*inputs, *tape.tensors())``."""
+class _Call(NamedTuple):
+    """One op call. Arguments that are tensors stand in registers: ``places`` says which argument is read from where."""
 
-    run: Callable[..., Any]
+    function: Any
+    is_ours: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: tuple[tuple[int, Any], ...]  # (position, a register, or a list or tuple of registers and _Constants)
+    outs: Any  # a register, or a tuple of registers
+    frees: tuple[int, ...]  # nobody reads these registers later
+
+
+class _Constant(NamedTuple):
+    """A value among registers."""
+
+    value: Any
+
+
+class Tape(NamedTuple):
+    """A recorded forward: ``tape.run((*inputs, *tape.tensors()))``."""
+
+    calls: tuple[_Call, ...]
+    registers: int
+    result: Any  # as an argument in _Call.places
     rows: tuple[tuple[dict[str, Any], str], ...]  # where parameters and buffers lie
     dtypes: list[torch.dtype]
     packs: tuple[tuple[nn.Module, int], ...]  # (convolution, algorithm)
@@ -45,6 +66,35 @@ class Tape(NamedTuple):
                 return None
             found.append(packed)
         return found
+
+    def run(self, tensors: tuple[Tensor, ...]) -> Any:
+        """The calls on these tensors; a map is freed when it has been read for the last time."""
+        registers: list[Any] = [*tensors, *[None] * (self.registers - len(tensors))]
+        for function, is_ours, constants, kwargs, places, outs, frees in self.calls:
+            args = list(constants)
+            for position, place in places:
+                args[position] = _read(registers, place)
+            out = call(function, False, *args) if is_ours else function(*args, **kwargs)
+            del args  # holds maps
+            if type(outs) is int:
+                registers[outs] = out
+            else:
+                for register, one in zip(outs, out, strict=True):
+                    registers[register] = one
+            del out
+            for register in frees:
+                registers[register] = None
+        return _read(registers, self.result)
+
+
+def _read(registers: list[Any], place: Any) -> Any:
+    if type(place) is int:
+        return registers[place]
+    if type(place) is _Constant:
+        return place.value
+    if type(place) is dict:
+        return {key: _read(registers, one) for key, one in place.items()}
+    return type(place)([registers[one] if type(one) is int else _read(registers, one) for one in place])
 
 
 def record(modules: Iterable[nn.Module], xs: tuple[Tensor, ...], forward: Callable[[], Any]) -> tuple[Any, Tape | None]:
@@ -76,9 +126,9 @@ class _Unknown(Exception):
 
 
 class _Writer:
-    """Turns calls into a function of the same calls: one line each, and the names that nobody reads later freed.
+    """Turns calls into those of a tape. No map is held on to: what a register stands for is known by a weak reference.
 
-    No map is held on to: what a name stands for is known by a weak reference.
+    While it is being written, a tape's registers are numbered by kind: inputs, held tensors, packed weights, results.
     """
 
     def __init__(self, modules: Iterable[nn.Module], xs: tuple[Tensor, ...]) -> None:
@@ -88,106 +138,135 @@ class _Writer:
             for holder in (m._parameters, m._buffers):
                 self._held.update((id(t), (holder, name)) for name, t in holder.items() if t is not None)
             self._packed.update((id(t), (m, algorithm)) for algorithm, t in _packing.packs(m).items())
-        self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._inputs = [self._give_name(x, f"x{i}") for i, x in enumerate(xs)]
-        self._tensors: dict[str, tuple[dict[str, Any], str]] = {}
-        self._packs: dict[str, tuple[nn.Module, int]] = {}
-        self._constants: dict[str, Any] = {"call": call}
-        self._lines: list[str] | None = []  # None: a call cannot be repeated
+        self._known: dict[int, tuple[weakref.ref[Tensor], _Register]] = {}
+        self._inputs = len(xs)
+        for i, x in enumerate(xs):
+            self._note(x, _Register("input", i))
+        self._rows: list[tuple[dict[str, Any], str]] = []
+        self._packs: list[tuple[nn.Module, int]] = []
         self._made = 0
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] | None = []  # None: cannot be repeated
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Write a call down. One whose result is no tensor, or with a tensor of unknown origin, cannot be repeated."""
-        if self._lines is None:
+        if self._calls is None:
             return
         try:
-            self._lines.append(self._line(func, args, kwargs, out))
+            if func._schema.name in _PREPARES or len(self._calls) == _MAX_CALLS:
+                raise _Unknown
+            found = tuple(self._place(a) for a in args)
+            named = {key: self._place(value) for key, value in kwargs.items()}
+            if not all(type(place) is _Constant for place in named.values()):
+                raise _Unknown
+            self._calls.append((func, found, {key: place.value for key, place in named.items()}, self._target(out)))
         except _Unknown:
-            self._lines = None
-        else:
-            if len(self._lines) > _MAX_CALLS:
-                self._lines = None
+            self._calls = None
 
     def tape(self, out: Any) -> Tape | None:
         """The recording of a forward that returned ``out``; None if there is none."""
-        if not self._lines:
+        if not self._calls:
             return None
         try:
-            result = self._text(out)
+            result = self._place(out)
         except _Unknown:
             return None
-        parameters = ", ".join([*self._inputs, *self._tensors, *self._packs])
-        body = "\n".join(f"    {line}" for line in _with_frees(self._lines, result))
-        namespace = dict(self._constants)
-        exec(compile(f"def run({parameters}):\n{body}\n    return {result}", "<dl4ds_kernels replay>", "exec"), namespace)
-        rows, packs = tuple(self._tensors.values()), tuple(self._packs.values())
+        rows, packs = tuple(self._rows), tuple(self._packs)
         tensors = [holder[name] for holder, name in rows]
-        return Tape(namespace["run"], rows, list(map(_DTYPE, tensors)), packs, _lines_of(tensors, packs))
+        first = {"input": 0, "held": self._inputs, "pack": self._inputs + len(rows)}
+        first["made"] = first["pack"] + len(packs)
+        frees = _last_reads(self._calls, result)
+        calls = []
+        for i, (func, args, kwargs, outs) in enumerate(self._calls):
+            places = tuple((p, _numbered(a, first)) for p, a in enumerate(args) if type(a) is not _Constant)
+            constants = tuple(a.value if type(a) is _Constant else None for a in args)
+            dying = tuple(_numbered(register, first) for register in frees.get(i, ()))
+            ours = func._schema.name.startswith("dl4ds_kernels::")
+            calls.append(_Call(func, ours, constants, kwargs, places, _numbered(outs, first), dying))
+        return Tape(
+            tuple(calls), first["made"] + self._made, _numbered(result, first), rows, list(map(_DTYPE, tensors)), packs,
+            _lines_of(tensors, packs),
+        )  # fmt: skip
 
-    def _line(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str:
-        name = func._schema.name
-        if name in _PREPARES:
-            raise _Unknown
-        arguments = [self._text(a) for a in args] + [f"{k}={self._text(v)}" for k, v in kwargs.items()]
-        function = self._constant(func)
-        if name.startswith("dl4ds_kernels::"):
-            made = f"call({function}, False, {', '.join(arguments)})"
-        else:
-            made = f"{function}({', '.join(arguments)})"
-        return f"{self._target(out)} = {made}"
-
-    def _target(self, out: Any) -> str:
+    def _target(self, out: Any) -> Any:
         if isinstance(out, (tuple, list)):
-            return "(" + "".join(f"{self._target(o)}, " for o in out) + ")"
+            if not all(type(one) is Tensor for one in out):
+                raise _Unknown
+            return tuple(self._target(one) for one in out)
         if type(out) is not Tensor:
             raise _Unknown
-        name = self._name(out)  # what an op in place returns has one already
-        if name is None:
-            name = self._give_name(out, f"t{self._made}")
+        register = self._find(out)  # what an op in place returns has one already
+        if register is None:
+            register = self._note(out, _Register("made", self._made))
             self._made += 1
-        return name
+        return register
 
-    def _name(self, t: Tensor) -> str | None:
-        found = self._names.get(id(t))
-        return found[1] if found is not None and found[0]() is t else None
-
-    def _give_name(self, t: Tensor, name: str) -> str:
-        self._names[id(t)] = weakref.ref(t), name
-        return name
-
-    def _text(self, value: Any) -> str:
-        """An expression for an argument or a result."""
+    def _place(self, value: Any) -> Any:
+        """Where an argument or result comes from: a register, a constant, or a list, tuple or dict of them."""
         if isinstance(value, Tensor):
-            return self._tensor(value)
-        if type(value) in (list, tuple, torch.Size):
-            inner = "".join(f"{self._text(v)}, " for v in value)
-            return f"[{inner}]" if type(value) is list else f"({inner})"
-        if type(value) is dict and all(type(k) is str for k in value):
-            return "{" + "".join(f"{k!r}: {self._text(v)}, " for k, v in value.items()) + "}"
-        if value is None or type(value) in (bool, int, str):
-            return repr(value)
-        if type(value) in (float, torch.dtype, torch.device, torch.layout, torch.memory_format):
-            return self._constant(value)
+            return self._find(value) or self._first_use(value)
+        if type(value) in (list, tuple, dict):
+            inner = list(map(self._place, value.values() if type(value) is dict else value))
+            if all(type(one) is _Constant for one in inner):
+                return _Constant(value.copy() if type(value) is not tuple else value)
+            return dict(zip(value, inner, strict=True)) if type(value) is dict else type(value)(inner)
+        if value is None or type(value) in _IMMUTABLE:
+            return _Constant(value)
         raise _Unknown
 
-    def _tensor(self, t: Tensor) -> str:
-        name = self._name(t)
-        if name is None:
-            if id(t) in self._held:
-                name = f"p{len(self._tensors)}"
-                self._tensors[name] = self._held[id(t)]
-            elif id(t) in self._packed:
-                name = f"w{len(self._packs)}"
-                self._packs[name] = self._packed[id(t)]
-            else:
-                raise _Unknown
-            self._give_name(t, name)
-        return name
+    def _find(self, t: Tensor) -> _Register | None:
+        found = self._known.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
 
-    def _constant(self, value: Any) -> str:
-        name = f"c{len(self._constants)}"
-        self._constants[name] = value
-        return name
+    def _note(self, t: Tensor, register: _Register) -> _Register:
+        self._known[id(t)] = weakref.ref(t), register
+        return register
+
+    def _first_use(self, t: Tensor) -> _Register:
+        if id(t) in self._held:
+            self._rows.append(self._held[id(t)])
+            return self._note(t, _Register("held", len(self._rows) - 1))
+        if id(t) in self._packed:
+            self._packs.append(self._packed[id(t)])
+            return self._note(t, _Register("pack", len(self._packs) - 1))
+        raise _Unknown
+
+
+class _Register(NamedTuple):
+    kind: str
+    number: int
+
+
+def _registers(place: Any) -> Iterator[_Register]:
+    if type(place) is _Register:
+        yield place
+    elif type(place) is not _Constant:
+        for one in place.values() if type(place) is dict else place:
+            yield from _registers(one)
+
+
+def _numbered(place: Any, first: dict[str, int]) -> Any:
+    """The same with registers as numbers."""
+    if type(place) is _Register:
+        return first[place.kind] + place.number
+    if type(place) is _Constant:
+        return place
+    if type(place) is dict:
+        return {key: _numbered(one, first) for key, one in place.items()}
+    return type(place)([_numbered(one, first) for one in place])
+
+
+def _last_reads(calls: list[Any], result: Any) -> dict[int, list[_Register]]:
+    """For each call the results that nobody reads behind it."""
+    last: dict[_Register, int] = {}
+    for i, (_, args, _, outs) in enumerate(calls):
+        for place in (*args, outs):
+            last.update((register, i) for register in _registers(place) if register.kind == "made")
+    for register in _registers(result):
+        last.pop(register, None)
+    found: dict[int, list[_Register]] = {}
+    for register, i in last.items():
+        found.setdefault(i, []).append(register)
+    return found
 
 
 def _lines_of(tensors: list[Tensor], packs: tuple[tuple[nn.Module, int], ...]) -> bytes:
@@ -200,20 +279,3 @@ def _lines_of(tensors: list[Tensor], packs: tuple[tuple[nn.Module, int], ...]) -
         lines.extend((id(conv._parameters), id(holder), id(conv.__dict__[_packing.SLOT])))
         lines.append(conv._parameters["weight"].untyped_storage()._cdata)
     return lines.tobytes()
-
-
-def _with_frees(lines: list[str], result: str) -> list[str]:
-    """The lines, and after the last that reads a made tensor its name set free: the memory goes to the next op."""
-    last: dict[str, int] = {}
-    for i, line in enumerate(lines):
-        last.update((word, i) for word in _words(line) if word[0] == "t")
-    for word in _words(result):
-        last.pop(word, None)
-    dying: dict[int, list[str]] = {}
-    for word, i in last.items():
-        dying.setdefault(i, []).append(word)
-    return [text for i, line in enumerate(lines) for text in (line, *([f"del {', '.join(dying[i])}"] if i in dying else []))]
-
-
-def _words(line: str) -> list[str]:
-    return [w for w in "".join(c if c.isalnum() else " " for c in line).split() if w[1:].isdigit()]
