@@ -28,7 +28,10 @@ constexpr double kCyclesPerFarByte = 0.08;
 /// (on normal inputs 1.2e-5 of the output's scale for 128 channels, 2.3e-5 for 256). With fewer, transforms
 /// decide.
 constexpr int64_t kFewestChannelsOf6 = 16, kMostChannelsOf6 = 256;
-constexpr double kLeastGainOf6 = 1.06;
+constexpr double least_gain_of_6(int64_t channels) { return channels > 128 ? 1.12 : 1.06; }
+
+/// What products cost whose smallest block of transformed tiles is larger than L2.
+constexpr double kBeyondL2 = 1.07;
 
 /// GEMM of `rows` rows (pixels or tiles) with `panels` panels over k, on all threads.
 double gemm_cycles(double rows, double panels, double k, double rows_end, double threads) {
@@ -72,13 +75,17 @@ double winograd_cycles(ConvAlgorithm algorithm, const ConvShape& s, double threa
     const double positions = (m + 2) * (m + 2), panels = ceil_div(s.channels_out, kernels.panel);
     const double lanes = static_cast<double>(kernels.panel) / 2.0;
     // The 64 vectors of F(6x6) fill the registers twice.
-    const double each_in = m == 6 ? 8.0 : 6.0, each_out = m == 6 ? 5.5 : 4.5;
+    const double each_in = m == 6 ? 7.0 : 6.0, each_out = m == 6 ? 5.5 : 4.5;
     const double in = tiles * ceil_div(s.channels, kChunk) * (kChunk / lanes) * positions * each_in;
     const double out = tiles * panels * 2.0 * positions * each_out;
     // With few tiles the threads share output channels, and each transforms the whole input.
     const double in_threads = tiles >= 2.0 * static_cast<double>(kernels.max_rows) * threads ? threads : 1.0;
     const double bytes = packed_bytes(algorithm, s);
-    const double gemm = positions * gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads);
+    const double block = positions * static_cast<double>(s.channels + kernels.panel) * 4.0 *
+                         std::min(tiles, 2.0 * static_cast<double>(kernels.max_rows));
+    const double gemm = positions *
+                        gemm_cycles(tiles, panels, static_cast<double>(s.channels), 3.0, threads) *
+                        (block > static_cast<double>(cache_sizes().l2_bytes) ? kBeyondL2 : 1.0);
     const double written = static_cast<double>(s.n * s.out_height() * s.out_width() * s.channels_out) * 4.0;
     const double near = static_cast<double>(cache_sizes().l2_bytes) * threads;
     const double far = written > near ? written * kCyclesPerFarByte : 0.0;
@@ -167,7 +174,7 @@ ConvAlgorithm conv_choose(const ConvShape& s, int64_t threads, bool exact) {
             consider(ConvAlgorithm::kWinograd4, winograd_cycles(ConvAlgorithm::kWinograd4, s, t));
             if (s.channels >= kFewestChannelsOf6 && s.channels <= kMostChannelsOf6) {
                 consider(ConvAlgorithm::kWinograd6,
-                         kLeastGainOf6 * winograd_cycles(ConvAlgorithm::kWinograd6, s, t));
+                         least_gain_of_6(s.channels) * winograd_cycles(ConvAlgorithm::kWinograd6, s, t));
             }
         }
     }
