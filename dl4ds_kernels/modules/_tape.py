@@ -115,10 +115,15 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._writer = writer
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._writer.add(func, args, kwargs or {}, out)
-        return out
+
+def _dispatch(self: _Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    out = func(*args, **(kwargs or {}))
+    self._writer.add(func, args, kwargs or {}, out)
+    return out
+
+
+# Not in the class body: what is defined there is wrapped for torch.compile, and its first call imports all of that (a second).
+_Recorder.__torch_dispatch__ = _dispatch  # type: ignore[method-assign]
 
 
 class _Unknown(Exception):

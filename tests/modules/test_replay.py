@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -423,6 +425,21 @@ def test_side_effects_of_unknown_modules_happen() -> None:
         for i in range(1, 6):
             model(image())
             assert len(calls) == i
+
+
+def test_recording_imports_nothing() -> None:
+    code = """
+import sys, torch, dl4ds_kernels as dk
+from torch import nn
+model = dk.optimize(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval())
+with torch.no_grad():
+    model(torch.zeros(1, 16, 32, 32))
+    before = set(sys.modules)
+    model(torch.zeros(1, 16, 32, 32))
+assert model.__dict__["_dl4ds_replay"].tapes
+assert set(sys.modules) == before, set(sys.modules) - before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_special_values_go_the_same_way() -> None:
