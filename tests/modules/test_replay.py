@@ -284,11 +284,8 @@ def test_what_lies_around_a_call_is_asked_each_time(runs: list[int]) -> None:
     torch.set_num_threads(1)
     assert not used()
     torch.set_num_threads(threads)
-    torch.backends.mkldnn.enabled, enabled = False, torch.backends.mkldnn.enabled
-    try:
+    with torch.backends.mkldnn.flags(enabled=False):
         assert not used()
-    finally:
-        torch.backends.mkldnn.enabled = enabled
     assert used() and not used(image(2)) and not used(image(1, 96))
     assert not used(pair.x.contiguous(memory_format=torch.channels_last))
     double = pair.fused.double()
