@@ -23,13 +23,10 @@ namespace snapshot_detail {
 
 constexpr int kDeepest = 64;  // modules inside one another; more, or a cycle, is no tree to take a picture of
 
-inline bool is_named(PyObject* key, const char* name) {
-    return PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, name) == 0;
-}
-
 /// The dictionaries of a module that have a say in a forward without gradients (no hooks of backward or of
 /// state_dict). Attribute names are interned: a name is its address.
 struct Names {
+    PyObject* forward = PyUnicode_InternFromString("forward");
     PyObject* modules = PyUnicode_InternFromString("_modules");
     PyObject* others[4] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers"),
                            PyUnicode_InternFromString("_forward_hooks"),
@@ -39,6 +36,11 @@ struct Names {
         return key == modules || key == others[0] || key == others[1] || key == others[2] || key == others[3];
     }
 };
+
+inline const Names& names() {
+    static const Names interned;
+    return interned;
+}
 
 /// Visits the entries of a dictionary. The visitors return false to stop.
 template <class Visitor>
@@ -58,7 +60,6 @@ bool walk_dict(PyObject* dict, Visitor& visit) {
 
 template <class Visitor>
 bool walk_module(PyObject* module, Visitor& visit, int depth) {
-    static const Names names;
     const auto dict = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module, nullptr));
     if (!dict) {
         PyErr_Clear();
@@ -75,11 +76,11 @@ bool walk_module(PyObject* module, Visitor& visit, int depth) {
         if (!visit.value(key, value)) {
             return false;
         }
-        if (names.has(key)) {  // before the value's type is looked at, which is somewhere else in memory
+        if (names().has(key)) {  // before the value's type is looked at, which is somewhere else in memory
             if (!PyDict_Check(value) || !walk_dict(value, visit)) {
                 return false;
             }
-            children = key == names.modules ? value : children;
+            children = key == names().modules ? value : children;
         }
     }
     for (at = 0; children != nullptr && PyDict_Next(children, &at, &key, &value);) {
@@ -107,7 +108,7 @@ struct Writer {
     bool name(PyObject* key) { return put(key); }
     bool value(PyObject* key, PyObject* value) {
         if (PyTuple_CheckExact(value) || PyFloat_CheckExact(value) || PyLong_CheckExact(value) ||
-            PyUnicode_CheckExact(value) || is_named(key, "forward")) {
+            PyUnicode_CheckExact(value) || key == names().forward) {
             keep.append(pybind11::reinterpret_borrow<pybind11::object>(value));
         }
         return put(value);

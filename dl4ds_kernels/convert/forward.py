@@ -56,15 +56,13 @@ class FusedForward(FusedMarker):
         """``nn.DataParallel`` copies the attributes of a module; the copy needs a forward that works on the copy."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         fused = FusedForward(replica, self.options, self.skip)
-        fused._runs, fused._planned = self._runs, self._planned
+        fused._runs, fused._planned, fused.is_pure = self._runs, self._planned, self.is_pure
         replica.__dict__.pop("_replicate_for_data_parallel", None)
         replica.forward = fused
         return replica
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.is_pure:
-            return self._run(args, kwargs)
-        if type(args[0]) is not torch.Tensor or not args[0].is_cpu:
+        if kwargs or len(args) != 1 or not self.is_pure:
             return self._run(args, kwargs)
         backend = None if self.options.backend == "auto" else self.options.backend
         return run_replayed(self.module, args, lambda: self._run(args, kwargs), is_pure, backend)

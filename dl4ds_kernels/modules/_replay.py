@@ -71,8 +71,6 @@ def replayed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: nn.Module, x: Tensor) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not x.is_cpu:
-            return forward(self, x)
         if not type(self).__module__.startswith(_OURS):  # somebody's subclass may do more
             return forward(self, x)
         return run_replayed(self, (x,), lambda: forward(self, x), is_known)
@@ -92,11 +90,11 @@ def run_replayed(
     is_pure: Callable[[nn.Module], bool],
     backend: str | None = None,
 ) -> Any:
-    """``forward()``, which runs ``module`` on ``xs`` without gradients, or what was recorded of it.
+    """``forward()``, which runs ``module`` on ``xs``; without gradients on the CPU, what was recorded of it.
 
     ``is_pure`` says of a module below this one whether nothing but what it holds and reads has a say in its forward.
     """
-    if not _ON or _busy.recording or not _is_ordinary(xs, backend):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _ON or _busy.recording or not _is_ordinary(xs, backend):
         return forward()
     key = (*[(x.shape, x.stride()) for x in xs], torch.get_num_threads(), torch.is_inference_mode_enabled())
     known = module.__dict__.get(_SLOT)

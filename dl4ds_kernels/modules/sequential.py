@@ -93,8 +93,6 @@ def replay_on_parts(xs: tuple[Tensor, ...], block: nn.Module, is_pure: Callable[
     def forward() -> Tensor:
         return run_sequence_on_parts(xs, list(block._modules.values()), **keywords)
 
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return forward()
     return run_replayed(block, xs, forward, is_pure, keywords.get("backend"))
 
 

@@ -21,13 +21,7 @@ import dl4ds_kernels as dk
 from dl4ds_kernels import _extension, _packing, models
 from dl4ds_kernels.modules import _replay
 
-pytestmark = [
-    pytest.mark.skipif(not _extension.status()["_C"].loaded, reason="recordings are compared in the C++ part"),
-    pytest.mark.skipif(
-        _extension.status()["_C"].loaded and _extension.host().cpu_features()["isa"] not in ("avx512", "avx2"),
-        reason="the engine is chosen with AVX2 and AVX-512 only",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("kernels")  # recordings are compared in the C++ part
 SIZE = 64
 
 
