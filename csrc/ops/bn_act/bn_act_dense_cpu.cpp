@@ -1,11 +1,12 @@
 // What a dense block's training step does on its one buffer of features (ops/dense_block.py), all in slices
 // of channels of channels_last buffers: append new features and take their statistics, the backward pass of a
 // BatchNorm over the first channels, and a slice of the gradient when nobody adds to it any more.
+#include "ops/bn_act/bn_act_dense_cpu.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
 
-#include "ops/bn_act/bn_act_host_cpu.h"
 #include "ops/bn_act/bn_act_reduce_cpu.h"
 
 namespace dl4ds {
@@ -13,25 +14,6 @@ namespace {
 
 constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kMaxBlocks = 256;
-
-/// The pitch of t, which must be x's shape and dtype: channels_last or a slice of its channels.
-int64_t checked_pitch(const char* op, const char* name, const TensorInfo& t, const TensorInfo& x) {
-    check_same_shape(op, name, t, x);
-    check_dtype(op, name, t, x.dtype);
-    check_same_device(op, name, t, x);
-    const int64_t pitch = pixel_pitch(t);
-    DL4DS_CHECK(t.numel == 0 || pitch >= t.sizes[1], op, ": ", name,
-                ": expected channels_last, or a slice of its channels");
-    return pitch;
-}
-
-/// A vector that an op writes: (C,) without gaps, of one dtype.
-void check_written(const char* op, const char* name, const TensorInfo& v, const TensorInfo& x, DType dtype) {
-    check_dtype(op, name, v, dtype);
-    check_same_device(op, name, v, x);
-    DL4DS_CHECK(v.dim == 1 && v.sizes[0] == x.sizes[1] && (v.numel < 2 || v.strides[0] == 1), op, ": ", name,
-                ": expected shape (C,) = (", x.sizes[1], ",) without gaps, got ", v.shape());
-}
 
 BnPlan channels_plan(const TensorInfo& x) {
     BnPlan plan;
@@ -71,9 +53,8 @@ void write_moments(const BnPlan& plan, const TensorInfo& x, T* mean, T* var) {
 }
 
 struct Back {
-    TensorInfo dz, x, weight, bias, mean, var, grad, out, factor, offset;
-    double eps;
-    bool eps_std;
+    TensorInfo dz, x, grad, out, factor, offset;
+    DenseNorm norm;
     Activation activation;
     int64_t pitch, x_pitch, grad_pitch, out_pitch;
 };
@@ -116,16 +97,10 @@ void run_back(const Back& b, BnDenseBwdArgs whole, T* dweight, T* dbias) {
     const BnPlan plan = channels_plan(b.x);
     const int64_t channels = plan.channels;
     ChannelArrays<T> arrays(plan, 3);
-    Scratch work(3 * 8 * channels);
-    double* rstd = work.as<double>();
-    double *s1 = rstd + channels, *s2 = s1 + channels;
+    Scratch work(2 * 8 * channels);
+    double *s1 = work.as<double>(), *s2 = s1 + channels;
     for (int64_t c = 0; c < channels; ++c) {
-        // The very constants that bn_act makes of these vectors in eval mode.
-        const T rounded = static_cast<T>(bn_rstd(channel_entry<double>(b.var, c, 1.0), b.eps, b.eps_std));
-        rstd[c] = static_cast<double>(rounded);
-        arrays.array(0)[c] = channel_entry<T>(b.mean, c, T(0));
-        arrays.array(1)[c] = channel_entry<T>(b.weight, c, T(1)) * rounded;
-        arrays.array(2)[c] = channel_entry<T>(b.bias, c, T(0));
+        b.norm.constants<T>(c, arrays.array(0)[c], arrays.array(1)[c], arrays.array(2)[c]);
     }
     arrays.replicate(3);
     whole.mean = arrays.array(0);
@@ -133,20 +108,9 @@ void run_back(const Back& b, BnDenseBwdArgs whole, T* dweight, T* dbias) {
     whole.shift = arrays.array(2);
     run_pass(b, whole, s1, s2);
     const double n = static_cast<double>(b.x.numel / channels);
-    double* factor = b.factor.as<double>();
-    double* offset = b.offset.as<double>();
-    for (int64_t c = 0; c < channels; ++c) {
-        dweight[c] = static_cast<T>(s2[c] * rstd[c]);
-        dbias[c] = static_cast<T>(s1[c]);
-        // dx = w rstd (dz - S1/n - (x - mean) k S2/n), as in bn_act_bwd; the pass has added the first term.
-        const double scale = channel_entry<double>(b.weight, c, 1.0) * rstd[c];
-        double k = rstd[c] * rstd[c];
-        if (b.eps_std) {
-            const double sigma = 1.0 / rstd[c] - b.eps;
-            k = sigma > 0 ? rstd[c] / sigma : 0.0;
-        }
-        factor[c] -= scale * k * s2[c] / n;
-        offset[c] -= scale * s1[c] / n;
+    for (int64_t c = 0; c < channels; ++c) {  // the pass has added the first term
+        b.norm.add_gradients<T>(c, n, s1[c], s2[c], dweight[c], dbias[c], b.factor.as<double>()[c],
+                                b.offset.as<double>()[c]);
     }
 }
 
@@ -200,7 +164,7 @@ void dense_append_cpu(Tensor x, Tensor out, Tensor mean, Tensor var) {
     TensorInfo info = tensor_info(x);
     const TensorInfo to = tensor_info(out), first = tensor_info(mean), second = tensor_info(var);
     check_batched(kOp, info);
-    const int64_t out_pitch = checked_pitch(kOp, "out", to, info);
+    const int64_t out_pitch = dense_pitch(kOp, "out", to, info);
     const DType acc = acc_dtype(info.dtype);
     check_written(kOp, "mean", first, info, acc);
     check_written(kOp, "var", second, info, acc);
@@ -228,30 +192,22 @@ std::tuple<Tensor, Tensor> dense_back_cpu(Tensor dz, Tensor x, std::optional<Ten
     constexpr const char* kOp = "dense_back_into";
     Back b{tensor_info(dz),
            tensor_info(x),
-           tensor_info(weight),
-           tensor_info(bias),
-           tensor_info(mean),
-           tensor_info(var),
            tensor_info(grad),
            tensor_info(out),
            tensor_info(factor),
            tensor_info(offset),
-           eps,
-           eps_std,
+           {tensor_info(weight), tensor_info(bias), tensor_info(mean), tensor_info(var), eps, eps_std},
            activation_from_code(kOp, activation),
            0,
            0,
            0,
            0};
     check_batched(kOp, b.x);
-    b.x_pitch = checked_pitch(kOp, "x", b.x, b.x);
-    b.pitch = checked_pitch(kOp, "dz", b.dz, b.x);
-    b.grad_pitch = checked_pitch(kOp, "grad", b.grad, b.x);
-    b.out_pitch = checked_pitch(kOp, "out", b.out, b.x);
-    check_channel_vector(kOp, "weight", b.weight, b.x);
-    check_channel_vector(kOp, "bias", b.bias, b.x);
-    check_channel_vector(kOp, "mean", b.mean, b.x);
-    check_channel_vector(kOp, "var", b.var, b.x);
+    b.x_pitch = dense_pitch(kOp, "x", b.x, b.x);
+    b.pitch = dense_pitch(kOp, "dz", b.dz, b.x);
+    b.grad_pitch = dense_pitch(kOp, "grad", b.grad, b.x);
+    b.out_pitch = dense_pitch(kOp, "out", b.out, b.x);
+    b.norm.check(kOp, b.x);
     check_written(kOp, "factor", b.factor, b.x, DType::kFloat64);
     check_written(kOp, "offset", b.offset, b.x, DType::kFloat64);
     const DType acc = acc_dtype(b.x.dtype);
@@ -287,8 +243,8 @@ Tensor dense_take_cpu(Tensor grad, Tensor x, Tensor mean, Tensor factor, Tensor 
     const TensorInfo from = tensor_info(grad), features = tensor_info(x), center = tensor_info(mean);
     const TensorInfo slope = tensor_info(factor), constant = tensor_info(offset);
     check_batched(kOp, features);
-    checked_pitch(kOp, "x", features, features);
-    checked_pitch(kOp, "grad", from, features);
+    dense_pitch(kOp, "x", features, features);
+    dense_pitch(kOp, "grad", from, features);
     check_channel_vector(kOp, "mean", center, features);
     check_written(kOp, "factor", slope, features, DType::kFloat64);
     check_written(kOp, "offset", constant, features, DType::kFloat64);

@@ -41,16 +41,17 @@ class Ahead {
     int count_ = 0, next_ = 0;
 };
 
-/// Pixel `pixel` of a map (N, C, H, W) in channels_last with dense rows.
-struct DenseRows {
+/// Pixel `pixel` of a map (N, C, H, W) in channels_last, or a slice of its channels.
+struct InputRows {
     const float* x;
     int64_t stride_n, stride_h, stride_w, channels;
 
-    bool dense() const { return stride_w == channels; }
+    /// Whether most of what lies between two pixels is theirs.
+    bool dense() const { return stride_w <= 2 * channels; }
 };
 
 /// The input rows that output pixels [first, last] need and the pixels before them did not.
-inline void add_input(Ahead& ahead, const DenseRows& in, const ConvShape& s, int64_t first, int64_t last) {
+inline void add_input(Ahead& ahead, const InputRows& in, const ConvShape& s, int64_t first, int64_t last) {
     if (!in.dense() || s.groups > 1 || (s.taps() == 1 && s.stride_h > 1)) {
         return;  // most of the lines between would be asked for in vain
     }
@@ -64,6 +65,18 @@ inline void add_input(Ahead& ahead, const DenseRows& in, const ConvShape& s, int
     const int64_t from = first / plane == image ? offset(first) : 0;
     const float* base = in.x + image * in.stride_n;
     ahead.add(base + from, base + offset(last) + in.stride_w);
+}
+
+/// The same for what a prologue reads.
+inline void add_sources(Ahead& ahead, const ConvPrologue& prologue, const ConvShape& s, int64_t first,
+                        int64_t last) {
+    ConvShape read = s;  // pooling reads as a kernel of its size does
+    read.kernel_h = read.kernel_w = read.stride_h = read.stride_w = prologue.pool;
+    read.height *= prologue.pool, read.width *= prologue.pool;
+    for (int64_t i = 0; i < prologue.count; ++i) {
+        const ConvSource& in = prologue.sources[i];
+        add_input(ahead, {in.x, in.stride_n, in.stride_h, in.stride_w, in.channels}, read, first, last);
+    }
 }
 
 }  // namespace dl4ds

@@ -95,8 +95,8 @@ double winograd_cycles(ConvAlgorithm algorithm, const ConvShape& s, double threa
 double narrow_cycles(const ConvShape& s, double threads) {
     const double pixels = static_cast<double>(s.n * s.out_height() * s.out_width());
     const double lanes = static_cast<double>(conv_kernels().panel) / 2.0;
-    const double vectors = static_cast<double>(s.channels) / lanes;
-    return pixels * (static_cast<double>(s.channels_out) * (vectors + 25.0) + vectors) / threads;
+    const double vectors = static_cast<double>(s.channels) / lanes, lane_sum = lanes > 8.0 ? 25.0 : 20.0;
+    return pixels * (static_cast<double>(s.channels_out) * (vectors + lane_sum) + vectors) / threads;
 }
 
 double strassen_cycles(const ConvShape& s, double threads) {

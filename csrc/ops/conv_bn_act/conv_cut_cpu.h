@@ -43,6 +43,14 @@ inline Cut make_cut(int64_t rows, int64_t panels, int64_t wanted, int64_t max_ro
     return cut;
 }
 
+/// The same with blocks that do not depend on the threads: sums over their rows are merged in order.
+inline Cut make_fixed_cut(int64_t rows, int64_t panels, int64_t wanted, int64_t max_rows, int64_t threads) {
+    constexpr int64_t kCutFor = 4;  // threads; more share the panels out
+    Cut cut = make_cut(rows, panels, wanted, max_rows, kCutFor);
+    cut.shares = std::min(panels, ceil_div(threads, cut.blocks));
+    return cut;
+}
+
 /// Rows of a block in A panels of nearly equal height.
 struct Groups {
     int64_t rows, count;

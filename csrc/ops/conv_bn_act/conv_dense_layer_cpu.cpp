@@ -2,11 +2,12 @@
 // buffers. Nothing is computed here: these are the calls that dl4ds_kernels/ops/dense_block.py and
 // _dense_gradient.py would make one by one, in the same order. Between two of them Python and the dispatcher,
 // with caches that a convolution has just emptied, cost as much as a small layer's kernel (as for
-// conv_chain).
+// conv_chain). Where the first convolution can, it applies the BatchNorm in front itself
+// (conv_normed_cpu.cpp).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "ops/bn_act/bn_act_host_cpu.h"
+#include "ops/bn_act/bn_act_dense_cpu.h"
 #include "ops/conv_bn_act/conv_step_cpu.h"
 
 namespace dl4ds {
@@ -52,15 +53,100 @@ Tensor entries(const Tensor& t, int64_t first, int64_t count) {
     return torch::stable::narrow(const_cast<Tensor&>(t), 0, first, count);
 }
 
+/// The BatchNorm in front of the first convolution where that applies it while it reads.
+class Outer {
+  public:
+    Outer(const char* op, const std::vector<Tensor>& tensors, const Code& c, const Tensor& out,
+          const Tensor& mean, const Tensor& var, double eps)
+        : features_(channels(out, 0, c.channels)),
+          mean_(entries(mean, 0, c.channels)),
+          var_(entries(var, 0, c.channels)),
+          entries_((c.channels / conv_kernels().panel + 1) * conv_kernels().panel),
+          memory_(3 * entries_ * 4),
+          norm_{tensor_info(tensors[kWeight0]),
+                tensor_info(tensors[kBias0]),
+                tensor_info(mean_),
+                tensor_info(var_),
+                eps,
+                c.eps_std[0] != 0} {
+        norm_.check(op, tensor_info(features_));
+        float *center = memory_.as<float>(), *scale = center + entries_, *shift = scale + entries_;
+        std::fill(center, center + 3 * entries_, 0.0f);
+        for (int64_t i = 0; i < c.channels; ++i) {
+            norm_.constants<float>(i, center[i], scale[i], shift[i]);
+        }
+        input_ = {tensor_info(features_), center, scale, shift, static_cast<Activation>(c.activation)};
+    }
+    Outer(const Outer&) = delete;
+    Outer& operator=(const Outer&) = delete;
+
+    const NormedInput& input() const { return input_; }
+    const DenseNorm& norm() const { return norm_; }
+
+  private:
+    Tensor features_, mean_, var_;
+    int64_t entries_;
+    Scratch memory_;
+    DenseNorm norm_;
+    NormedInput input_;
+};
+
+/// Whether the first convolution can: direct in all three passes, an activation that is a clamp.
+bool reads_normed(const Code& c, const Tensor& out, const Tensor& weight) {
+    const TensorInfo oi = tensor_info(out), wi = tensor_info(weight);
+    const auto direct = static_cast<int64_t>(ConvAlgorithm::kDirect);
+    const std::array<int64_t, 6> plain{1, 1, 0, 0, 1, 1};
+    const bool clamp = c.activation == static_cast<int64_t>(Activation::kNone) ||
+                       c.activation == static_cast<int64_t>(Activation::kRelu) ||
+                       c.activation == static_cast<int64_t>(Activation::kRelu6);
+    return clamp && c.forward[0] == direct && c.dgrad[0] == direct && c.wgrad[0] == direct && oi.dim == 4 &&
+           oi.numel > 0 && oi.dtype == DType::kFloat32 && pixel_pitch(oi) >= oi.sizes[1] && wi.dim == 4 &&
+           wi.sizes[1] == c.channels && wi.sizes[2] == 1 && wi.sizes[3] == 1 &&
+           std::equal(plain.begin(), plain.end(), c.geometry[0]);
+}
+
+/// The gradient of the features behind the first convolution, see dense_back_cpu: gives those of the vectors.
+std::pair<Tensor, Tensor> outer_back(const char* op, const Outer& outer, const Tensor& weight,
+                                     const Tensor& dy, const Tensor& total, const Tensor& grad,
+                                     const Tensor& factor, const Tensor& offset) {
+    const TensorInfo &x = outer.input().x, from = tensor_info(total), to = tensor_info(grad);
+    const TensorInfo slopes = tensor_info(factor), constants = tensor_info(offset), di = tensor_info(dy);
+    dense_pitch(op, "total", from, x);
+    dense_pitch(op, "grad", to, x);
+    check_written(op, "factor", slopes, x, DType::kFloat64);
+    check_written(op, "offset", constants, x, DType::kFloat64);
+    const int64_t channels = x.sizes[1];
+    DL4DS_CHECK(di.sizes[0] == x.sizes[0] && di.sizes[1] == tensor_info(weight).sizes[0] &&
+                    di.sizes[2] == x.sizes[2] && di.sizes[3] == x.sizes[3],
+                op, ": y: expected the first convolution's output, got ", di.shape());
+    Scratch sums(2 * 8 * channels);
+    double *s1 = sums.as<double>(), *s2 = s1 + channels;
+    normed_conv_dgrad(outer.input(), weight, dy, from, to, s1, s2);
+    Tensor dweight = empty_vector_cpu(channels, DType::kFloat32),
+           dbias = empty_vector_cpu(channels, DType::kFloat32);
+    const double n = static_cast<double>(x.numel / channels);
+    for (int64_t i = 0; i < channels; ++i) {
+        outer.norm().add_gradients<float>(i, n, s1[i], s2[i], tensor_info(dweight).as<float>()[i],
+                                          tensor_info(dbias).as<float>()[i], slopes.as<double>()[i],
+                                          constants.as<double>()[i]);
+    }
+    return {std::move(dweight), std::move(dbias)};
+}
+
 }  // namespace
 
 /// The layer's output is appended to `out`, its statistics to `mean` and `var`; gives (y, z, mean, rstd,
 /// new_running_mean, new_running_var) of the inner BatchNorm, y its input and z its activated output.
 std::vector<Tensor> dense_layer_cpu(Tensor out, Tensor mean, Tensor var, std::vector<Tensor> tensors,
                                     std::vector<int64_t> code, std::vector<double> numbers) {
-    const Code c = decode("dense_layer_into", tensors, code, numbers);
+    constexpr const char* kOp = "dense_layer_into";
+    const Code c = decode(kOp, tensors, code, numbers);
     const bool tracks = tensors.size() > kFirst;
     Tensor y = [&] {
+        if (reads_normed(c, out, tensors[kConv0])) {
+            return normed_conv(Outer(kOp, tensors, c, out, mean, var, numbers[kEps0]).input(),
+                               tensors[kConv0]);
+        }
         const Tensor input = std::get<0>(
             bn_act_fwd_cpu(channels(out, 0, c.channels), tensors[kWeight0], tensors[kBias0],
                            entries(mean, 0, c.channels), entries(var, 0, c.channels), std::nullopt, false,
@@ -116,8 +202,16 @@ std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor facto
         std::tie(made, dvector1, dbias1, none) = bn_act_bwd_cpu(
             dinner, y, tensors[kWeight1], tensors[kBias1], first, rstd, std::nullopt, std::nullopt, true,
             numbers[kEps1], c.eps_std[1] != 0, c.activation, numbers[kSlope], true, true, false);
-        return made;
+        return dense_channels_last(made, tensor_info(made));
     }();
+    if (reads_normed(c, out, tensors[kConv0])) {
+        const Outer outer(kOp, tensors, c, out, mean, var, numbers[kEps0]);
+        auto [dvector0, dbias0] = outer_back(kOp, outer, tensors[kConv0], dy, channels(total, 0, c.channels),
+                                             channels(grad, 0, c.channels), entries(factor, 0, c.channels),
+                                             entries(offset, 0, c.channels));
+        Tensor dweight0 = normed_conv_wgrad(outer.input(), tensors[kConv0], dy);
+        return {dvector0, dbias0, std::move(dweight0), dvector1, dbias1, dweight1};
+    }
     const auto first_back = [&](const Tensor& x, int64_t dgrad, int64_t wgrad) {
         return conv2d_exact_bwd(dy, x, tensors[kConv0], c.pair(0, 0), c.pair(0, 1), c.pair(0, 2), dgrad,
                                 wgrad);

@@ -97,6 +97,16 @@ struct GemmFinish {
     float slope;
 };
 
+/// The same for one panel and the rows of one A panel, see ConvBnBack; D is the output.
+struct GemmBack {
+    const float *x, *grad;
+    int64_t x_pitch, grad_pitch;
+    const float *mean, *scale, *shift;
+    float low, high;  // the activation's derivative is 1 but for z <= low and z >= high; NaN: no such bound
+    float *sum, *product;
+    int64_t columns;
+};
+
 /// Receptive fields of `rows` consecutive output pixels (in the order n, h, w) into one A panel.
 struct PackArgs {
     const float* x;  // first channel of the group
@@ -116,7 +126,7 @@ struct ConvSource {
     int64_t stride_n, stride_h, stride_w;
 };
 
-/// clamp(x * scale + shift), then the mean of pool x pool pixels, on the way into a 1x1 convolution.
+/// clamp((x - mean) * scale + shift), then the mean of pool x pool pixels, on the way into a 1x1 convolution.
 struct ConvPrologue {
     const ConvSource* sources;
     int64_t count;
@@ -124,6 +134,20 @@ struct ConvPrologue {
     const float* shift;
     Activation activation;  // kNone, kRelu or kRelu6
     int64_t pool;           // 1 or 2; the shape's height and width are those after it
+    const float* mean =
+        nullptr;  // null: nothing is subtracted; else pool is 1 (training: bn_act's very bits)
+};
+
+/// Behind the gradient of a 1x1 convolution's input (kDirect), which act((x - mean) * scale + shift) made:
+/// the sums are taken through the activation, their totals and those of their products with x - mean noted,
+/// and scale times them added to a gradient that may lie in the output. Rows of all maps are `pitch` apart.
+struct ConvBnBack {
+    const float* x;
+    const float* grad;
+    int64_t x_pitch, grad_pitch, out_pitch;
+    const float *mean, *scale, *shift;  // padded to whole panels
+    Activation activation;              // kNone, kRelu or kRelu6
+    float* sums;                        // [block][2][whole panels of channels]: conv_back_blocks of them
 };
 
 struct PackSourcesArgs {
@@ -131,6 +155,7 @@ struct PackSourcesArgs {
     const ConvShape* shape;
     int64_t first, rows;
     float* a;
+    int64_t pitch = 0;  // as in PackArgs
 };
 
 /// One tile of the input, all channels: V[position][chunk][tile][kChunk].
@@ -213,6 +238,7 @@ struct ConvKernels {
     int64_t max_rows;                                                // rows of an A panel
     void (*const* gemm)(const GemmArgs&);                            // [rows]
     void (*const* gemm_finish)(const GemmArgs&, const GemmFinish&);  // [rows]
+    void (*const* gemm_back)(const GemmArgs&, const GemmBack&);      // [rows]
     void (*pack)(const PackArgs&);
     void (*pack_sources)(const PackSourcesArgs&);
     void (*winograd_in[3])(const WinogradInArgs&);
@@ -265,7 +291,11 @@ struct ConvArgs {
     // Winograd: the channels lie in these tensors, and x is not read; none: they lie in x.
     const ConvSource* parts = nullptr;
     int64_t part_count = 0;
+    const ConvBnBack* back = nullptr;  // kDirect, 1x1, stride 1, one group: then there is no epilogue
 };
+
+/// Blocks of rows that a convolution with ConvArgs::back is cut into, for any number of threads.
+int64_t conv_back_blocks(const ConvShape& shape);
 
 /// Runs the convolution. False: a transformed sum was infinite or NaN, the output is incomplete, and the
 /// caller must compute it directly (a transform spreads one such value over a whole tile).

@@ -143,6 +143,51 @@ void gemm_finish(const GemmArgs& args, const GemmFinish& finish) {
     }
 }
 
+/// Column vector j of every row through the BatchNorm in front: see ConvBnBack.
+template <int kRows, bool kPartial>
+DL4DS_INLINE void back_column(const GemmArgs& p, const GemmBack& f,
+                              const Vec<float> (&acc)[kRows][kPanelVecs], int j, int64_t n) {
+    const int64_t at = j * kLanes<float>;
+    const Vec<float> mean = load(f.mean + at), scale = load(f.scale + at), shift = load(f.shift + at);
+    const Vec<float> low = broadcast(f.low), high = broadcast(f.high);
+    Vec<float> sum{}, product{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+        const Vec<float> centered = load_lanes<kPartial>(f.x + i * f.x_pitch + at, n) - mean;
+        const Vec<float> z = multiply_add(centered, scale, shift);
+        const Vec<float> dz = (z <= low) | (z >= high) ? Vec<float>{} : acc[i][j];
+        sum += dz;
+        product += dz * centered;
+        const Vec<float> grad = load_lanes<kPartial>(f.grad + i * f.grad_pitch + at, n);
+        store_lanes<kPartial>(p.d + i * p.pitch + at, multiply_add(dz, scale, grad), n, false);
+    }
+    store(f.sum + at, load(f.sum + at) + sum);
+    store(f.product + at, load(f.product + at) + product);
+}
+
+template <int kRows>
+void gemm_back(const GemmArgs& args, const GemmBack& back) {
+    const GemmArgs p = args;
+    const GemmBack f = back;
+    for (int i = 0; i < kRows; ++i) {  // as in gemm_finish
+        __builtin_prefetch(f.x + i * f.x_pitch, 0, 3);
+        __builtin_prefetch(f.x + i * f.x_pitch + kPanel - 1, 0, 3);
+        __builtin_prefetch(f.grad + i * f.grad_pitch, 0, 3);
+        __builtin_prefetch(f.grad + i * f.grad_pitch + kPanel - 1, 0, 3);
+    }
+    Vec<float> acc[kRows][kPanelVecs];
+    accumulate<kRows>(p, acc);
+#pragma GCC unroll 2
+    for (int j = 0; j < kPanelVecs; ++j) {
+        const int64_t n = f.columns - j * kLanes<float>;
+        if (n >= kLanes<float>) {
+            back_column<kRows, false>(p, f, acc, j, kLanes<float>);
+        } else if (n > 0) {
+            back_column<kRows, true>(p, f, acc, j, n);
+        }
+    }
+}
+
 #define DL4DS_SIX(f) nullptr, &f<1>, &f<2>, &f<3>, &f<4>, &f<5>, &f<6>
 #if DL4DS_VEC_BYTES == 64
 #define DL4DS_ROWS(f) {DL4DS_SIX(f), &f<7>, &f<8>, &f<9>, &f<10>, &f<11>, &f<12>, &f<13>, &f<14>}
@@ -151,6 +196,7 @@ void gemm_finish(const GemmArgs& args, const GemmFinish& finish) {
 #endif
 void (*const kGemm[])(const GemmArgs&) = DL4DS_ROWS(gemm);
 void (*const kGemmFinish[])(const GemmArgs&, const GemmFinish&) = DL4DS_ROWS(gemm_finish);
+void (*const kGemmBack[])(const GemmArgs&, const GemmBack&) = DL4DS_ROWS(gemm_back);
 #undef DL4DS_ROWS
 #undef DL4DS_SIX
 
@@ -258,30 +304,35 @@ inline void pack(const PackArgs& args) {
 }
 
 /// One vector of a source through the prologue: the mean over the pixels of a window.
-template <int kPool, bool kPartial>
-DL4DS_INLINE Vec<float> prologue_at(const float* from, const ConvSource& source, int64_t n, Vec<float> scale,
-                                    Vec<float> shift, const Clamp& limits) {
+template <int kPool, bool kCentered, bool kPartial>
+DL4DS_INLINE Vec<float> prologue_at(const float* from, const ConvSource& source, int64_t n, Vec<float> mean,
+                                    Vec<float> scale, Vec<float> shift, const Clamp& limits) {
     Vec<float> sum{};
 #pragma GCC unroll 2
     for (int y = 0; y < kPool; ++y) {
 #pragma GCC unroll 2
         for (int x = 0; x < kPool; ++x) {
             const float* at = from + y * source.stride_h + x * source.stride_w;
-            const Vec<float> z = clamp(multiply_add(load_lanes<kPartial>(at, n), scale, shift), limits);
+            Vec<float> value = load_lanes<kPartial>(at, n);
+            if constexpr (kCentered) {
+                value -= mean;
+            }
+            const Vec<float> z = clamp(multiply_add(value, scale, shift), limits);
             sum = x + y == 0 ? z : sum + z;
         }
     }
     return kPool == 1 ? sum : sum * broadcast(1.0f / (kPool * kPool));
 }
 
-template <int kPool>
+template <int kPool, bool kCentered>
 inline void pack_sources_of(const PackSourcesArgs& p) {
     const ConvPrologue prologue = *p.prologue;
     const Clamp limits = clamp_of(prologue.activation);
-    const int64_t width = p.shape->width, plane = p.shape->height * width, step = p.rows * kChunk;
+    const int64_t width = p.shape->width, plane = p.shape->height * width;
+    const int64_t step = (p.pitch > 0 ? p.pitch : p.rows) * kChunk;
     for (int64_t i = 0; i < p.rows; ++i) {
         const int64_t pixel = p.first + i, n = pixel / plane, y = pixel % plane / width, x = pixel % width;
-        const float *scale = prologue.scale, *shift = prologue.shift;
+        const float *scale = prologue.scale, *shift = prologue.shift, *mean = prologue.mean;
         float* to = p.a + i * kChunk;
         for (int64_t k = 0; k < prologue.count; ++k) {
             const ConvSource source = prologue.sources[k];
@@ -293,11 +344,15 @@ inline void pack_sources_of(const PackSourcesArgs& p) {
                          shift += kLanes<float>) {
                     const int64_t n_left = left - j;
                     const Vec<float> a = load(scale), b = load(shift);
-                    Vec<float> value{};
+                    Vec<float> value{}, m{};
+                    if constexpr (kCentered) {
+                        m = load(mean), mean += kLanes<float>;
+                    }
                     if (n_left >= kLanes<float>) {
-                        value = prologue_at<kPool, false>(from, source, kLanes<float>, a, b, limits);
+                        value = prologue_at<kPool, kCentered, false>(from, source, kLanes<float>, m, a, b,
+                                                                     limits);
                     } else if (n_left > 0) {
-                        value = prologue_at<kPool, true>(from, source, n_left, a, b, limits);
+                        value = prologue_at<kPool, kCentered, true>(from, source, n_left, m, a, b, limits);
                     }
                     store(to + j, value);
                 }
@@ -309,10 +364,12 @@ inline void pack_sources_of(const PackSourcesArgs& p) {
 /// The channels of `rows` pixels from all sources, through the prologue, into one A panel.
 inline void pack_sources(const PackSourcesArgs& args) {
     const PackSourcesArgs p = args;
-    if (p.prologue->pool == 2) {
-        pack_sources_of<2>(p);
+    if (p.prologue->mean != nullptr) {
+        pack_sources_of<1, true>(p);
+    } else if (p.prologue->pool == 2) {
+        pack_sources_of<2, false>(p);
     } else {
-        pack_sources_of<1>(p);
+        pack_sources_of<1, false>(p);
     }
 }
 

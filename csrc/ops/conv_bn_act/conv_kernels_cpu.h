@@ -129,6 +129,7 @@ const ConvKernels kConvKernels = {
     kMaxRows,
     kGemm,
     kGemmFinish,
+    kGemmBack,
     &pack_fields,
     &pack_sources,
     {&winograd_in<WinogradF2>, &winograd_in<WinogradF4>, &winograd_in<WinogradF6>},

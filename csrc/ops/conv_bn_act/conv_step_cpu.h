@@ -4,6 +4,7 @@
 
 #include "ops/conv_bn_act/conv_bn_act_cpu.h"
 #include "ops/conv_bn_act/conv_engine_cpu.h"
+#include "ops/conv_bn_act/conv_train_cpu.h"
 
 namespace dl4ds {
 
@@ -41,10 +42,38 @@ Tensor join_channels(const std::vector<Tensor>& xs);
 Tensor empty_channels_last(int64_t n, int64_t channels, int64_t height, int64_t width, DType dtype);
 
 // The convolutions of a training step, fp32 and channels_last (conv_train_cpu.cpp).
+
+/// A weight that is dense in one of the two layouts, copied if it is not.
+struct Filters {
+    Tensor tensor;
+    TensorInfo info;
+    FilterLayout layout;
+
+    explicit Filters(const Tensor& weight);
+};
+
 Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm);
 std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                             int64_t dgrad, int64_t wgrad);
+
+// The same of a 1x1 convolution with stride 1 behind a BatchNorm and an activation that nobody writes down
+// (conv_normed_cpu.cpp): the features that these read may be a slice of wider maps' channels.
+
+/// act((x - mean) * scale + shift) as the convolution's input; vectors are padded to whole panels.
+struct NormedInput {
+    TensorInfo x;
+    const float *mean, *scale, *shift;
+    Activation activation;  // kNone, kRelu or kRelu6
+};
+
+Tensor normed_conv(const NormedInput& in, const Tensor& weight);
+Tensor normed_conv_wgrad(const NormedInput& in, const Tensor& weight, const Tensor& dout);
+
+/// grad + scale * (the gradient of the BatchNorm's output) into out, either may be a slice and both the same;
+/// the sums of that gradient and of its products with x - mean into `sum` and `product`.
+void normed_conv_dgrad(const NormedInput& in, const Tensor& weight, const Tensor& dout,
+                       const TensorInfo& grad, const TensorInfo& out, double* sum, double* product);
 
 }  // namespace dl4ds

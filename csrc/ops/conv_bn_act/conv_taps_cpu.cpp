@@ -77,6 +77,7 @@ bool run_turned(const DgradArgs& args, const Residue& rows, const Residue& colum
     run.x = args.dout, run.stride_n = args.stride_n, run.stride_h = args.stride_h,
     run.stride_w = args.stride_w;
     run.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
+    run.back = args.back;
     return conv_run(ConvAlgorithm::kDirect, run);
 }
 

@@ -13,26 +13,6 @@ namespace {
 
 constexpr const char* kOp = "conv2d_exact";
 
-/// A weight that is dense in one of the two layouts, copied if it is not.
-struct Filters {
-    Tensor tensor;
-    TensorInfo info;
-    FilterLayout layout;
-
-    explicit Filters(const Tensor& weight) : tensor(weight), info(tensor_info(weight)) {
-        DL4DS_CHECK(info.dim == 4, kOp, ": weight: expected shape (C_out, C, kH, kW), got ", info.shape());
-        check_dtype(kOp, "weight", info, DType::kFloat32);
-        const int64_t channels = info.sizes[1], taps = info.sizes[2] * info.sizes[3];
-        if (is_contiguous(info.sizes, info.strides, info.dim)) {
-            layout = {taps * channels, taps, 1};
-            return;
-        }
-        tensor = dense_channels_last(tensor, info);
-        info = tensor_info(tensor);
-        layout = {taps * channels, 1, channels};
-    }
-};
-
 ConvAlgorithm algorithm_of(int64_t code, const char* argument, bool may_be_none) {
     DL4DS_CHECK(code == 1 || code == 2 || (may_be_none && code == 0), kOp, ": ", argument,
                 ": expected 1 (direct)",
@@ -144,6 +124,19 @@ Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weigh
 }
 
 }  // namespace
+
+Filters::Filters(const Tensor& weight) : tensor(weight), info(tensor_info(weight)) {
+    DL4DS_CHECK(info.dim == 4, kOp, ": weight: expected shape (C_out, C, kH, kW), got ", info.shape());
+    check_dtype(kOp, "weight", info, DType::kFloat32);
+    const int64_t channels = info.sizes[1], taps = info.sizes[2] * info.sizes[3];
+    if (is_contiguous(info.sizes, info.strides, info.dim)) {
+        layout = {taps * channels, taps, 1};
+        return;
+    }
+    tensor = dense_channels_last(tensor, info);
+    info = tensor_info(tensor);
+    layout = {taps * channels, 1, channels};
+}
 
 Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm) {

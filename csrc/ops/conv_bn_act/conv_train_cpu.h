@@ -110,6 +110,7 @@ struct DgradArgs {
     FilterLayout layout;
     float* dx;
     int64_t threads;
+    const ConvBnBack* back = nullptr;  // 1x1, stride 1: see ConvArgs
 };
 
 /// Whether conv_dgrad_direct can run it: not with dilation and a stride at once, nor where dx has rows that
@@ -127,6 +128,7 @@ struct WgradArgs {
     float* dweight;
     FilterLayout layout;
     int64_t threads;
+    const ConvPrologue* prologue = nullptr;  // 1x1, stride 1, direct: then x is not read
 };
 
 /// False: a gradient came out infinite or NaN, and the caller must compute it directly.

@@ -46,8 +46,12 @@ void copy_pixels(const WgradArgs& args, const ConvShape& pixel_shape, const Plan
                  int64_t first, int64_t rows, float* x, float* dout, float* line) {
     const ConvShape& s = args.shape;
     const int64_t at = call * plan.rows + first, wo = s.out_width();
-    conv_kernels().pack({args.x, args.stride_n, args.stride_h, args.stride_w, &s, at, rows,
-                         x + first * kChunk, line, plan.rows});
+    if (args.prologue != nullptr) {
+        conv_kernels().pack_sources({args.prologue, &s, at, rows, x + first * kChunk, plan.rows});
+    } else {
+        conv_kernels().pack({args.x, args.stride_n, args.stride_h, args.stride_w, &s, at, rows,
+                             x + first * kChunk, line, plan.rows});
+    }
     for (int64_t c = chunks_of(plan.fields); c < plan.in_chunks; ++c) {  // its products are not used
         float* zeros = x + c * plan.chunk() + first * kChunk;
         std::fill(zeros, zeros + rows * kChunk, 0.0f);
@@ -60,8 +64,12 @@ void copy_pixels(const WgradArgs& args, const ConvShape& pixel_shape, const Plan
 void add_pixels(Ahead& ahead, const WgradArgs& args, int64_t first, int64_t end) {
     const ConvShape& s = args.shape;
     if (first < end) {
-        add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first,
-                  end - 1);
+        if (args.prologue != nullptr) {
+            add_sources(ahead, *args.prologue, s, first, end - 1);
+        } else {
+            add_input(ahead, {args.x, args.stride_n, args.stride_h, args.stride_w, s.channels}, s, first,
+                      end - 1);
+        }
         ahead.add(args.dout + first * s.channels_out, args.dout + end * s.channels_out);
     }
 }
