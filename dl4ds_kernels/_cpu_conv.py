@@ -42,8 +42,13 @@ def choose_sizes(shape: tuple[int, ...], weight: Tensor, geometry: Geometry) -> 
     """The same for an input of this shape, fp32 on the CPU and dense in channels_last."""
     if weight.dtype is not torch.float32 or weight.dim() != 4 or not _extension.status()["_C"].loaded:
         return LIBRARY, LIBRARY, LIBRARY
+    return choose_shapes(shape, weight.shape, geometry)
+
+
+def choose_shapes(shape: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry) -> tuple[int, int, int]:
+    """The same where the weight is known to be one of ours."""
     stride, padding, dilation, groups = geometry
-    return _choose(tuple(shape), tuple(weight.shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _choose(tuple(shape), tuple(weight), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def explain(x: Tensor, weight: Tensor, pairs: list[list[int]], groups: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _extension
+from ._list_autograd import autograd_kernel, has_tensor_lists
 
 CPP, TRITON = "dl4ds_kernels", "dl4ds_kernels_triton"
 
@@ -110,6 +111,9 @@ def define_op(
         if name.endswith("_bwd"):
             # Without a formula torch would only warn and leave second-order gradients out.
             torch.library.register_autograd(qualified, partial(_no_second_derivative, name), lib=library)
+        elif backward is not None and setup_context is not None and has_tensor_lists(op(name, namespace)):
+            kernel = autograd_kernel(op(name, namespace), setup_context, partial(backward, namespace))
+            library.impl(name, kernel, "Autograd", with_keyset=True)
         elif backward is not None:
             torch.library.register_autograd(qualified, partial(backward, namespace), setup_context=setup_context, lib=library)
         if autocast is not None:

@@ -49,7 +49,7 @@ EXCEPTIONS = {
 # Higher rooms may import lower ones, never the other way round.
 ROOMS = (
     ("_version", "_activation"),
-    ("_extension",),
+    ("_extension", "_list_autograd"),
     ("_define", "_autotune"),
     ("_cuda_candidates",),
     ("_cuda_autotune",),

@@ -120,7 +120,7 @@ class Gradient(Schedule):
     def _note(self, norm: Norm, dweight: Tensor, dbias: Tensor) -> None:
         for place, grad, vector in zip(self._places(norm), (dweight, dbias), self.vectors(norm), strict=True):
             if place >= 0 and self.needs[place]:
-                self.grads[place] = grad.to(vector.dtype)
+                self.grads[place] = grad if grad.dtype == vector.dtype else grad.to(vector.dtype)
 
     def site(self, y: Tensor, norm: Norm, activation: int, mask: Tensor | None) -> Site:
         return Site(

@@ -6,6 +6,7 @@ so the same bits; what is saved is the host's time between them (csrc/ops/conv_b
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,23 +32,32 @@ def prepare(s: Schedule, channels: int, new: int, convs: tuple[Conv, ...], like:
         return None
     weights = [s._convs[conv.weight] for conv in convs]
     vectors = [v for conv in convs for v in s.vectors(conv.norm)]
-    n, _, h, w = like.shape
-    inner = weights[0].shape[0]
-    plain = convs[0].geometry == ((1, 1), (0, 0), (1, 1), 1) and tuple(weights[0].shape[2:]) == (1, 1)
-    if not plain or any(conv.bias >= 0 for conv in convs) or any(v is None for v in vectors):
+    if any(v is None for v in vectors) or any(t.dtype is not torch.float32 for t in (like, *weights)):
         return None
-    if like.dtype is not torch.float32 or min(channels, inner, h * w) < 2:  # of one channel or pixel the layout is ambiguous
-        return None
-    sizes = (n, channels, h, w), (n, inner, h, w)
-    codes = [_cpu_conv.choose_sizes(*c) for c in zip(sizes, weights, [conv.geometry for conv in convs], strict=True)]
-    if not all(codes[0]) or not all(codes[1]):
+    plan = _plan(tuple(like.shape), channels, weights[0].shape, weights[1].shape, convs[0].geometry, convs[1].geometry)
+    if plan is None or convs[0].bias >= 0 or convs[1].bias >= 0:
         return None
     first, last = (conv.norm for conv in convs)
-    code = [channels, new, int(first.eps_std), int(last.eps_std), s.block.activation]
-    code += [algorithm for both in zip(*codes, strict=True) for algorithm in both]
-    code += [value for conv in convs for pair in conv.geometry[:3] for value in pair]
+    code = [channels, new, int(first.eps_std), int(last.eps_std), s.block.activation, *plan]
     tensors = [*vectors[:2], weights[0], *vectors[2:], weights[1]]
     return LayerCall(tensors, code, [first.eps, last.eps, s.block.negative_slope, last.momentum])
+
+
+@lru_cache(maxsize=4096)
+def _plan(size: tuple[int, ...], channels: int, *of_convs: Any) -> tuple[int, ...] | None:
+    """Algorithms and geometry as the call wants them; None if a convolution is not ours, or the first no plain 1x1."""
+    (n, _, h, w), weights, geometries = size, of_convs[:2], of_convs[2:]
+    inner = weights[0][0]
+    if geometries[0] != ((1, 1), (0, 0), (1, 1), 1) or tuple(weights[0][2:]) != (1, 1):
+        return None
+    if min(channels, inner, h * w) < 2:  # of one channel or pixel the layout is ambiguous
+        return None
+    sizes = (n, channels, h, w), (n, inner, h, w)
+    codes = [_cpu_conv.choose_shapes(*c) for c in zip(sizes, weights, geometries, strict=True)]
+    if not all(codes[0]) or not all(codes[1]):
+        return None
+    algorithms = [algorithm for both in zip(*codes, strict=True) for algorithm in both]
+    return (*algorithms, *(value for geometry in geometries for pair in geometry[:3] for value in pair))
 
 
 def forward(

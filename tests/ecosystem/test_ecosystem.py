@@ -90,7 +90,8 @@ def test_compile_of_any_size(kind: str, training: bool, thresholds: str, fresh_d
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         for size in SIZES:
             x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-            close(step(compiled, x), step(eager, x))
+            # One activation of thousands on the other side of its kink moves a gradient by 7e-4 (seen without AVX-512).
+            close(step(compiled, x), step(eager, x), 2e-3)
             graphs.setdefault(name, []).append(counter.frame_count)
     assert graphs[kind] == graphs["stock"] and graphs["stock"][0] == graphs["stock"][2], graphs  # three squares, one graph
 

@@ -17,7 +17,8 @@ inline int64_t dense_pitch(const char* op, const char* name, const TensorInfo& t
 }
 
 /// A vector that an op writes: (C,) without gaps, of one dtype.
-inline void check_written(const char* op, const char* name, const TensorInfo& v, const TensorInfo& x, DType dtype) {
+inline void check_written(const char* op, const char* name, const TensorInfo& v, const TensorInfo& x,
+                          DType dtype) {
     check_dtype(op, name, v, dtype);
     check_same_device(op, name, v, x);
     DL4DS_CHECK(v.dim == 1 && v.sizes[0] == x.sizes[1] && (v.numel < 2 || v.strides[0] == 1), op, ": ", name,
@@ -51,8 +52,8 @@ struct DenseNorm {
         shift = channel_entry<T>(bias, c, T(0));
     }
 
-    /// From the sums of channel c over n pixels, s1 of dz and s2 of dz (x - mean): the vectors' gradients, and
-    /// what is linear in x of dx = w rstd (dz - S1/n - (x - mean) k S2/n), as in bn_act_bwd.
+    /// From the sums of channel c over n pixels, s1 of dz and s2 of dz (x - mean): the vectors' gradients,
+    /// and what is linear in x of dx = w rstd (dz - S1/n - (x - mean) k S2/n), as in bn_act_bwd.
     template <typename T>
     void add_gradients(int64_t c, double n, double s1, double s2, T& dweight, T& dbias, double& factor,
                        double& offset) const {

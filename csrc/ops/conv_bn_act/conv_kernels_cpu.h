@@ -118,7 +118,8 @@ inline void scale_shift(const ScaleShiftArgs& args) {
 #include "ops/conv_bn_act/conv_strassen_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_winograd_kernels_cpu.h"
 
-// After the packing that it falls back to.
+// After the GEMM, and after the packing that it falls back to.
+#include "ops/conv_bn_act/conv_back_kernels_cpu.h"
 #include "ops/conv_bn_act/conv_fields_kernels_cpu.h"
 
 namespace dl4ds {

@@ -1,6 +1,6 @@
 // 1x1 convolutions of a training step behind a BatchNorm and an activation that are applied where the
-// convolution reads its input, forward and for the weight's gradient; behind the gradient of the input their own
-// gradient follows in registers. Of a layer's input four streams of memory are read or written instead of
+// convolution reads its input, forward and for the weight's gradient; behind the gradient of the input their
+// own gradient follows in registers. Of a layer's input four streams of memory are read or written instead of
 // eleven. The same bits as bn_act's passes, but for the order of the backward sums.
 #include "ops/conv_bn_act/conv_step_cpu.h"
 
