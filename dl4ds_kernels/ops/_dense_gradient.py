@@ -68,14 +68,19 @@ class _Pass(Gradient):
     def add(self, dz: Tensor, layer: Layer, activate: bool) -> None:
         """Through the layer's first BatchNorm; ``activate``: dz becomes the convolution's input."""
         channels, norm = layer.channels, layer.convs[0].norm
-        if self.buffer is None:
-            self.buffer = _dense.empty(self.namespace, self.out, channels)
+        buffer = self.own_buffer(channels)
         grads = _dense.back(
             self.namespace, dz, self.out[:, :channels], *self.vectors_of(norm, channels), self.total[:, :channels],
-            self.buffer[:, :channels], tuple(v[:channels] for v in self.linear), *self.scalars(norm), activate,
+            buffer[:, :channels], tuple(v[:channels] for v in self.linear), *self.scalars(norm), activate,
         )  # fmt: skip
-        self.total = self.buffer
+        self.total = buffer
         self._note(norm, *grads)
+
+    def own_buffer(self, channels: int) -> Tensor:
+        """Where the sum goes: the first layer, whose channels are the most, makes it."""
+        if self.buffer is None:
+            self.buffer = _dense.empty(self.namespace, self.out, channels)
+        return self.buffer
 
     def needed(self, layers: list[Layer]) -> Iterator[tuple[bool, bool]]:
         """For each layer: whether anything before it needs a gradient, whether anything in it does."""
@@ -96,17 +101,19 @@ class _Pass(Gradient):
     def whole_layer_back(self, layer: Layer, held: Tensors, mean: Tensor, rstd: Tensor) -> bool:
         """layer_back in one call; False where it goes step by step."""
         first, last = layer.convs
-        if self.buffer is None or not (self.conv_needs(first) and self.conv_needs(last) and self.norm_needs(last.norm)):
+        if not (self.conv_needs(first) and self.conv_needs(last) and self.norm_needs(last.norm)):
             return False
         whole = _dense_layer.prepare(self, layer.channels, layer.new, layer.convs, self.out)
         if whole is None:
             return False
+        buffer = self.own_buffer(layer.channels)
         grads = _dense_layer.backward(
-            self.namespace, whole, self.total, self.buffer, self.linear, self.out, self.mean, self.var, held.pop(), (mean, rstd)
+            self.namespace, whole, self.total, buffer, self.linear, self.out, self.mean, self.var, held.pop(), (mean, rstd)
         )  # fmt: skip
         for conv, (dweight, dbias, dconv) in zip((first, last), (grads[:3], grads[3:]), strict=True):
             self._note(conv.norm, dweight, dbias)
             self.grads[1 + conv.weight] = dconv
+        self.total = buffer
         return True
 
     def layer_back(self, layer: Layer, held: Tensors, mean: Tensor | None, rstd: Tensor | None, before: bool) -> None:

@@ -31,6 +31,8 @@ def _k(path: str, expression: str) -> tuple[str, ...]:
 
 MUTANTS: tuple[Mutant, ...] = (
     # Python: functionals, contracts, references, backend choice
+    Mutant("list-autograd-needs-shifted", "python", "dl4ds_kernels/_list_autograd.py",
+           "_nested(needs[1:], call.structure, False)", "_nested(needs[:-1], call.structure, False)", ("tests/test_list_autograd.py",)),
     Mutant("relu-drops-nan", "python", "dl4ds_kernels/_activation.py", "        return torch.relu(z)\n",
            "        return torch.where(z > 0, z, torch.zeros_like(z))\n", _k(F + "test_numeric_faults.py", "F14 and reference")),
     Mutant("running-mean-not-updated", "python", "dl4ds_kernels/functional/bn_act.py",
@@ -128,6 +130,10 @@ MUTANTS: tuple[Mutant, ...] = (
     # CUDA kernels, run on the PTX simulator
     Mutant("cuda-add-mask-tail", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
            "            const bool valid = f < vecs;\n", "            const bool valid = f + 1 < vecs;\n", _k(HOST, "against_cpu")),
+    Mutant("normed-conv-mean-not-subtracted", "cpu", "csrc/ops/conv_bn_act/conv_gemm_kernels_cpu.h",
+           "                value -= mean;\n", "                value += mean;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
+    Mutant("normed-conv-sum-of-products-wrong", "cpu", "csrc/ops/conv_bn_act/conv_back_kernels_cpu.h",
+           "        product += dz * centered;\n", "        product += dz * z;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
     Mutant("cuda-add-alpha-missing-in-gradient", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
            "            dz[k] *= alpha;\n", "            dz[k] *= acc_t(1);\n", _k(HOST, "against_cpu")),
     Mutant("cuda-bn-shift-sign", "cuda", "csrc/ops/bn_act/bn_act_kernel.cuh",

@@ -1,5 +1,5 @@
-// The micro-kernel whose sums are the gradient of a BatchNorm's activated output (ConvBnBack). Included once per
-// ISA by conv_kernels_cpu.h, behind the GEMM.
+// The micro-kernel whose sums are the gradient of a BatchNorm's activated output (ConvBnBack). Included once
+// per ISA by conv_kernels_cpu.h, behind the GEMM.
 namespace dl4ds {
 namespace DL4DS_ISA {
 

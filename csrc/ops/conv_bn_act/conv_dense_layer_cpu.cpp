@@ -61,7 +61,7 @@ class Outer {
         : features_(channels(out, 0, c.channels)),
           mean_(entries(mean, 0, c.channels)),
           var_(entries(var, 0, c.channels)),
-          entries_((c.channels / conv_kernels().panel + 1) * conv_kernels().panel),
+          entries_(pad_elements(c.channels + std::max(conv_kernels().panel, kChunk))),
           memory_(3 * entries_ * 4),
           norm_{tensor_info(tensors[kWeight0]),
                 tensor_info(tensors[kBias0]),

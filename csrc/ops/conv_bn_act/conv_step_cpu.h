@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight
 // The same of a 1x1 convolution with stride 1 behind a BatchNorm and an activation that nobody writes down
 // (conv_normed_cpu.cpp): the features that these read may be a slice of wider maps' channels.
 
-/// act((x - mean) * scale + shift) as the convolution's input; vectors are padded to whole panels.
+/// act((x - mean) * scale + shift) as the convolution's input; vectors are padded to whole panels and chunks.
 struct NormedInput {
     TensorInfo x;
     const float *mean, *scale, *shift;
