@@ -1,7 +1,8 @@
 """A bottleneck layer of ``dense_block`` as one call each way, where all its convolutions are ours.
 
-The same kernels in the same order as the schedules of dense_block.py and _dense_gradient.py, which remain for everything else,
-so the same bits; what is saved is the host's time between them (csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp).
+What the schedules of dense_block.py and _dense_gradient.py, which remain for everything else, do in a dozen calls
+(csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp). The same bits, but for gradients behind sums that the first convolution's
+epilogue takes where features are large.
 """
 
 from __future__ import annotations

@@ -127,13 +127,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("cpu-out-of-memory-is-counted-as-used", "cpu", "csrc/common/cpu/pool_cpu.cpp",
            "            if (data != nullptr) {\n                used_ +=", "            {\n                used_ +=",
            _k(F + "test_memory_faults.py", "F26")),
-    # CUDA kernels, run on the PTX simulator
-    Mutant("cuda-add-mask-tail", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
-           "            const bool valid = f < vecs;\n", "            const bool valid = f + 1 < vecs;\n", _k(HOST, "against_cpu")),
     Mutant("normed-conv-mean-not-subtracted", "cpu", "csrc/ops/conv_bn_act/conv_gemm_kernels_cpu.h",
            "                value -= mean;\n", "                value += mean;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
     Mutant("normed-conv-sum-of-products-wrong", "cpu", "csrc/ops/conv_bn_act/conv_back_kernels_cpu.h",
            "        product += dz * centered;\n", "        product += dz * z;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
+    # CUDA kernels, run on the PTX simulator
+    Mutant("cuda-add-mask-tail", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
+           "            const bool valid = f < vecs;\n", "            const bool valid = f + 1 < vecs;\n", _k(HOST, "against_cpu")),
     Mutant("cuda-add-alpha-missing-in-gradient", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
            "            dz[k] *= alpha;\n", "            dz[k] *= acc_t(1);\n", _k(HOST, "against_cpu")),
     Mutant("cuda-bn-shift-sign", "cuda", "csrc/ops/bn_act/bn_act_kernel.cuh",

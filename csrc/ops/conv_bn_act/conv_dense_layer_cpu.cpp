@@ -1,9 +1,8 @@
 // A bottleneck layer of a dense block's training step in one call, forward and backward, on the block's
-// buffers. Nothing is computed here: these are the calls that dl4ds_kernels/ops/dense_block.py and
-// _dense_gradient.py would make one by one, in the same order. Between two of them Python and the dispatcher,
-// with caches that a convolution has just emptied, cost as much as a small layer's kernel (as for
-// conv_chain). Where the first convolution can, it applies the BatchNorm in front itself
-// (conv_normed_cpu.cpp).
+// buffers: the calls that dl4ds_kernels/ops/dense_block.py and _dense_gradient.py would make one by one, in
+// the same order. Between two of them Python and the dispatcher, with caches that a convolution has just
+// emptied, cost as much as a small layer's kernel (as for conv_chain). Where the first convolution can, it
+// applies the BatchNorm in front itself (conv_normed_cpu.cpp).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
