@@ -255,7 +255,8 @@ def test_one_pixel_is_a_matrix_product(bias: bool, dtype: torch.dtype) -> None:
             out = one_pixel(x, conv)
             assert out.shape == own.shape and out.dtype == dtype
             error = float((out.double() - truth).abs().max())
-            assert error <= max(2 * float((own.double() - truth).abs().max()), 1e-6 * float(truth.abs().max()))
+            # (1.2e-6 without AVX-512, in sums of 1,024 products.)
+            assert error <= max(2 * float((own.double() - truth).abs().max()), 2e-6 * float(truth.abs().max()))
             fused = run_conv_transpose_bn_act(x, conv, bn)
             torch.testing.assert_close(fused, bn(own), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
