@@ -123,17 +123,21 @@ def one_pixel(x: Tensor, conv: nn.Module) -> Tensor | None:
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     channels, *rest = weight.shape
     rows, columns = x.shape[0], weight.numel() // channels
-    pieces = channels // _PIECE if channels % _PIECE == 0 else 1
+    pieces, left = divmod(channels, _PIECE)
     if (
         x.shape[1] != channels
         or weight.numel() < _LEAST_WEIGHT
         or weight.dtype is not x.dtype
         or not weight.is_contiguous()
-        or rows * columns * pieces * x.element_size() > _MOST_SUMS
+        or rows * columns * (pieces + 1) * x.element_size() > _MOST_SUMS
     ):
         return None
-    by_piece = x.reshape(rows, pieces, channels // pieces).transpose(0, 1)
-    out = torch.bmm(by_piece, weight.view(pieces, channels // pieces, columns)).sum(0).view(rows, *rest)
+    pixels, filters, whole = x.reshape(rows, channels), weight.view(channels, columns), channels - left
+    by_piece = pixels[:, :whole].reshape(rows, pieces, _PIECE).transpose(0, 1)
+    sums = torch.bmm(by_piece, filters[:whole].view(pieces, _PIECE, columns)).sum(0)
+    if left:
+        sums = sums.addmm_(pixels[:, whole:], filters[whole:])
+    out = sums.view(rows, *rest)
     return out if bias is None else out.add_(bias.view(-1, 1, 1))
 
 

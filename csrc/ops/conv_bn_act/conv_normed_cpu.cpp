@@ -30,20 +30,10 @@ Tensor normed_conv(const NormedInput& in, const Tensor& weight) {
     const Filters filters(weight);
     const ConvShape s = shape_of(in.x, filters);
     Tensor out = empty_channels_last(s.n, s.channels_out, s.height, s.width, DType::kFloat32);
-    const int64_t floats = conv_packed_floats(ConvAlgorithm::kDirect, s);
-    const int64_t entries = s.channels_out + conv_kernels().panel;
-    Scratch scratch((floats + 2 * entries) * 4);
-    float *packed = scratch.as<float>(), *scale = packed + floats, *shift = scale + entries;
-    std::fill(scale, scale + entries, 1.0f);
-    std::fill(shift, shift + entries, 0.0f);
     const Prologue before(in);
-    ConvArgs args{};
-    args.shape = s, args.packed = packed, args.out = tensor_info(out).as<float>();
-    args.threads = num_threads(), args.prologue = &before.prologue;
-    args.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
-    with_team(args.threads, [&] {
-        conv_pack_taps(s, filters.info.as<float>(), filters.layout, false, {0}, packed);
-        conv_run(ConvAlgorithm::kDirect, args);
+    with_team(num_threads(), [&] {
+        run_exact(ConvAlgorithm::kDirect, s, in.x, filters, false, TensorInfo{}, tensor_info(out).as<float>(),
+                  &before.prologue);
     });
     return out;
 }

@@ -52,6 +52,11 @@ struct Filters {
     explicit Filters(const Tensor& weight);
 };
 
+/// The convolution of `x` with filters of this layout; kWinograd2, `gradient`: see conv_pack_filters2; the
+/// prologue: see ConvArgs. False: see conv_run and conv_pack_taps.
+bool run_exact(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
+               bool gradient, const TensorInfo& bias, float* out, const ConvPrologue* prologue = nullptr);
+
 Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm);
 std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,

@@ -46,40 +46,7 @@ void check_algorithm(ConvAlgorithm algorithm, const char* argument, const ConvSh
                 kOp, ": ", argument, ": Winograd takes a 3x3 kernel, stride and dilation 1, padding to 2");
 }
 
-/// The convolution of `x` with filters of this layout; kWinograd2, `gradient`: see conv_pack_filters2.
-/// False: see conv_run and conv_pack_taps.
-bool convolve(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
-              bool gradient, const TensorInfo& bias, float* out) {
-    const int64_t floats = conv_packed_floats(algorithm, s);
-    const int64_t entries = s.channels_out + conv_kernels().panel;
-    Scratch scratch((floats + 2 * entries) * 4);
-    float *packed = scratch.as<float>(), *scale = packed + floats, *shift = scale + entries;
-    if (algorithm == ConvAlgorithm::kWinograd2) {
-        conv_pack_filters2(s, filters.info.as<float>(), filters.layout, gradient, packed);
-    } else {
-        std::vector<int64_t> taps(static_cast<size_t>(s.taps()));
-        for (size_t t = 0; t < taps.size(); ++t) {
-            taps[t] = static_cast<int64_t>(t) * filters.layout.tap;
-        }
-        if (!conv_pack_taps(s, filters.info.as<float>(), filters.layout, false, taps, packed) &&
-            s.pad_h + s.pad_w > 0) {
-            return false;
-        }
-    }
-    std::fill(scale, scale + entries, 1.0f);
-    std::fill(shift, shift + entries, 0.0f);
-    for (int64_t c = 0; bias.present && c < s.channels_out; ++c) {
-        shift[c] = static_cast<float>(channel_entry(bias, c, 0.0));
-    }
-    ConvArgs args{};
-    args.shape = s, args.packed = packed, args.out = out, args.threads = num_threads();
-    args.x = x.as<float>();
-    args.stride_n = x.strides[0], args.stride_h = x.strides[2], args.stride_w = x.strides[3];
-    args.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
-    return conv_run(algorithm, args);
-}
-
-/// dx by the algorithm. False: as convolve.
+/// dx by the algorithm. False: as run_exact.
 bool gradient_of_x(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& dout,
                    const Filters& filters, float* dx) {
     if (algorithm == ConvAlgorithm::kDirect) {
@@ -90,7 +57,7 @@ bool gradient_of_x(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo
     back.channels = s.channels_out, back.channels_out = s.channels;
     back.height = s.out_height(), back.width = s.out_width();
     back.pad_h = 2 - s.pad_h, back.pad_w = 2 - s.pad_w;
-    return convolve(algorithm, back, dout, filters, true, TensorInfo{}, dx);
+    return run_exact(algorithm, back, dout, filters, true, TensorInfo{}, dx);
 }
 
 Tensor readable(const Tensor& x) {
@@ -138,6 +105,38 @@ Filters::Filters(const Tensor& weight) : tensor(weight), info(tensor_info(weight
     layout = {taps * channels, 1, channels};
 }
 
+bool run_exact(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
+               bool gradient, const TensorInfo& bias, float* out, const ConvPrologue* prologue) {
+    const int64_t floats = conv_packed_floats(algorithm, s);
+    const int64_t entries = s.channels_out + conv_kernels().panel;
+    Scratch scratch((floats + 2 * entries) * 4);
+    float *packed = scratch.as<float>(), *scale = packed + floats, *shift = scale + entries;
+    if (algorithm == ConvAlgorithm::kWinograd2) {
+        conv_pack_filters2(s, filters.info.as<float>(), filters.layout, gradient, packed);
+    } else {
+        std::vector<int64_t> taps(static_cast<size_t>(s.taps()));
+        for (size_t t = 0; t < taps.size(); ++t) {
+            taps[t] = static_cast<int64_t>(t) * filters.layout.tap;
+        }
+        if (!conv_pack_taps(s, filters.info.as<float>(), filters.layout, false, taps, packed) &&
+            s.pad_h + s.pad_w > 0) {
+            return false;
+        }
+    }
+    std::fill(scale, scale + entries, 1.0f);
+    std::fill(shift, shift + entries, 0.0f);
+    for (int64_t c = 0; bias.present && c < s.channels_out; ++c) {
+        shift[c] = static_cast<float>(channel_entry(bias, c, 0.0));
+    }
+    ConvArgs args{};
+    args.shape = s, args.packed = packed, args.out = out, args.threads = num_threads(),
+    args.prologue = prologue;
+    args.x = x.as<float>();
+    args.stride_n = x.strides[0], args.stride_h = x.strides[2], args.stride_w = x.strides[3];
+    args.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
+    return conv_run(algorithm, args);
+}
+
 Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm) {
     const Filters filters(weight);
@@ -152,7 +151,7 @@ Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::ve
     check_channel_vector(kOp, "bias", bi, oi);
     bool done = oi.numel == 0;
     with_team(num_threads(),
-              [&] { done = done || convolve(how, s, xi, filters, false, bi, oi.as<float>()); });
+              [&] { done = done || run_exact(how, s, xi, filters, false, bi, oi.as<float>()); });
     if (!done) {
         const BnVectors none{std::nullopt, std::nullopt, std::nullopt,      std::nullopt,
                              0.0,          false,        Activation::kNone, 0.0};
