@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 TARGET = "0x020a000000000000"  # torch 2.10: the oldest libtorch stable ABI with what we call (2.11 gives the output pool)
 RELEASE_ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
 CXX_FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -DNDEBUG -fstack-protector-strong -fno-math-errno -Wall -W -Wno-psabi"
-NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = "-O3 -std=c++17 -DNDEBUG -lineinfo --expt-relaxed-constexpr --no-compress -Xcompiler -fPIC"
 LINK_FLAGS = "-shared -Wl,-z,relro,-z,now -Wl,--as-needed"
 if os.environ.get("SOURCE_DATE_EPOCH"):  # a reproducible build: nvcc's line tables and names of temporary files stay out
     NVCC_FLAGS, LINK_FLAGS = NVCC_FLAGS.replace(" -lineinfo", ""), LINK_FLAGS + " -Wl,-s"
@@ -106,7 +106,7 @@ class NinjaBuild(build_ext):
             if home:
                 nvcc = f"{home}/bin/nvcc -MD -MF $out.d {NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc {cutlass}"  # never torch's
                 n.rule("nvcc", f"{nvcc} -c $in -o $out", depfile="$out.d", deps="gcc")
-                libs += f" -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
+                libs += f" -Wl,--version-script={ROOT}/csrc/exports.map -ltorch_cuda -L{self.cudart_link(build, home)} -lcudart"
                 self.part(n, build, "_cuda", ("**/*_cuda.cpp", "**/*.cu"), f"-DUSE_CUDA -isystem {home}/include", libs)
         print("dl4ds_kernels: CUDA", f"{cuda_version} for {archs}" if home else f"part skipped: {skipped}")
         if subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, f"-j{max_jobs()}"]).returncode:

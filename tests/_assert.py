@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,12 +74,15 @@ def same_non_finite(ours: Tensor, stock: Tensor, name: str = "out") -> None:
         assert not differ.any(), f"{name}: {what} differs from stock in {int(differ.sum())} of {differ.numel()} elements"
 
 
-def compare(ours: Results, stock: Results, truth: Results, backend: str) -> None:
-    """The error rule for every result that stock has; ``reference`` is written to be obvious and may err twice as much."""
+def compare(ours: Results, stock: Results, truth: Results, backend: str, sizes: Mapping[str, float] | None = None) -> None:
+    """The error rule for every result that stock has; ``reference`` is written to be obvious and may err twice as much.
+
+    ``sizes``: for results in which larger values cancel, how large those are, by name.
+    """
     factor = 4.0 if backend == "reference" else 2.0
     assert ours.keys() == stock.keys() == truth.keys()
     for name in stock:
-        no_worse_than_torch(ours[name], stock[name], truth[name], name, factor)
+        no_worse_than_torch(ours[name], stock[name], truth[name], name, factor, (sizes or {}).get(name, 0.0))
 
 
 def same_bits(a: Results, b: Results) -> None:

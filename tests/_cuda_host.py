@@ -58,7 +58,7 @@ def _stand_in(name: str) -> str:
 def _build() -> Path:
     """The shared library, cached by the contents of everything in it."""
     compiler = toolchain.cxx().split()
-    objects, core_folder = cuda.objects(), build.simulator()
+    objects, core_folder = list(cuda.objects().values()), build.simulator()
     stand_ins = Path(__file__).with_name("_cuda_stand_ins.cpp")
     sources = [source for op in OPS for source in sorted((cuda.CSRC / "ops" / op).glob("*_cuda.cpp"))]
     flags = ["-O1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]

@@ -1,7 +1,7 @@
 """Runs the shipped CUDA launchers on the PTX simulator, on CPU tensors of any strides.
 
-The .cu files are compiled with the project's flags (cached), the Params structs are filled from their headers, and every
-launch must be clean: no access out of bounds, no race, no unwritten output.
+The .cu files are those of the build, or compiled with the project's flags (cached). The Params structs are filled from their
+headers, and every launch must be clean: no access out of bounds, no race, no unwritten output.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from _cuda_built import built_objects, ptx_in
 from ptxsim import Arr, Headers, HostLibrary, Report, Session, compile_cuda
 from torch import Tensor
 
@@ -41,22 +42,39 @@ FEW_BLOCKS = 2  # of the build whose loops take several steps on small tensors
 DTYPES = {torch.float32: "kFloat32", torch.float64: "kFloat64", torch.float16: "kFloat16", torch.bfloat16: "kBFloat16"}
 
 
-def objects(flags: tuple[str, ...] = FLAGS) -> list[Path]:
-    """The .cu files with host code and PTX, compiled two at a time."""
+def compiled(sources: Sequence[Path], flags: tuple[str, ...]) -> list[Path]:
+    """.cu files with host code and PTX, compiled two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda source: compile_cuda(source, "object", includes=[CSRC], flags=flags)[0], SOURCES))
+        return list(pool.map(lambda source: compile_cuda(source, "object", includes=[CSRC], flags=flags)[0], sources))
+
+
+@functools.cache
+def objects() -> dict[Path, Path]:
+    """The object of each .cu file: that of the build if there is one of these flags, else compiled (minutes)."""
+    return dict(zip(SOURCES, built_objects(SOURCES, FLAGS) or compiled(SOURCES, FLAGS), strict=True))
+
+
+@functools.cache
+def ptx_of(source: Path) -> str:
+    """The PTX of a .cu file, as the host library embeds it."""
+    return ptx_in(objects()[source])
 
 
 @functools.cache
 def shipped() -> HostLibrary:
-    """All launchers over the stand-in runtime; the first call compiles them (under a minute on two cores)."""
-    return HostLibrary(objects())
+    """All launchers over the stand-in runtime."""
+    return HostLibrary(list(objects().values()))
 
 
 @functools.cache
 def few_blocks() -> HostLibrary:
-    """The same with the largest grid of grid-stride loops set to FEW_BLOCKS; the kernels' PTX does not depend on it."""
-    return HostLibrary(objects((*FLAGS, f"-DDL4DS_MAX_BLOCKS={FEW_BLOCKS}")))
+    """The same with the largest grid of grid-stride loops set to FEW_BLOCKS; the kernels' PTX does not depend on it.
+
+    A convolution's grid has a block for every tile: its files need no other build.
+    """
+    walking = [source for source in SOURCES if source.parent.name != "conv_bn_act"]
+    small = compiled(walking, (*FLAGS, f"-DDL4DS_MAX_BLOCKS={FEW_BLOCKS}"))
+    return HostLibrary(list((objects() | dict(zip(walking, small, strict=True))).values()))
 
 
 _library = shipped

@@ -73,8 +73,8 @@ def second_environment(version: str) -> Path:
     return python
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", [SECOND_TORCH, pytest.param(OLDEST_TORCH, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("version", [SECOND_TORCH, OLDEST_TORCH])
 def test_same_files_under_another_torch(version: str) -> None:
     """Forward and backward of every op on the CPU kernels that were built against this torch."""
     if torch.__version__.startswith(version):

@@ -18,6 +18,7 @@ import torch
 from _assert import no_worse_than_torch
 from _cases import ACTIVATIONS, BASE, DTYPES, KINKS, LAYOUTS, Case, bn_vectors, each, gradient, images
 from ptxsim import compile_cuda, sites
+from ptxsim._gate import rotating
 from ptxsim.fixture import require_nvcc, require_simulator
 from torch import Tensor
 
@@ -314,7 +315,7 @@ RESOURCES = re.compile(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("arch", rotating(["80", "90"], 1))
 def test_registers(arch: str) -> None:
     """ptxas: no spill, no stack, at most 64 registers (1,024 threads a multiprocessor).
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from ptxsim._gate import rotating
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,11 +77,10 @@ SIZES = [(4, 3, 16, 16), (3, 3, 16, 16), (9, 3, 64, 64), (2, 3, 128, 24), (16, 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("thresholds", ["measured"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile_of_any_size(kind: str, training: bool, thresholds: str, fresh_dynamo: Any) -> None:
+@pytest.mark.parametrize("case", rotating([(kind, mode) for mode in ("eval", "train") for kind in KINDS], 2))
+def test_compile_of_any_size(case: tuple[str, str], fresh_dynamo: Any) -> None:
     """dynamic=True, sizes on both sides of what is served in eager mode: as few graphs as of stock layers."""
+    kind, training = case[0], case[1] == "train"
     graphs: dict[str, list[int]] = {}
     for name in (kind, "stock"):
         torch._dynamo.reset()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+ROUNDING = 1e-5  # of the largest value: how far below the maximum of its window a switch may be
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,6 +26,44 @@ def unpool(x: Tensor, best: Tensor) -> Tensor:
     n, c, h, w = x.shape
     four = torch.zeros(n, c, h, w, 4, dtype=x.dtype).scatter(-1, best, x.unsqueeze(-1))
     return four.view(n, c, h, w, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(n, c, 2 * h, 2 * w)
+
+
+def share_switches(patch: pytest.MonkeyPatch, net: nn.Module, x: Tensor, ours: ModuleType) -> None:
+    """Let every forward of ``x``, of this file's nets and of those of the module ``ours``, take ``net``'s switches in fp64.
+
+    Each must find maxima at those places itself, up to rounding.
+    """
+    here, choose, choose_ours = sys.modules[__name__], pool, ours.max_pool_indices
+    switches: dict[torch.Size, Tensor] = {}
+
+    def known(x: Tensor, out: Tensor) -> Tensor:
+        best = switches[out.shape]
+        n, c, h, w = out.shape
+        four = x.detach().contiguous().view(n, c, h, 2, w, 2).permute(0, 1, 2, 4, 3, 5).reshape(n, c, h, w, 4)
+        below = out.detach() - four.gather(-1, best).squeeze(-1)
+        assert below.min() >= 0 and below.max() <= ROUNDING * out.abs().max(), f"a switch is {float(below.max()):.2e} off"
+        return best
+
+    def record(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, best = choose(x)
+        assert out.shape not in switches, "switches are told apart by the sizes of their maps"
+        switches[out.shape] = best
+        return out, best
+
+    def shared(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, _ = choose(x)
+        return out, known(x, out)
+
+    def shared_ours(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, where = choose_ours(x)
+        assert where.max() < 4
+        return out, torch.empty_like(where).copy_(known(x, out).squeeze(-1))
+
+    patch.setattr(here, "pool", record)
+    with torch.no_grad():
+        copy.deepcopy(net).eval().double()(x.double())
+    patch.setattr(here, "pool", shared)
+    patch.setattr(ours, "max_pool_indices", shared_ours)
 
 
 class Step(nn.Module):

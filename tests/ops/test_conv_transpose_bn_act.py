@@ -75,6 +75,16 @@ def three_ways(case: Case, norm: bool, backend: str, wrt: tuple[str, ...] = ()) 
     return run(ours(case, backend), t, dout, wrt), run(stock(case), t, dout, wrt), run(stock(case), widen(t), wide, wrt)
 
 
+def largest_gradient(case: Case) -> float:
+    """Of a training step, the largest absolute value of the gradient behind the convolution, in fp64."""
+    t = widen(problem(case, True))
+    y = torch.conv_transpose2d(t["x"], t["conv_weight"], t["conv_bias"], case.stride).requires_grad_()
+    z = TF.batch_norm(y, None, None, t["weight"], t["bias"], True, 0.1, EPS)
+    dout = gradient(case, z.detach(), "nhwc" if case.layout == "nhwc" else "nchw")
+    out = apply_activation(z, ACTIVATION_CODES[case.activation], SLOPE)
+    return float(torch.autograd.grad(out, y, dout.double())[0].abs().max())
+
+
 @pytest.mark.parametrize("norm", [True, False], ids=["bn", "plain"])
 @each(CASES)
 def test_inference(case: Case, norm: bool, backend: str) -> None:
@@ -102,7 +112,11 @@ def test_interpreter(case: Case, norm: bool) -> None:
 def test_gradients(case: Case, norm: bool, backend: str) -> None:
     """The composition: library and fused bn_act, in training and with frozen statistics."""
     case = replace(case, training=case.training and norm)
-    compare(*three_ways(case, norm, backend, WRT if norm else WRT[:3]), backend)
+    results = three_ways(case, norm, backend, WRT if norm else WRT[:3])
+    # Behind the BatchNorm of a batch a shift does nothing: its gradient is what rounding leaves of the one behind the
+    # convolution, whose sum over a channel is zero.
+    sizes = {"dconv_bias": largest_gradient(case)} if case.training else {}
+    compare(*results, backend, sizes)
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["bn", "plain"])

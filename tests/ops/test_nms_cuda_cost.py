@@ -51,8 +51,7 @@ RUNTIME_THAT_WAITS = re.compile(r"cuda(\w*Synchronize|Memcpy\w*|Malloc\w*|Free\w
 
 def test_the_launcher_never_waits() -> None:
     """Its object calls nothing of the CUDA runtime that waits, allocates or copies."""
-    objects = compile_cuda(SOURCE, "object", includes=[cuda.CSRC], flags=cuda.FLAGS)
-    listing = subprocess.run(["nm", "-u", str(objects[0])], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["nm", "-u", str(cuda.objects()[SOURCE])], capture_output=True, text=True, check=True).stdout
     assert "cudaLaunchKernel" in listing or "cudaLaunch" in listing
     assert not RUNTIME_THAT_WAITS.search(listing), RUNTIME_THAT_WAITS.findall(listing)
 

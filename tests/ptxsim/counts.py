@@ -17,7 +17,7 @@ import _cuda_launch as launchers
 import _cuda_pair as pair
 import torch
 
-from ptxsim import Report, build, compile_cuda, sass, toolchain
+from ptxsim import Report, build, sass, toolchain
 from ptxsim.gates.machine import ptxas_facts
 
 ARCHITECTURES = ("80", "90")
@@ -35,23 +35,23 @@ def source_of(kernel: str) -> Path:
     return launchers.CSRC / "ops" / folder / f"{op}_{way}.cu"
 
 
-@functools.cache
-def ptx_of(source: Path) -> str:
-    return compile_cuda(source, "ptx", "80", [launchers.CSRC], launchers.FLAGS)[0].read_text()
+ptx_of = launchers.ptx_of
 
 
 @functools.cache
 def assembled(source: Path, arch: str) -> tuple[Path, dict[str, dict[str, int]]]:
     """The cubin that ptxas makes of the simulated PTX for an architecture; per kernel registers, shared bytes and spills."""
-    path = compile_cuda(source, "ptx", "80", [launchers.CSRC], launchers.FLAGS)[0]
+    text = ptx_of(source)
     tool = toolchain.cuda_tool("ptxas")
     assert tool is not None, "no ptxas beside nvcc"
 
     def make(folder: Path) -> None:
-        command = [tool, f"-arch=sm_{arch}", "--generate-line-info", "-O3", "-v", str(path), "-o", str(folder / "code.cubin")]
+        ptx, options = folder / "code.ptx", ("--generate-line-info", "-O3", "-v")
+        ptx.write_text(text)
+        command = [tool, f"-arch=sm_{arch}", *options, str(ptx), "-o", str(folder / "code.cubin")]
         (folder / "messages.txt").write_text(build.run(command))
 
-    key = build.digest(path, arch, toolchain.compiler_version(toolchain.nvcc()))
+    key = build.digest(text, arch, toolchain.compiler_version(toolchain.nvcc()))
     folder = build.cached("roofline", key, ["code.cubin", "messages.txt"], make)
     return folder / "code.cubin", ptxas_facts((folder / "messages.txt").read_text())
 

@@ -1,29 +1,38 @@
 """Seeded bugs in every kernel that ships: each is found by the simulator or by the numbers, or shown to change nothing.
 
-The default run takes one CUDA instantiation and one Triton kernel a day; `make test-full` takes all.
+The default run takes one CUDA instantiation and one Triton kernel a day; `make test-full` takes all. Which instantiations a
+file has says its PTX: collecting the tests compiles nothing.
 `python -m tests.ptxsim gates --kernel NAME` does the same for a person.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from ptxsim.gates import checks, cuda, limits
 
 from . import toolchain
-from ._gate import rotating, where_triton_compiles
+from ._gate import ROTATION, rotating, where_triton_compiles
+from .fixture import require_nvcc, require_simulator
 
 pytestmark = pytest.mark.slow
-KERNELS = sorted(cuda.instantiations()) if toolchain.nvcc() and toolchain.cxx() else []
 TRITON = [(op, found.kernel) for op, module in limits.ops().items() for found in module.LIMITS if found.backend == "triton"]
 
 
-@pytest.mark.parametrize("kernel", rotating(KERNELS, 1))
-def test_cuda(kernel: str) -> None:
-    verdict = checks.mutants(cuda, kernel)
-    print(verdict)
-    assert verdict.tried >= 8  # a small kernel has few sites
-    assert verdict.share >= checks.LEAST_KILLED_OF_ONE["cuda"], str(verdict)
+@pytest.mark.parametrize("source", rotating(cuda.SOURCES, 1))
+def test_cuda(source: Path, request: pytest.FixtureRequest) -> None:
+    require_nvcc()
+    require_simulator()
+    kernels = sorted(kernel for kernel, file in cuda.instantiations().items() if file == source)
+    if request.config.getoption("-m"):
+        kernels = [kernels[ROTATION // len(cuda.SOURCES) % len(kernels)]] if kernels else []
+    for kernel in kernels:
+        verdict = checks.mutants(cuda, kernel)
+        print(verdict)
+        assert verdict.tried >= 8, kernel  # a small kernel has few sites
+        assert verdict.share >= checks.LEAST_KILLED_OF_ONE["cuda"], str(verdict)
 
 
 @pytest.mark.parametrize("kernel", rotating(TRITON, 1))

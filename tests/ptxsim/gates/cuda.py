@@ -47,10 +47,7 @@ def chosen(case: Case) -> bool:
     return getattr(limits.ops()[case.op], "cuda_runs", lambda case: True)(case)
 
 
-@functools.cache
-def ptx_of(source: Path) -> str:
-    """PTX of a project file, as the host library embeds it."""
-    return compile_cuda(source, "ptx", includes=[launchers.CSRC], flags=launchers.FLAGS)[0].read_text()
+ptx_of = launchers.ptx_of
 
 
 @functools.cache
