@@ -37,9 +37,13 @@ struct Names {
     }
 };
 
+/// Made at the first call, under the GIL; without a guard (see kShim in common/shim.h).
 inline const Names& names() {
-    static const Names interned;
-    return interned;
+    static const Names* interned = nullptr;
+    if (interned == nullptr) {
+        interned = new Names;
+    }
+    return *interned;
 }
 
 /// Visits the entries of a dictionary. The visitors return false to stop.

@@ -10,7 +10,7 @@ from _cuda_built import BUILD, built_objects, ptx_in
 from ptxsim import Module, compile_cuda
 from ptxsim.fixture import require_nvcc, require_simulator
 
-SOURCE = cuda.CSRC / "ops/add_act/add_act_fwd.cu"
+SAMPLE = cuda.ROOT / "tests/ptxsim/samples/kernels.cu"
 
 
 def _words(ptx: str) -> list[str]:
@@ -20,8 +20,8 @@ def _words(ptx: str) -> list[str]:
 def test_embedded_ptx_is_what_nvcc_prints() -> None:
     require_nvcc()
     require_simulator()
-    printed = compile_cuda(SOURCE, "ptx", includes=[cuda.CSRC], flags=cuda.FLAGS)[0].read_text()
-    embedded = ptx_in(cuda.compiled([SOURCE], cuda.FLAGS)[0])
+    printed = compile_cuda(SAMPLE, "ptx")[0].read_text()
+    embedded = ptx_in(compile_cuda(SAMPLE, "object")[0])
     assert _words(embedded) == _words(printed)
     code = embedded.partition("\n.section")[0]
     assert code.count("\n}\n") == len(Module(embedded).kernels)  # a line of its own ends a body, and nothing else

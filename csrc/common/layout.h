@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 constexpr int64_t kMaxDims = 5;
 constexpr int64_t kMaxElementwiseDims = 16;
 
-/// torch's dtype codes, asked for once.
+/// torch's dtype codes, asked for while the library is loaded (see kShim).
 struct DTypeCodes {
     int32_t float32 = aoti_torch_dtype_float32();
     int32_t float64 = aoti_torch_dtype_float64();
@@ -29,10 +29,7 @@ struct DTypeCodes {
     int32_t bfloat16 = aoti_torch_dtype_bfloat16();
     int32_t uint8 = aoti_torch_dtype_uint8();
 
-    static const DTypeCodes& get() {
-        static const DTypeCodes codes;
-        return codes;
-    }
+    static const DTypeCodes& get();
     DType from_torch(int32_t code) const {
         return code == float32    ? DType::kFloat32
                : code == float64  ? DType::kFloat64
@@ -56,6 +53,9 @@ struct DTypeCodes {
         }
     }
 };
+
+inline const DTypeCodes kDTypeCodes;
+inline const DTypeCodes& DTypeCodes::get() { return kDTypeCodes; }
 
 /// What a kernel needs to know of a tensor. sizes and strides (in elements) are borrowed from the tensor.
 struct TensorInfo {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -98,30 +99,34 @@ class _Pass(Gradient):
     def conv_needs(self, conv: Conv) -> bool:
         return self.needs[1 + conv.weight] or (conv.bias >= 0 and self.needs[1 + conv.bias])
 
-    def whole_layer_back(self, layer: Layer, held: Tensors, mean: Tensor, rstd: Tensor) -> bool:
-        """layer_back in one call; False where it goes step by step."""
+    def whole(self, layer: Layer, before: bool, keep: int) -> _dense_layer.LayerCall | None:
+        """The layer's part in a call of whole_layers_back; None if it goes step by step."""
+        if keep != 1 or len(layer.convs) != 2:
+            return None
         first, last = layer.convs
-        if not (self.conv_needs(first) and self.conv_needs(last) and self.norm_needs(last.norm)):
-            return False
-        whole = _dense_layer.prepare(self, layer.channels, layer.new, layer.convs, self.out)
-        if whole is None:
-            return False
-        buffer = self.own_buffer(layer.channels)
-        grads = _dense_layer.backward(
-            self.namespace, whole, self.total, buffer, self.linear, self.out, self.mean, self.var, held.pop(), (mean, rstd)
-        )  # fmt: skip
-        for conv, (dweight, dbias, dconv) in zip((first, last), (grads[:3], grads[3:]), strict=True):
-            self._note(conv.norm, dweight, dbias)
-            self.grads[1 + conv.weight] = dconv
+        wanted = self.conv_needs(first) and self.conv_needs(last) and self.norm_needs(last.norm)
+        if not (wanted and (before or self.norm_needs(first.norm))):
+            return None
+        return _dense_layer.prepare(self, layer.channels, layer.new, layer.convs, self.out)
+
+    def whole_layers_back(
+        self, layers: list[Layer], calls: list[_dense_layer.LayerCall], ys: Tensors, inner: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Layers in a row, the last one first, in one call."""
+        buffer = self.own_buffer(layers[0].channels)
+        found = _dense_layer.backward(
+            self.namespace, calls, self.total, buffer, self.linear, self.out, self.mean, self.var, ys, inner
+        )
+        for layer, grads in zip(layers, found, strict=True):
+            for conv, (dweight, dbias, dconv) in zip(layer.convs, (grads[:3], grads[3:]), strict=True):
+                self._note(conv.norm, dweight, dbias)
+                self.grads[1 + conv.weight] = dconv
         self.total = buffer
-        return True
 
     def layer_back(self, layer: Layer, held: Tensors, mean: Tensor | None, rstd: Tensor | None, before: bool) -> None:
         """One layer: from the gradient of its slice to what it adds to that of all before."""
         first, norm = layer.convs[0], layer.convs[0].norm
         need_features = before or self.norm_needs(norm)
-        if need_features and len(held) == 1 and self.whole_layer_back(layer, held, mean, rstd):
-            return
         dy = self.gradient_of(layer.channels, layer.channels + layer.new)
         z = None  # the first convolution's input
         if len(layer.convs) == 2:
@@ -194,12 +199,19 @@ def gradients(
     layers, _ = layers_of(x, convs, block, per_layer)
     dout = dout.contiguous(memory_format=torch.channels_last)
     g = _Pass(dout, out, statistics, needs, [], namespace, x, convs, norms, [], block, True)
-    outputs, inner = list(kept), list(statistics[2:])
-    for layer, (before, own) in reversed(list(zip(layers, g.needed(layers), strict=True))):
-        held = [outputs.pop() for _ in range(keep)][::-1] if per_layer == 2 else []
-        rstd, mean = (inner.pop(), inner.pop()) if per_layer == 2 else (None, None)
-        if before or own:
-            g.layer_back(layer, held, mean, rstd, before)
+    outputs = [kept[i * keep : (i + 1) * keep] if per_layer == 2 else [] for i in range(len(layers))]
+    inner = list(zip(statistics[2::2], statistics[3::2], strict=True))
+    wanted = list(g.needed(layers))
+    calls = [g.whole(layer, before, keep) for layer, (before, _) in zip(layers, wanted, strict=True)]
+    for is_whole, group in groupby(reversed(range(len(layers))), key=lambda place: calls[place] is not None):
+        places = list(group)
+        if is_whole:
+            ys = [outputs[p][0] for p in places]
+            g.whole_layers_back([layers[p] for p in places], [calls[p] for p in places], ys, [inner[p] for p in places])
+            continue
+        for p in places:
+            if any(wanted[p]):
+                g.layer_back(layers[p], outputs[p], *(inner[p] if inner else (None, None)), wanted[p][0])
     if needs[0]:
         g.grads[0] = g.gradient_of(0, channels)
     for place, weight in enumerate(convs, 1):

@@ -1,12 +1,13 @@
-"""A bottleneck layer of ``dense_block`` as one call each way, where all its convolutions are ours.
+"""The bottleneck layers of ``dense_block`` as one call each way, where all their convolutions are ours.
 
-What the schedules of dense_block.py and _dense_gradient.py, which remain for everything else, do in a dozen calls
+What the schedules of dense_block.py and _dense_gradient.py, which remain for everything else, do in a dozen calls a layer
 (csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp). The same bits, but for gradients behind sums that the first convolution's
 epilogue takes where features are large.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from .._define import define_op, has_kernel, op
 from ._block_code import Conv
 from ._block_gradient import Schedule
 
+_NUMBERS, _PLACES = 4, 8  # of a layer: numbers, and tensors with statistics of the inner BatchNorm
+
 
 class LayerCall(NamedTuple):
-    """Arguments that both calls share, in the order of conv_dense_layer_cpu.cpp."""
+    """A layer's arguments that both calls share, in the order of conv_dense_layer_cpu.cpp."""
 
     tensors: list[Tensor]
     code: list[int]
@@ -28,8 +31,8 @@ class LayerCall(NamedTuple):
 
 
 def prepare(s: Schedule, channels: int, new: int, convs: tuple[Conv, ...], like: Tensor) -> LayerCall | None:
-    """The call of a layer that makes ``new`` of ``channels`` on maps of ``like``'s size; None where it goes step by step."""
-    if len(convs) != 2 or like.dim() != 4 or not has_kernel("dense_layer_into", s.namespace, like.device.type):
+    """The part in a call of a layer that makes ``new`` of ``channels`` on ``like``'s pixels; None: it goes step by step."""
+    if len(convs) != 2 or like.dim() != 4 or not has_kernel("dense_layers_into", s.namespace, like.device.type):
         return None
     weights = [s._convs[conv.weight] for conv in convs]
     vectors = [v for conv in convs for v in s.vectors(conv.norm)]
@@ -62,50 +65,69 @@ def _plan(size: tuple[int, ...], channels: int, *of_convs: Any) -> tuple[int, ..
 
 
 def forward(
-    namespace: str, layer: LayerCall, running: tuple[Tensor | None, Tensor | None], out: Tensor, mean: Tensor, var: Tensor
-) -> list[Tensor]:
-    """``(y, z, mean, rstd, new_running_mean, new_running_var)`` of the inner BatchNorm; the layer's output is appended."""
-    tensors = layer.tensors + [t for t in running if t is not None]
-    return op("dense_layer_into", namespace)(out, mean, var, tensors, layer.code, layer.numbers)
+    namespace: str, layers: Sequence[LayerCall], running: Sequence[tuple[Tensor | None, ...]], out: Tensor, mean: Tensor,
+    var: Tensor, keep: int,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Of each layer ``[y, z, mean, rstd, new_running_mean, new_running_var]`` of the inner BatchNorm; outputs are appended.
+
+    ``running``: of all layers or of none. ``keep``: how many of y and z are wanted; the others are empty.
+    """
+    tensors = [t for layer, own in zip(layers, running, strict=True) for t in (*layer.tensors, *own) if t is not None]
+    made = op("dense_layers_into", namespace)(out, mean, var, tensors, *_joined(layers), keep)
+    return [made[i : i + 6] for i in range(0, len(made), 6)]
 
 
 def backward(
-    namespace: str, layer: LayerCall, total: Tensor, grad: Tensor, linear: tuple[Tensor, Tensor], out: Tensor, mean: Tensor,
-    var: Tensor, y: Tensor, inner: tuple[Tensor, Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of (outer weight and bias, first convolution, inner weight and bias, last convolution).
+    namespace: str, layers: Sequence[LayerCall], total: Tensor, grad: Tensor, linear: tuple[Tensor, Tensor], out: Tensor,
+    mean: Tensor, var: Tensor, ys: list[Tensor], inner: Sequence[tuple[Tensor, Tensor]],
+) -> list[list[Tensor]]:  # fmt: skip
+    """Of each layer, the last one first, gradients of (outer weight, bias, convolution, inner weight, bias, convolution).
 
-    From ``total``, the gradient of all features, to ``grad``, where the layer's part is added, and ``linear``.
+    From ``total``, the gradient of all features, to ``grad``, where the layers' parts are added, and ``linear``.
     """
-    tensors = [*layer.tensors, *inner]
-    return op("dense_layer_back_into", namespace)(
-        total, grad, *linear, out, mean, var, y, tensors, layer.code, layer.numbers
+    tensors = [t for layer, own in zip(layers, inner, strict=True) for t in (*layer.tensors, *own)]
+    made = op("dense_layers_back_into", namespace)(
+        total, grad, *linear, out, mean, var, ys, tensors, *_joined(layers)
     )  # fmt: skip
+    return [made[i : i + 6] for i in range(0, len(made), 6)]
 
 
-def _fake_forward(out: Tensor, mean: Tensor, var: Tensor, tensors: list[Tensor], *args: Any) -> list[Tensor]:
+def _joined(layers: Sequence[LayerCall]) -> tuple[list[int], list[float]]:
+    return [v for layer in layers for v in layer.code], [v for layer in layers for v in layer.numbers]
+
+
+def _fake_forward(
+    out: Tensor, mean: Tensor, var: Tensor, tensors: list[Tensor], code: list[int], numbers: list[float], keep: int
+) -> list[Tensor]:
     n, _, *size = out.shape
-    inner = tensors[2].shape[0]
-    maps = [
-        torch.empty((n, inner, *size), dtype=out.dtype, device=out.device, memory_format=torch.channels_last) for _ in range(2)
-    ]
-    return [*maps, *(out.new_empty(inner) for _ in range(2)), *(out.new_empty(t.shape) for t in tensors[6:])]
+    count = len(numbers) // _NUMBERS
+    places, made = len(tensors) // count, []
+    for start in range(0, len(tensors), places):
+        own = tensors[start : start + places]
+        inner = own[2].shape[0]
+        for i in range(2):
+            shape = (n, inner, *size) if i < keep else (0,)
+            last = torch.channels_last if i < keep else torch.contiguous_format
+            made.append(torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=last))
+        made += [out.new_empty(inner) for _ in range(2)]
+        made += [out.new_empty(inner if places == _PLACES else 0) for _ in range(2)]
+    return made
 
 
 def _fake_backward(*args: Any) -> list[Tensor]:
-    return [torch.empty_like(t) for t in args[8][:6]]
+    return [torch.empty_like(t) for i, t in enumerate(args[8]) if i % _PLACES < 6]
 
 
 define_op(
-    "dense_layer_into",
-    "(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
+    "dense_layers_into",
+    "(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor[] tensors, int[] code, float[] numbers, int keep) -> Tensor[]",
     fake=_fake_forward,
     stem="conv_bn_act",
     triton=False,
 )
 define_op(
-    "dense_layer_back_into",
-    "(Tensor total, Tensor(a!) grad, Tensor(b!) factor, Tensor(c!) offset, Tensor out, Tensor mean, Tensor var, Tensor y, "
+    "dense_layers_back_into",
+    "(Tensor total, Tensor(a!) grad, Tensor(b!) factor, Tensor(c!) offset, Tensor out, Tensor mean, Tensor var, Tensor[] ys, "
     "Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
     fake=_fake_backward,
     stem="conv_bn_act",

@@ -13,6 +13,7 @@ alone, the convolution is computed again; 2: also the activation behind it, whic
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .._define import define_op, op
 from . import _conv_bn_act_train, _dense, _dense_layer
-from ._block_code import decode
+from ._block_code import Norm, decode
 from ._block_gradient import Schedule, autocast
 from ._dense_gradient import Layer, Tensors, gradients, layers_of
 from ._layout import accumulate_dtype
@@ -46,51 +47,71 @@ def _forward(
     block = decode(code, numbers)
     s = Schedule(namespace, x, convs, norms, running, block, True)
     layers, total = layers_of(x, convs, block, per_layer)
-    out = _dense.empty(namespace, x, total)
-    mean, var = (x.new_empty(total, dtype=accumulate_dtype(x)) for _ in range(2))
-    kept: Tensors = []
-    statistics: Tensors = [mean, var]
-    inner: dict[int, Tensors] = {}
+    f = _Forward(s, total, keep if save else 0)
+    f.append(x, 0, x.shape[1])
+    whole = [_dense_layer.prepare(s, *layer, x) if per_layer == 2 else None for layer in layers]
 
-    def append(new: Tensor, start: int, channels: int) -> None:
+    def kind(place: int) -> tuple[bool, bool]:
+        return whole[place] is not None, layers[place].convs[-1].norm.running >= 0
+
+    for (is_whole, _), group in groupby(range(len(layers)), key=kind):
+        places = list(group)
+        if is_whole:
+            f.whole_layers([layers[p].convs[1].norm for p in places], [whole[p] for p in places])
+        else:
+            for place in places:
+                f.layer(layers[place])
+    outer = _outer_running(s, layers, f.mean, f.var, x.numel() // x.shape[1])
+    new_running = [t for norm in block.norms if norm.running >= 0 for t in (f.moved | outer)[norm.index]]
+    return f.out, f.kept, [f.mean, f.var, *f.statistics] if save else [], new_running
+
+
+class _Forward:
+    """The buffer, statistics of its channels, and what the layers leave. ``keep``: tensors of a bottleneck for backward."""
+
+    def __init__(self, s: Schedule, total: int, keep: int) -> None:
+        self.s, self.namespace, self.block, self.keep = s, s.namespace, s.block, keep
+        self.out = _dense.empty(s.namespace, s.x, total)
+        self.mean, self.var = (s.x.new_empty(total, dtype=accumulate_dtype(s.x)) for _ in range(2))
+        self.kept: Tensors = []
+        self.statistics: Tensors = []  # mean and rstd of each inner BatchNorm
+        self.moved: dict[int, Tensors] = {}  # index of an inner BatchNorm -> its new running statistics
+
+    def append(self, new: Tensor, start: int, channels: int) -> None:
         stop = start + channels
-        _dense.append(namespace, new, out[:, start:stop], mean[start:stop], var[start:stop])
+        _dense.append(self.namespace, new, self.out[:, start:stop], self.mean[start:stop], self.var[start:stop])
 
-    append(x, 0, x.shape[1])
-    for channels, new, own in layers:
-        norm = own[0].norm
-        whole = _dense_layer.prepare(s, channels, new, own, x)
-        if whole is not None:
-            norm = own[1].norm
-            y, z, first_mean, rstd, *inner[norm.index] = _dense_layer.forward(
-                namespace, whole, s.running(norm), out, mean, var
-            )  # fmt: skip
-            if save:
-                statistics += [first_mean, rstd]
-                kept += [y, z][:keep]
-            del y, z
-            continue
+    def note(self, norm: Norm, y: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *moved: Tensor) -> None:
+        """The inner BatchNorm's input, activated output, statistics and new running statistics."""
+        self.kept += [y, z][: self.keep]
+        self.statistics += [mean, rstd]
+        self.moved[norm.index] = list(moved)
+
+    def whole_layers(self, norms: list[Norm], calls: list[_dense_layer.LayerCall]) -> None:
+        """Bottlenecks in a row, all with running statistics or none, in one call."""
+        running = [self.s.running(norm) for norm in norms]
+        made = _dense_layer.forward(self.namespace, calls, running, self.out, self.mean, self.var, self.keep)
+        for norm, results in zip(norms, made, strict=True):
+            self.note(norm, *results)
+
+    def layer(self, layer: Layer) -> None:
+        """Any other layer, step by step."""
+        channels, new, own = layer
+        first, block, convs = own[0], self.block, self.s._convs
         z = _dense.normalise(
-            namespace, out[:, :channels], *s.vectors(norm), mean[:channels], var[:channels], norm.eps, norm.eps_std,
-            block.activation, block.negative_slope,
+            self.namespace, self.out[:, :channels], *self.s.vectors(first.norm), self.mean[:channels], self.var[:channels],
+            first.norm.eps, first.norm.eps_std, block.activation, block.negative_slope,
         )  # fmt: skip
-        if per_layer == 2:
-            first, norm = own[0], own[1].norm
+        if len(own) == 2:
+            norm = own[1].norm
             bias = convs[first.bias] if first.bias >= 0 else None
-            z, y, first_mean, rstd, _, *moved = _conv_bn_act_train.train(
-                namespace, z, convs[first.weight], bias, *s.running(norm), *s.vectors(norm), None, first.geometry,
-                norm.momentum, norm.eps, norm.eps_std, block.activation, block.negative_slope, False,
+            z, y, mean, rstd, _, *moved = _conv_bn_act_train.train(
+                self.namespace, z, convs[first.weight], bias, *self.s.running(norm), *self.s.vectors(norm), None,
+                first.geometry, norm.momentum, norm.eps, norm.eps_std, block.activation, block.negative_slope, False,
             )  # fmt: skip
-            inner[norm.index] = moved
-            if save:
-                statistics += [first_mean, rstd]
-                kept += [y, z][:keep]
+            self.note(norm, y, z, mean, rstd, *moved)
             del y
-        append(s.convolve(z, own[-1]), channels, new)
-        del z
-    outer = _outer_running(s, layers, mean, var, x.numel() // x.shape[1])
-    new_running = [t for norm in block.norms if norm.running >= 0 for t in (inner | outer)[norm.index]]
-    return out, kept, statistics if save else [], new_running
+        self.append(self.s.convolve(z, own[-1]), channels, new)
 
 
 def _outer_running(s: Schedule, layers: list[Layer], mean: Tensor, var: Tensor, count: int) -> dict[int, Tensors]:

@@ -131,6 +131,8 @@ MUTANTS: tuple[Mutant, ...] = (
            "                value -= mean;\n", "                value += mean;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
     Mutant("normed-conv-sum-of-products-wrong", "cpu", "csrc/ops/conv_bn_act/conv_back_kernels_cpu.h",
            "        product += dz * centered;\n", "        product += dz * z;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
+    Mutant("dense-layers-start-from-the-first-gradient", "cpu", "csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp",
+           "        const Tensor& before = i == 0 ? total : grad;\n", "        const Tensor& before = total;\n", _k("tests/ops/test_dense_layer.py", "in_one_call")),
     # CUDA kernels, run on the PTX simulator
     Mutant("cuda-add-mask-tail", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
            "            const bool valid = f < vecs;\n", "            const bool valid = f + 1 < vecs;\n", _k(HOST, "against_cpu")),

@@ -1,6 +1,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <string>
@@ -77,11 +78,20 @@ CacheSizes read_cache_sizes() {
     return sizes;
 }
 
+/// Read while the library is loaded: see kShim in common/shim.h.
+const CacheSizes kCacheSizes = read_cache_sizes();
+
 }  // namespace
 
 Isa active_isa() {
-    static const Isa isa = choose_isa();
-    return isa;
+    // Chosen at the first call, for it may throw; without a guard (see kShim): two first calls both choose.
+    static std::atomic<int> known{-1};
+    int isa = known.load(std::memory_order_relaxed);
+    if (isa < 0) {
+        isa = static_cast<int>(choose_isa());
+        known.store(isa, std::memory_order_relaxed);
+    }
+    return static_cast<Isa>(isa);
 }
 
 const char* isa_name(Isa isa) {
@@ -97,9 +107,6 @@ const char* isa_name(Isa isa) {
     return isa == Isa::kAvx512 ? "avx512" : "avx2";
 }
 
-const CacheSizes& cache_sizes() {
-    static const CacheSizes sizes = read_cache_sizes();
-    return sizes;
-}
+const CacheSizes& cache_sizes() { return kCacheSizes; }
 
 }  // namespace dl4ds

@@ -20,10 +20,10 @@ using FromBlobFn = AOTITorchError(void* data, int64_t dim, const int64_t* sizes,
                                   int64_t metadata_size, void (*deleter)(void* data, void* context),
                                   void* context);
 
-inline FromBlobFn* from_blob_fn() {
-    static auto* const function = find_shim<FromBlobFn>("torch_from_blob");
-    return function;
-}
+inline FromBlobFn* from_blob_fn() { return kShim<FromBlobFn, "torch_from_blob">; }
+
+/// torch's codes of a device and a layout, asked for while the library is loaded (see kShim).
+inline const int32_t kCpuCode = aoti_torch_device_type_cpu(), kStridedCode = aoti_torch_layout_strided();
 
 /// An uninitialised CPU tensor: from the pool if it is large, from torch's allocator if not (or if this torch
 /// cannot give a block back to us: 2.10).
@@ -33,18 +33,17 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
     for (int64_t d = 0; d < dim; ++d) {
         bytes *= sizes[d];
     }
-    static const int32_t cpu = aoti_torch_device_type_cpu();
-    static const int32_t strided = aoti_torch_layout_strided();
     const int32_t code = DTypeCodes::get().to_torch(dtype);
     AtenTensorHandle handle = nullptr;
     if (bytes < kPoolMinBytes || !pool_enabled() || from_blob_fn() == nullptr) {
-        shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, cpu, 0, &handle), "empty_strided");
+        shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, kCpuCode, 0, &handle),
+                   "empty_strided");
         return Tensor(handle);
     }
     PoolBlock* block = acquire(static_cast<size_t>(bytes));
     const auto release = [](void*, void* context) { pool_release(static_cast<PoolBlock*>(context)); };
-    const auto error = from_blob_fn()(block->data, dim, sizes, strides, 0, code, cpu, /*device_index=*/-1,
-                                      &handle, strided, nullptr, 0, release, block);
+    const auto error = from_blob_fn()(block->data, dim, sizes, strides, 0, code, kCpuCode,
+                                      /*device_index=*/-1, &handle, kStridedCode, nullptr, 0, release, block);
     if (error != 0) {
         pool_release(block);
         shim_check(error, "torch_from_blob");

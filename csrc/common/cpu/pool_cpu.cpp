@@ -56,15 +56,12 @@ int64_t default_limit() {
 
 class Pool {
   public:
-    /// Leaked on purpose: tensors may be freed after static destructors have run.
-    static Pool& get() {
-        static Pool* const pool = [] {
-            Pool* made = new Pool;
-            pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
-                           [] { get().mutex_.unlock(); });
-            return made;
-        }();
-        return *pool;
+    static Pool& get();
+    static Pool* make() {
+        Pool* made = new Pool;
+        pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); },
+                       [] { get().mutex_.unlock(); });
+        return made;
     }
 
     PoolBlock* acquire(size_t asked) {
@@ -244,6 +241,12 @@ class Pool {
         return text != nullptr && *text != '\0' && *text != '0';
     }();
 };
+
+/// Made while the library is loaded (see kShim in common/shim.h), and leaked on purpose: tensors may be freed
+/// after static destructors have run.
+Pool* const kPool = Pool::make();
+
+Pool& Pool::get() { return *kPool; }
 
 }  // namespace
 

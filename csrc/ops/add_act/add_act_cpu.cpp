@@ -69,7 +69,7 @@ void backward_all(DType dtype, Activation act, const AddActBwdArgs& whole) {
 /// x + residual as torch.add makes it, for strides that no flat loop serves.
 Tensor torch_add(const Tensor& x, const Tensor& residual) {
     using AddFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
-    static AddFn* const add = find_shim<AddFn>("aoti_torch_cpu_add_Tensor");
+    AddFn* const add = kShim<AddFn, "aoti_torch_cpu_add_Tensor">;
     DL4DS_CHECK(add != nullptr,
                 "add_act: this torch has no aoti_torch_cpu_add_Tensor: pass x and residual with equal, ",
                 "dense strides");

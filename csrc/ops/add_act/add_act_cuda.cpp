@@ -33,7 +33,7 @@ bool same_order(const TensorInfo& x, const TensorInfo& residual) {
 /// take aten::add's Scalar.)
 Tensor torch_add(const Tensor& x, const Tensor& residual) {
     using AddFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
-    static AddFn* const add = find_shim<AddFn>("aoti_torch_cuda_add_Tensor");
+    AddFn* const add = kShim<AddFn, "aoti_torch_cuda_add_Tensor">;
     DL4DS_CHECK(add != nullptr,
                 "add_act: this torch has no aoti_torch_cuda_add_Tensor: pass x and residual with ",
                 "equal, dense strides");

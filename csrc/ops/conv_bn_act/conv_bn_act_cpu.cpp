@@ -11,11 +11,13 @@ namespace {
 
 constexpr const char* kOp = "conv_bn_act";
 
+/// Asked for while the library is loaded (see kShim).
+const int32_t kMkldnnCode = aoti_torch_layout__mkldnn();
+
 bool is_prepacked(const Tensor& weight) {
-    static const int32_t mkldnn = aoti_torch_layout__mkldnn();
     int32_t layout = 0;
     shim_check(aoti_torch_get_layout(weight.get(), &layout), "get_layout");
-    return layout == mkldnn;
+    return layout == kMkldnnCode;
 }
 
 AtenTensorHandle* optional_handle(const std::optional<Tensor>& tensor, AtenTensorHandle& storage) {
@@ -32,7 +34,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     using ConvolutionFn = AOTITorchError(
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);
-    static ConvolutionFn* const convolution = find_shim<ConvolutionFn>("aoti_torch_cpu_convolution");
+    ConvolutionFn* const convolution = kShim<ConvolutionFn, "aoti_torch_cpu_convolution">;
     DL4DS_CHECK(convolution != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution");
     const std::vector<int64_t> output_padding(conv.stride.size(), 0);
     const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
@@ -51,8 +53,7 @@ Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::opti
     using PointwiseFn = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*,
                                        int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int64_t,
                                        const char*, const double**, int64_t, const char**, AtenTensorHandle*);
-    static PointwiseFn* const pointwise =
-        find_shim<PointwiseFn>("aoti_torch_cpu_mkldnn__convolution_pointwise");
+    PointwiseFn* const pointwise = kShim<PointwiseFn, "aoti_torch_cpu_mkldnn__convolution_pointwise">;
     DL4DS_CHECK(
         pointwise != nullptr, kOp,
         ": weight: this torch is built without oneDNN (aoti_torch_cpu_mkldnn__convolution_pointwise is "

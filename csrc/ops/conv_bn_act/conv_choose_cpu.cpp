@@ -2,10 +2,9 @@
 // a cycle. Its constants were fitted to bench/ops/conv.py on an AVX-512 machine with weights out of cache, as
 // they are in a network.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "common/cpu/isa.h"
+#include "common/env.h"
 #include "ops/conv_bn_act/conv_depthwise_cpu.h"
 #include "ops/conv_bn_act/conv_narrow_cpu.h"
 
@@ -111,17 +110,14 @@ double strassen_cycles(const ConvShape& s, double threads) {
     return std::max(gemm, bytes * kCyclesPerWeightByte) + in / in_threads + out / threads;
 }
 
-/// Whether a variable of the environment leaves its algorithm switched on.
-bool is_on(const char* text) { return text == nullptr || std::strcmp(text, "0") != 0; }
-
 bool winograd_allowed() {
-    static const bool on = is_on(std::getenv("DL4DS_WINOGRAD"));
-    return on;
+    static constinit EnvSwitch allowed{"DL4DS_WINOGRAD"};
+    return allowed.on();
 }
 
 bool strassen_allowed() {
-    static const bool on = is_on(std::getenv("DL4DS_STRASSEN"));
-    return on;
+    static constinit EnvSwitch allowed{"DL4DS_STRASSEN"};
+    return allowed.on();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A bottleneck layer of a dense block's training step in one call, forward and backward, on the block's
+// The bottleneck layers of a dense block's training step in one call, forward and backward, on the block's
 // buffers: the calls that dl4ds_kernels/ops/dense_block.py and _dense_gradient.py would make one by one, in
 // the same order. Between two of them Python and the dispatcher, with caches that a convolution has just
 // emptied, cost as much as a small layer's kernel (as for conv_chain). Where the first convolution can, it
@@ -26,22 +26,38 @@ struct Code {
     }
 };
 
-/// Places in `tensors`; the rest is the inner BatchNorm's running statistics, or its mean and rstd.
-enum Place { kWeight0, kBias0, kConv0, kWeight1, kBias1, kConv1, kFirst, kSecond };
-/// Places in `numbers`.
-enum Number { kEps0, kEps1, kSlope, kMomentum };
+constexpr size_t kCode = sizeof(Code) / sizeof(int64_t);
 
-Code decode(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& code,
-            const std::vector<double>& numbers) {
-    Code c;
-    DL4DS_CHECK(code.size() == sizeof c / sizeof(int64_t), op, ": code: expected ",
-                sizeof c / sizeof(int64_t), " integers, got ", code.size());
-    std::copy(code.begin(), code.end(), reinterpret_cast<int64_t*>(&c));
-    DL4DS_CHECK(tensors.size() == kFirst || tensors.size() == kSecond + 1, op, ": tensors: expected ",
-                static_cast<int>(kFirst), " or ", kSecond + 1, ", got ", tensors.size());
-    DL4DS_CHECK(numbers.size() == kMomentum + 1, op, ": numbers: expected ", kMomentum + 1, ", got ",
-                numbers.size());
-    return c;
+/// Places in `tensors`; the rest is the inner BatchNorm's running statistics, or its mean and rstd.
+enum Place { kWeight0, kBias0, kConv0, kWeight1, kBias1, kConv1, kFirst, kSecond, kPlaces };
+/// Places in `numbers`.
+enum Number { kEps0, kEps1, kSlope, kMomentum, kNumbers };
+
+struct Layer {
+    Code code;
+    std::vector<Tensor> tensors;  // kFirst or kPlaces of them
+    const double* numbers;
+};
+
+/// What the lists of a call hold, one layer's part behind the other's.
+std::vector<Layer> decode(const char* op, const std::vector<Tensor>& tensors,
+                          const std::vector<int64_t>& code, const std::vector<double>& numbers) {
+    const size_t count = code.size() / kCode;
+    DL4DS_CHECK(count > 0 && code.size() == count * kCode, op, ": code: expected ", kCode,
+                " integers a layer, got ", code.size());
+    const size_t places = tensors.size() / count;
+    DL4DS_CHECK(tensors.size() == count * places && (places == kFirst || places == kPlaces), op,
+                ": tensors: expected ", static_cast<int>(kFirst), " or ", static_cast<int>(kPlaces),
+                " a layer, got ", tensors.size(), " for ", count);
+    DL4DS_CHECK(numbers.size() == count * kNumbers, op, ": numbers: expected ", static_cast<int>(kNumbers),
+                " a layer, got ", numbers.size(), " for ", count);
+    std::vector<Layer> layers(count);
+    for (size_t i = 0; i < count; ++i) {
+        std::copy_n(code.begin() + i * kCode, kCode, reinterpret_cast<int64_t*>(&layers[i].code));
+        layers[i].tensors.assign(tensors.begin() + i * places, tensors.begin() + (i + 1) * places);
+        layers[i].numbers = numbers.data() + i * kNumbers;
+    }
+    return layers;
 }
 
 Tensor channels(const Tensor& t, int64_t first, int64_t count) {
@@ -137,18 +153,16 @@ std::pair<Tensor, Tensor> outer_back(const char* op, const Outer& outer, const T
     return {std::move(dweight), std::move(dbias)};
 }
 
-}  // namespace
-
-/// The layer's output is appended to `out`, its statistics to `mean` and `var`; gives (y, z, mean, rstd,
-/// new_running_mean, new_running_var) of the inner BatchNorm, y its input and z its activated output.
-std::vector<Tensor> dense_layer_cpu(Tensor out, Tensor mean, Tensor var, std::vector<Tensor> tensors,
-                                    std::vector<int64_t> code, std::vector<double> numbers) {
-    constexpr const char* kOp = "dense_layer_into";
-    const Code c = decode(kOp, tensors, code, numbers);
+/// One layer of dense_layers_cpu: its output goes behind what it reads.
+std::array<Tensor, 6> layer_forward(const char* op, const Tensor& out, const Tensor& mean, const Tensor& var,
+                                    const Layer& layer) {
+    const Code& c = layer.code;
+    const std::vector<Tensor>& tensors = layer.tensors;
+    const double* numbers = layer.numbers;
     const bool tracks = tensors.size() > kFirst;
     Tensor y = [&] {
         if (reads_normed(c, out, tensors[kConv0])) {
-            return normed_conv(Outer(kOp, tensors, c, out, mean, var, numbers[kEps0]).input(),
+            return normed_conv(Outer(op, tensors, c, out, mean, var, numbers[kEps0]).input(),
                                tensors[kConv0]);
         }
         const Tensor input = std::get<0>(
@@ -169,15 +183,13 @@ std::vector<Tensor> dense_layer_cpu(Tensor out, Tensor mean, Tensor var, std::ve
     return {std::move(y), std::move(z), first, rstd, new_mean, new_var};
 }
 
-/// From `total`, the gradient of all features, to `grad`: that plus the layer's part (but for what is linear
-/// in the features, see dense_back_cpu). `y` as dense_layer_cpu gave it; the last two of `tensors` are its
-/// mean and rstd. Gives the gradients of the first six.
-std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor factor, Tensor offset, Tensor out,
-                                         Tensor mean, Tensor var, Tensor y, std::vector<Tensor> tensors,
-                                         std::vector<int64_t> code, std::vector<double> numbers) {
-    constexpr const char* kOp = "dense_layer_back_into";
-    const Code c = decode(kOp, tensors, code, numbers);
-    DL4DS_CHECK(tensors.size() == kSecond + 1, kOp, ": tensors: expected the inner mean and rstd");
+/// One layer of dense_layers_back_cpu.
+std::array<Tensor, 6> layer_back(const char* op, const Tensor& total, const Tensor& grad,
+                                 const Tensor& factor, const Tensor& offset, const Tensor& out,
+                                 const Tensor& mean, const Tensor& var, const Tensor& y, const Layer& layer) {
+    const Code& c = layer.code;
+    const std::vector<Tensor>& tensors = layer.tensors;
+    const double* numbers = layer.numbers;
     const Tensor features = channels(out, 0, c.channels), &first = tensors[kFirst], &rstd = tensors[kSecond];
     Tensor dweight1 = tensors[kConv1], dvector1 = tensors[kWeight1], dbias1 = tensors[kBias1];
     Tensor dy = [&] {
@@ -187,8 +199,8 @@ std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor facto
                            entries(offset, c.channels, c.growth));
         // The activation as the forward pass had it, bit for bit: see normalise_again in ops/bn_act.py.
         const TensorInfo ri = tensor_info(rstd), wi = tensor_info(tensors[kWeight1]);
-        check_dtype(kOp, "rstd", ri, DType::kFloat32);
-        check_channel_vector(kOp, "weight", wi, tensor_info(y));
+        check_dtype(op, "rstd", ri, DType::kFloat32);
+        check_channel_vector(op, "weight", wi, tensor_info(y));
         Tensor scale = empty_vector_cpu(ri.numel, DType::kFloat32),
                ones = empty_vector_cpu(ri.numel, DType::kFloat32);
         for (int64_t i = 0; i < ri.numel; ++i) {
@@ -209,8 +221,8 @@ std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor facto
         return dense_channels_last(made, tensor_info(made));
     }();
     if (tensor_info(features).numel >= kNormedBack && reads_normed(c, out, tensors[kConv0])) {
-        const Outer outer(kOp, tensors, c, out, mean, var, numbers[kEps0]);
-        auto [dvector0, dbias0] = outer_back(kOp, outer, tensors[kConv0], dy, channels(total, 0, c.channels),
+        const Outer outer(op, tensors, c, out, mean, var, numbers[kEps0]);
+        auto [dvector0, dbias0] = outer_back(op, outer, tensors[kConv0], dy, channels(total, 0, c.channels),
                                              channels(grad, 0, c.channels), entries(factor, 0, c.channels),
                                              entries(offset, 0, c.channels));
         Tensor dweight0 = normed_conv_wgrad(outer.input(), tensors[kConv0], dy);
@@ -232,9 +244,52 @@ std::vector<Tensor> dense_layer_back_cpu(Tensor total, Tensor grad, Tensor facto
     return {dvector0, dbias0, std::move(dweight0), dvector1, dbias1, dweight1};
 }
 
+}  // namespace
+
+/// Each layer's output is appended to `out`, its statistics to `mean` and `var`. Gives six tensors a layer: y
+/// and z, the inner BatchNorm's input and its activated output (empty unless `keep` is 1 or 2), and its mean,
+/// rstd, new_running_mean and new_running_var.
+std::vector<Tensor> dense_layers_cpu(Tensor out, Tensor mean, Tensor var, std::vector<Tensor> tensors,
+                                     std::vector<int64_t> code, std::vector<double> numbers, int64_t keep) {
+    constexpr const char* kOp = "dense_layers_into";
+    DL4DS_CHECK(keep >= 0 && keep <= 2, kOp, ": keep: expected 0, 1 or 2, got ", keep);
+    std::vector<Tensor> made;
+    for (const Layer& layer : decode(kOp, tensors, code, numbers)) {
+        std::array<Tensor, 6> results = layer_forward(kOp, out, mean, var, layer);
+        for (int64_t i = keep; i < 2; ++i) {
+            results[i] = empty_vector_cpu(0, DType::kFloat32);
+        }
+        made.insert(made.end(), results.begin(), results.end());
+    }
+    return made;
+}
+
+/// The layers in the order in which their gradients are taken, the last one first. From `total`, the gradient
+/// of all features, to `grad`: that plus the layers' parts (but for what is linear in the features, see
+/// dense_back_cpu). `ys` as dense_layers_cpu gave them; the last two of a layer's `tensors` are its mean and
+/// rstd. Gives the gradients of the first six of each.
+std::vector<Tensor> dense_layers_back_cpu(Tensor total, Tensor grad, Tensor factor, Tensor offset, Tensor out,
+                                          Tensor mean, Tensor var, std::vector<Tensor> ys,
+                                          std::vector<Tensor> tensors, std::vector<int64_t> code,
+                                          std::vector<double> numbers) {
+    constexpr const char* kOp = "dense_layers_back_into";
+    const std::vector<Layer> layers = decode(kOp, tensors, code, numbers);
+    DL4DS_CHECK(layers[0].tensors.size() == kPlaces, kOp, ": tensors: expected the inner mean and rstd");
+    DL4DS_CHECK(ys.size() == layers.size(), kOp, ": ys: expected one a layer, got ", ys.size(), " for ",
+                layers.size());
+    std::vector<Tensor> gradients;
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const Tensor& before = i == 0 ? total : grad;
+        for (Tensor& t : layer_back(kOp, before, grad, factor, offset, out, mean, var, ys[i], layers[i])) {
+            gradients.push_back(std::move(t));
+        }
+    }
+    return gradients;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
-    m.impl("dense_layer_into", TORCH_BOX(&dense_layer_cpu));
-    m.impl("dense_layer_back_into", TORCH_BOX(&dense_layer_back_cpu));
+    m.impl("dense_layers_into", TORCH_BOX(&dense_layers_cpu));
+    m.impl("dense_layers_back_into", TORCH_BOX(&dense_layers_back_cpu));
 }
 
 }  // namespace dl4ds

@@ -72,7 +72,7 @@ Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weigh
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, const int64_t**, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t,
         const int32_t*, int64_t, AtenTensorHandle*, AtenTensorHandle*, AtenTensorHandle*);
-    static BackwardFn* const backward = find_shim<BackwardFn>("aoti_torch_cpu_convolution_backward");
+    BackwardFn* const backward = kShim<BackwardFn, "aoti_torch_cpu_convolution_backward">;
     DL4DS_CHECK(backward != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution_backward");
     const int64_t zeros[2] = {0, 0};
     const int32_t mask[3] = {which == 0, which == 1, 0};

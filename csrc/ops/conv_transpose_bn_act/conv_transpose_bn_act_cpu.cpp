@@ -24,7 +24,7 @@ Tensor convolve_transposed(const Tensor& x, const Tensor& weight, const std::opt
     using ConvolutionFn = AOTITorchError(
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);
-    static ConvolutionFn* const convolution = find_shim<ConvolutionFn>("aoti_torch_cpu_convolution");
+    ConvolutionFn* const convolution = kShim<ConvolutionFn, "aoti_torch_cpu_convolution">;
     DL4DS_CHECK(convolution != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution");
     const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
     AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out = nullptr;
