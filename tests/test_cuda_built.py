@@ -10,7 +10,7 @@ from _cuda_built import BUILD, built_objects, ptx_in
 from ptxsim import Module, compile_cuda
 from ptxsim.fixture import require_nvcc, require_simulator
 
-SAMPLE = cuda.ROOT / "tests/ptxsim/samples/kernels.cu"
+SAMPLE = cuda.ROOT / "tests/ptxsim/samples/host.cu"
 
 
 def _words(ptx: str) -> list[str]:
