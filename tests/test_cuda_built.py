@@ -11,6 +11,7 @@ from ptxsim import Module, compile_cuda
 from ptxsim.fixture import require_nvcc, require_simulator
 
 SAMPLE = cuda.ROOT / "tests/ptxsim/samples/host.cu"
+INCLUDES = [SAMPLE.parent.parent]
 
 
 def _words(ptx: str) -> list[str]:
@@ -20,8 +21,8 @@ def _words(ptx: str) -> list[str]:
 def test_embedded_ptx_is_what_nvcc_prints() -> None:
     require_nvcc()
     require_simulator()
-    printed = compile_cuda(SAMPLE, "ptx")[0].read_text()
-    embedded = ptx_in(compile_cuda(SAMPLE, "object")[0])
+    printed = compile_cuda(SAMPLE, "ptx", includes=INCLUDES)[0].read_text()
+    embedded = ptx_in(compile_cuda(SAMPLE, "object", includes=INCLUDES)[0])
     assert _words(embedded) == _words(printed)
     code = embedded.partition("\n.section")[0]
     assert code.count("\n}\n") == len(Module(embedded).kernels)  # a line of its own ends a body, and nothing else
