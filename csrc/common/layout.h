@@ -29,7 +29,6 @@ struct DTypeCodes {
     int32_t bfloat16 = aoti_torch_dtype_bfloat16();
     int32_t uint8 = aoti_torch_dtype_uint8();
 
-    static const DTypeCodes& get();
     DType from_torch(int32_t code) const {
         return code == float32    ? DType::kFloat32
                : code == float64  ? DType::kFloat64
@@ -55,7 +54,6 @@ struct DTypeCodes {
 };
 
 inline const DTypeCodes kDTypeCodes;
-inline const DTypeCodes& DTypeCodes::get() { return kDTypeCodes; }
 
 /// What a kernel needs to know of a tensor. sizes and strides (in elements) are borrowed from the tensor.
 struct TensorInfo {
@@ -91,7 +89,7 @@ inline TensorInfo tensor_info(AtenTensorHandle handle) {
     info.sizes = sizes;
     info.strides = strides;
     info.present = true;
-    info.dtype = DTypeCodes::get().from_torch(dtype);
+    info.dtype = kDTypeCodes.from_torch(dtype);
     return info;
 }
 
@@ -229,7 +227,7 @@ inline std::array<int64_t, kMaxElementwiseDims> elementwise_strides(const Tensor
 /// A copy of x with the given strides, in torch's own memory.
 inline Tensor copy_with_strides(const Tensor& x, const TensorInfo& info, const int64_t* strides) {
     AtenTensorHandle handle = nullptr;
-    shim_check(aoti_torch_empty_strided(info.dim, info.sizes, strides, DTypeCodes::get().to_torch(info.dtype),
+    shim_check(aoti_torch_empty_strided(info.dim, info.sizes, strides, kDTypeCodes.to_torch(info.dtype),
                                         info.device_type, info.device_index, &handle),
                "empty_strided");
     Tensor copy(handle);

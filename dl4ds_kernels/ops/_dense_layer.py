@@ -105,10 +105,9 @@ def _fake_forward(
     for start in range(0, len(tensors), places):
         own = tensors[start : start + places]
         inner = own[2].shape[0]
-        for i in range(2):
-            shape = (n, inner, *size) if i < keep else (0,)
-            last = torch.channels_last if i < keep else torch.contiguous_format
-            made.append(torch.empty(shape, dtype=out.dtype, device=out.device, memory_format=last))
+        maps = {"dtype": out.dtype, "device": out.device, "memory_format": torch.channels_last}
+        made += [torch.empty((n, inner, *size), **maps) for _ in range(keep)]
+        made += [out.new_empty(0) for _ in range(2 - keep)]
         made += [out.new_empty(inner) for _ in range(2)]
         made += [out.new_empty(inner if places == _PLACES else 0) for _ in range(2)]
     return made

@@ -177,7 +177,7 @@ def test_whole_layers_check_their_arguments(kernels: None) -> None:
     made = forward(x.clone(), v.clone(), v.clone(), tensors, code, numbers, 2)
     assert [tuple(t.shape) for t in made] == [(2, 16, 8, 8)] * 2 + [(16,)] * 2 + [(0,)] * 2
     more = [*tensors, *made[2:4]]
-    gradients = back(x, x.clone(), d.clone(), d.clone(), x, v, v, made[:1], [*tensors, *made[2:4]], code, numbers)
+    gradients = back(x, x.clone(), d.clone(), d.clone(), x, v, v, made[:1], more, code, numbers)
     assert [g.shape for g in gradients] == [t.shape for t in tensors]
     for message, call in {
         "dense_layers_into: code: expected 23": lambda: forward(x, v, v, tensors, code[:-1], numbers, 2),

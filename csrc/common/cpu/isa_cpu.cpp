@@ -1,7 +1,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <string>
@@ -9,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/cpu/isa.h"
+#include "common/once.h"
 
 namespace dl4ds {
 namespace {
@@ -83,16 +83,8 @@ const CacheSizes kCacheSizes = read_cache_sizes();
 
 }  // namespace
 
-Isa active_isa() {
-    // Chosen at the first call, for it may throw; without a guard (see kShim): two first calls both choose.
-    static std::atomic<int> known{-1};
-    int isa = known.load(std::memory_order_relaxed);
-    if (isa < 0) {
-        isa = static_cast<int>(choose_isa());
-        known.store(isa, std::memory_order_relaxed);
-    }
-    return static_cast<Isa>(isa);
-}
+/// Chosen at the first call, for it may throw.
+Isa active_isa() { return once<choose_isa>(); }
 
 const char* isa_name(Isa isa) {
     if (isa == Isa::kBaseline) {

@@ -33,7 +33,7 @@ inline Tensor empty_cpu(const int64_t* sizes, const int64_t* strides, int64_t di
     for (int64_t d = 0; d < dim; ++d) {
         bytes *= sizes[d];
     }
-    const int32_t code = DTypeCodes::get().to_torch(dtype);
+    const int32_t code = kDTypeCodes.to_torch(dtype);
     AtenTensorHandle handle = nullptr;
     if (bytes < kPoolMinBytes || !pool_enabled() || from_blob_fn() == nullptr) {
         shim_check(aoti_torch_empty_strided(dim, sizes, strides, code, kCpuCode, 0, &handle),

@@ -51,7 +51,7 @@ inline Activation checked_activation(const char* op, int64_t code) {
 inline Tensor empty_cuda(const TensorInfo& x, const int64_t* sizes, const int64_t* strides, int64_t dim,
                          DType dtype) {
     AtenTensorHandle handle = nullptr;
-    shim_check(aoti_torch_empty_strided(dim, sizes, strides, DTypeCodes::get().to_torch(dtype), x.device_type,
+    shim_check(aoti_torch_empty_strided(dim, sizes, strides, kDTypeCodes.to_torch(dtype), x.device_type,
                                         x.device_index, &handle),
                "empty_strided");
     return Tensor(handle);

@@ -2,9 +2,10 @@
 // a cycle. Its constants were fitted to bench/ops/conv.py on an AVX-512 machine with weights out of cache, as
 // they are in a network.
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/cpu/isa.h"
-#include "common/env.h"
+#include "common/once.h"
 #include "ops/conv_bn_act/conv_depthwise_cpu.h"
 #include "ops/conv_bn_act/conv_narrow_cpu.h"
 
@@ -111,13 +112,11 @@ double strassen_cycles(const ConvShape& s, double threads) {
 }
 
 bool winograd_allowed() {
-    static constinit EnvSwitch allowed{"DL4DS_WINOGRAD"};
-    return allowed.on();
+    return once<[] { return is_on(std::getenv("DL4DS_WINOGRAD")); }>();
 }
 
 bool strassen_allowed() {
-    static constinit EnvSwitch allowed{"DL4DS_STRASSEN"};
-    return allowed.on();
+    return once<[] { return is_on(std::getenv("DL4DS_STRASSEN")); }>();
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // Which algorithm each of a training step's convolutions takes: cycles of one core, as in
 // conv_choose_cpu.cpp, but with the weight's packing or transform, which every step pays again.
 #include <algorithm>
+#include <cstdlib>
 
 #include "common/cpu/isa.h"
-#include "common/env.h"
+#include "common/once.h"
 #include "ops/conv_bn_act/conv_train_cpu.h"
 
 namespace dl4ds {
@@ -28,13 +29,11 @@ constexpr int64_t kMinFieldChannels = 64, kMinTaps = 16, kNarrow = 5;
 double up(int64_t a, int64_t b) { return static_cast<double>((a + b - 1) / b); }
 
 bool winograd_allowed() {
-    static constinit EnvSwitch allowed{"DL4DS_WINOGRAD"};
-    return allowed.on();
+    return once<[] { return is_on(std::getenv("DL4DS_WINOGRAD")); }>();
 }
 
 bool direct_allowed() {
-    static constinit EnvSwitch allowed{"DL4DS_TRAIN_GEMM"};
-    return allowed.on();
+    return once<[] { return is_on(std::getenv("DL4DS_TRAIN_GEMM")); }>();
 }
 
 void choose_winograd(const ConvShape& s, TrainChoice& choice) {
