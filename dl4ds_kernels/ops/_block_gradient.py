@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import op
-from . import _bn_act_pair, _conv_dgrad
+from . import _bn_act_pair, _conv_dgrad, _residual_step
 from ._block_code import IDENTITY, NO_SHORTCUT, Block, Conv, Norm, decode
 from ._conv2d import convolve, convolve_back
 from ._conv_dgrad import Added, Site, Sums
@@ -221,6 +221,10 @@ def gradients(
     convolution behind the block has taken them. ``front``: the BatchNorm that made x; the sums over x's gradient then follow
     the gradients, if they were taken.
     """
+    if training and all(needs):
+        plan = _residual_step.plan(namespace, x, convs, norms, code, numbers, memory_efficient)
+        if plan is not None:
+            return _residual_step.backward(namespace, plan, dout, mask, x, convs, norms, kept, statistics)
     block = decode(code, numbers)
     front_site = unpack_site(front, front_code, front_numbers)
     g = Gradient(needs, statistics, namespace, x, convs, norms, running, block, training)

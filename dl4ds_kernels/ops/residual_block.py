@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._activation import MASK_CODES
 from .._define import CPP, define_op, op
-from . import _bn_act_pair, _conv_bn_act_train, _conv_dgrad
+from . import _bn_act_pair, _conv_bn_act_train, _conv_dgrad, _residual_step
 from ._block_code import IDENTITY, PROJECTION, Conv, Norm, decode
 from ._block_gradient import Schedule, autocast, gradients, pack_site
 from ._conv_dgrad import Site
@@ -44,6 +44,9 @@ def _forward(
     memory_efficient: bool,
 ) -> tuple[Tensor, Tensor, Tensors, Tensors, Tensors]:
     """``(out, mask, kept, statistics, new_running)``; see the schema below."""
+    plan = _residual_step.plan(namespace, x, convs, norms, code, numbers, memory_efficient) if training else None
+    if plan is not None:
+        return _residual_step.forward(namespace, plan, x, convs, norms, running, save)
     block = decode(code, numbers)
     s = Schedule(namespace, x, convs, norms, running, block, training)
     kept: Tensors = []

@@ -204,6 +204,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_fwd_cpu(
     return {out, mean, rstd, mask, new_mean, new_var};
 }
 
+Tensor bn_act_again_cpu(const Tensor& y, const std::optional<Tensor>& weight,
+                        const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd,
+                        int64_t activation, double negative_slope) {
+    const TensorInfo yi = tensor_info(y), ri = tensor_info(rstd), wi = tensor_info(weight);
+    check_batched(kOp, yi);
+    check_channel_vector(kOp, "weight", wi, yi);
+    check_channel_vector(kOp, "rstd", ri, yi);
+    const DType acc = acc_dtype(yi.dtype);
+    check_dtype(kOp, "rstd", ri, acc);
+    const Tensor scale = empty_vector_cpu(ri.numel, acc), ones = empty_vector_cpu(ri.numel, acc);
+    const auto fill = [&](auto one) {
+        using T = decltype(one);
+        T *const product = tensor_info(scale).as<T>(), *const var = tensor_info(ones).as<T>();
+        for (int64_t c = 0; c < ri.numel; ++c) {
+            product[c] = channel_entry<T>(wi, c, one) * channel_entry<T>(ri, c, one);
+            var[c] = one;
+        }
+    };
+    acc == DType::kFloat64 ? fill(1.0) : fill(1.0f);
+    return std::get<0>(bn_act_fwd_cpu(y, scale, bias, mean, ones, std::nullopt, false, 0.0, 0.0, false,
+                                      activation, negative_slope, false));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("bn_act", TORCH_BOX(&bn_act_fwd_cpu));
     m.impl("bn_act_bwd", TORCH_BOX(&bn_act_bwd_cpu));

@@ -18,6 +18,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd_cpu(
     std::optional<Tensor> residual, std::optional<Tensor> mask, bool training, double eps, bool eps_std,
     int64_t activation, double negative_slope, bool need_dx, bool need_dparams, bool need_dresidual);
 
+/// act(bn(y)) in training with the bits of an earlier call, whose mean and rstd these are (normalise_again in
+/// ops/bn_act.py): weight * rstd as the weight, with a variance of 1.
+Tensor bn_act_again_cpu(const Tensor& y, const std::optional<Tensor>& weight,
+                        const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd,
+                        int64_t activation, double negative_slope);
+
 // Steps of a dense block on its buffers (bn_act_dense_cpu.cpp).
 void dense_append_cpu(Tensor x, Tensor out, Tensor mean, Tensor var);
 std::tuple<Tensor, Tensor> dense_back_cpu(Tensor dz, Tensor x, std::optional<Tensor> weight,

@@ -63,6 +63,8 @@ void run_forward(const Forward& f, const BnPlan& plan, void* out, uint8_t* mask)
         [&](State& state) { state.bits.finish(); });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_stats_cpu(Tensor x, std::optional<Tensor> running_mean,
                                                         std::optional<Tensor> running_var, double momentum,
                                                         double eps, bool eps_std) {
@@ -138,5 +140,4 @@ STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
     m.impl("bn_act_pair_bwd", TORCH_BOX(&bn_act_pair_bwd_cpu));
 }
 
-}  // namespace
 }  // namespace dl4ds

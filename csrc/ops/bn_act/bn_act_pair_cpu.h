@@ -110,6 +110,16 @@ void for_each_piece(const BnPlan& plan, int64_t tensors, const Begin& begin, con
     });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_stats_cpu(Tensor x, std::optional<Tensor> running_mean,
+                                                        std::optional<Tensor> running_var, double momentum,
+                                                        double eps, bool eps_std);
+
+std::tuple<Tensor, Tensor> bn_act_pair_cpu(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
+                                           std::optional<Tensor> bias, Tensor residual, Tensor residual_mean,
+                                           Tensor residual_rstd, std::optional<Tensor> residual_weight,
+                                           std::optional<Tensor> residual_bias, int64_t activation,
+                                           double negative_slope, bool save_mask);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_act_pair_bwd_cpu(
     Tensor dout, std::optional<Tensor> mask, int64_t activation, double negative_slope, Tensor x,
     std::optional<Tensor> weight, Tensor mean, Tensor rstd, double eps, bool eps_std, Tensor residual,

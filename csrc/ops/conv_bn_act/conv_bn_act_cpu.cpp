@@ -28,25 +28,6 @@ AtenTensorHandle* optional_handle(const std::optional<Tensor>& tensor, AtenTenso
     return &storage;
 }
 
-/// aten::convolution (not transposed).
-Tensor convolve(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Convolution& conv) {
-    using ConvolutionFn = AOTITorchError(
-        AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
-        int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);
-    ConvolutionFn* const convolution = kShim<ConvolutionFn, "aoti_torch_cpu_convolution">;
-    DL4DS_CHECK(convolution != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution");
-    const std::vector<int64_t> output_padding(conv.stride.size(), 0);
-    const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
-    AtenTensorHandle bias_handle = nullptr, out = nullptr;
-    shim_check(convolution(x.get(), weight.get(), optional_handle(bias, bias_handle), conv.stride.data(),
-                           length(conv.stride), conv.padding.data(), length(conv.padding),
-                           conv.dilation.data(), length(conv.dilation), 0, output_padding.data(),
-                           length(output_padding), conv.groups, &out),
-               "conv_bn_act: aten::convolution");
-    return Tensor(out);
-}
-
 /// oneDNN's convolution with a prepacked weight.
 Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Convolution& conv) {
@@ -69,6 +50,24 @@ Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::opti
 
 }  // namespace
 
+Tensor library_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Convolution& conv) {
+    using ConvolutionFn = AOTITorchError(
+        AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
+        int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);
+    ConvolutionFn* const convolution = kShim<ConvolutionFn, "aoti_torch_cpu_convolution">;
+    DL4DS_CHECK(convolution != nullptr, kOp, ": this torch has no aoti_torch_cpu_convolution");
+    const std::vector<int64_t> output_padding(conv.stride.size(), 0);
+    const auto length = [](const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); };
+    AtenTensorHandle bias_handle = nullptr, out = nullptr;
+    shim_check(convolution(x.get(), weight.get(), optional_handle(bias, bias_handle), conv.stride.data(),
+                           length(conv.stride), conv.padding.data(), length(conv.padding),
+                           conv.dilation.data(), length(conv.dilation), 0, output_padding.data(),
+                           length(output_padding), conv.groups, &out),
+               "conv_bn_act: aten::convolution");
+    return Tensor(out);
+}
+
 Tensor as_channels_last(const Tensor& x, const TensorInfo& info) {
     if (suggest_format(info) == Format::kChannelsLast || info.dim < 4) {
         return x;
@@ -86,7 +85,7 @@ Tensor conv_bn_act_library(const Tensor& x, const Tensor& weight, const std::opt
     const TensorInfo xi = tensor_info(x);
     check_batched(kOp, xi);
     Tensor out = is_prepacked(weight) ? convolve_prepacked(as_channels_last(x, xi), weight, bias, conv)
-                                      : convolve(x, weight, bias, conv);
+                                      : library_convolution(x, weight, bias, conv);
     TensorInfo oi = tensor_info(out);
     const BnPlan plan = bn_plan_or_copy(out, oi);
     BnEvalArgs args{oi.data,

@@ -48,6 +48,10 @@ inline void check_bn_vectors(const char* op, const BnVectors& bn, const TensorIn
 /// x if its pixels are dense vectors of channels, else a channels_last copy.
 Tensor as_channels_last(const Tensor& x, const TensorInfo& info);
 
+/// aten::convolution (not transposed).
+Tensor library_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const Convolution& conv);
+
 /// act(bn(conv(x)) [+ residual]) by the library's convolution; weight may be one that oneDNN packed.
 Tensor conv_bn_act_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const Convolution& conv, const BnVectors& bn,

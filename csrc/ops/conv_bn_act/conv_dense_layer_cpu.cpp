@@ -197,20 +197,8 @@ std::array<Tensor, 6> layer_back(const char* op, const Tensor& total, const Tens
             dense_take_cpu(channels(total, c.channels, c.growth), channels(out, c.channels, c.growth),
                            entries(mean, c.channels, c.growth), entries(factor, c.channels, c.growth),
                            entries(offset, c.channels, c.growth));
-        // The activation as the forward pass had it, bit for bit: see normalise_again in ops/bn_act.py.
-        const TensorInfo ri = tensor_info(rstd), wi = tensor_info(tensors[kWeight1]);
-        check_dtype(op, "rstd", ri, DType::kFloat32);
-        check_channel_vector(op, "weight", wi, tensor_info(y));
-        Tensor scale = empty_vector_cpu(ri.numel, DType::kFloat32),
-               ones = empty_vector_cpu(ri.numel, DType::kFloat32);
-        for (int64_t i = 0; i < ri.numel; ++i) {
-            tensor_info(scale).as<float>()[i] =
-                channel_entry<float>(wi, i, 1.0f) * channel_entry<float>(ri, i, 1.0f);
-            tensor_info(ones).as<float>()[i] = 1.0f;
-        }
-        const Tensor inner =
-            std::get<0>(bn_act_fwd_cpu(y, scale, tensors[kBias1], first, ones, std::nullopt, false, 0.0, 0.0,
-                                       false, c.activation, numbers[kSlope], false));
+        const Tensor inner = bn_act_again_cpu(y, tensors[kWeight1], tensors[kBias1], first, rstd,
+                                              c.activation, numbers[kSlope]);
         Tensor dinner = dout;
         std::tie(dinner, dweight1) = conv2d_exact_bwd(dout, inner, tensors[kConv1], c.pair(1, 0),
                                                       c.pair(1, 1), c.pair(1, 2), c.dgrad[1], c.wgrad[1]);

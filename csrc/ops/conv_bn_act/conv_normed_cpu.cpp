@@ -33,7 +33,7 @@ Tensor normed_conv(const NormedInput& in, const Tensor& weight) {
     const Prologue before(in);
     with_team(num_threads(), [&] {
         run_exact(ConvAlgorithm::kDirect, s, in.x, filters, false, TensorInfo{}, tensor_info(out).as<float>(),
-                  &before.prologue);
+                  nullptr, &before.prologue);
     });
     return out;
 }
@@ -65,7 +65,7 @@ void normed_conv_dgrad(const NormedInput& in, const Tensor& weight, const Tensor
                           in.activation,    sums.as<float>()};
     with_team(num_threads(), [&] {
         conv_dgrad_direct({s, di.as<float>(), di.strides[0], di.strides[2], di.strides[3],
-                           filters.info.as<float>(), filters.layout, out.as<float>(), num_threads(), &back});
+                           filters.info.as<float>(), filters.layout, out.as<float>(), num_threads(), nullptr, &back});
     });
     for (int64_t c = 0; c < s.channels; ++c) {
         sum[c] = product[c] = 0.0;

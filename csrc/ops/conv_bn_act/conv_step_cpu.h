@@ -52,16 +52,23 @@ struct Filters {
     explicit Filters(const Tensor& weight);
 };
 
-/// The convolution of `x` with filters of this layout; kWinograd2, `gradient`: see conv_pack_filters2; the
-/// prologue: see ConvArgs. False: see conv_run and conv_pack_taps.
+/// The convolution of `x` with filters of this layout, plus `added` (a map like `out`, or null); kWinograd2,
+/// `gradient`: see conv_pack_filters2; the prologue: see ConvArgs. False: see conv_run and conv_pack_taps.
 bool run_exact(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
-               bool gradient, const TensorInfo& bias, float* out, const ConvPrologue* prologue = nullptr);
+               bool gradient, const TensorInfo& bias, float* out, const float* added = nullptr,
+               const ConvPrologue* prologue = nullptr);
 
 Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t algorithm);
 std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                             int64_t dgrad, int64_t wgrad);
+
+/// Gradients of one group's convolution by these algorithms (kLibrary: aten's; none: not wanted and empty):
+/// of x plus `added` (dense channels_last, or null), of the weight.
+std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                          const Convolution& conv, std::optional<ConvAlgorithm> dgrad,
+                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added);
 
 // The same of a 1x1 convolution with stride 1 behind a BatchNorm and an activation that nobody writes down
 // (conv_normed_cpu.cpp): the features that these read may be a slice of wider maps' channels.

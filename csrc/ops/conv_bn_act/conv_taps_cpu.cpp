@@ -58,8 +58,10 @@ std::vector<int64_t> turned_taps(const ConvShape& s, const FilterLayout& layout,
     return taps;
 }
 
-/// The convolution of dout into `out`, a dense map of the residue's pixels. False: see conv_dgrad_direct.
-bool run_turned(const DgradArgs& args, const Residue& rows, const Residue& columns, float* out) {
+/// The convolution of dout, plus `added`, into `out`, a dense map of the residue's pixels. False: see
+/// conv_dgrad_direct.
+bool run_turned(const DgradArgs& args, const Residue& rows, const Residue& columns, const float* added,
+                float* out) {
     const ConvShape back = turned(args.shape, rows, columns);
     const int64_t floats = conv_packed_floats(ConvAlgorithm::kDirect, back);
     const int64_t entries = back.channels_out + conv_kernels().panel;
@@ -76,26 +78,40 @@ bool run_turned(const DgradArgs& args, const Residue& rows, const Residue& colum
     run.shape = back, run.packed = packed, run.out = out, run.threads = args.threads;
     run.x = args.dout, run.stride_n = args.stride_n, run.stride_h = args.stride_h,
     run.stride_w = args.stride_w;
-    run.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
+    run.epilogue = {scale, shift, added, Activation::kNone, 0.0f};
     run.back = args.back;
     return conv_run(ConvAlgorithm::kDirect, run);
 }
 
-/// Pixels of `from` (null: zeros) to the residue's places in dx.
+/// to = from + added, zeros for what is null.
+void place_pixel(int64_t channels, const float* from, const float* added, float* to) {
+    if (from == nullptr || added == nullptr) {
+        const float* const only = from == nullptr ? added : from;
+        if (only == nullptr) {
+            std::fill(to, to + channels, 0.0f);
+        } else {
+            std::copy(only, only + channels, to);
+        }
+        return;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+        to[c] = from[c] + added[c];
+    }
+}
+
+/// Pixels of `from` (null: zeros) to the residue's places in dx, plus what is added there.
 void place(const DgradArgs& args, const Residue& rows, const Residue& columns, const float* from) {
     const ConvShape& s = args.shape;
     const int64_t lines = s.n * rows.count, bytes = lines * columns.count * s.channels * 8;
     parallel_for(lines, bytes, [&](int64_t begin, int64_t end) {
         for (int64_t line = begin; line < end; ++line) {
             const int64_t image = line / rows.count, y = rows.first + line % rows.count * s.stride_h;
-            float* to = args.dx + ((image * s.height + y) * s.width + columns.first) * s.channels;
             const float* pixel = from == nullptr ? nullptr : from + line * columns.count * s.channels;
-            for (int64_t x = 0; x < columns.count; ++x, to += s.stride_w * s.channels) {
-                if (pixel == nullptr) {
-                    std::fill(to, to + s.channels, 0.0f);
-                } else {
-                    std::copy(pixel + x * s.channels, pixel + (x + 1) * s.channels, to);
-                }
+            for (int64_t x = 0; x < columns.count; ++x) {
+                const int64_t at =
+                    ((image * s.height + y) * s.width + columns.first + x * s.stride_w) * s.channels;
+                place_pixel(s.channels, pixel == nullptr ? nullptr : pixel + x * s.channels,
+                            args.added == nullptr ? nullptr : args.added + at, args.dx + at);
             }
         }
     });
@@ -154,7 +170,7 @@ bool conv_dgrad_direct_supports(const ConvShape& s) {
 bool conv_dgrad_direct(const DgradArgs& args) {
     const ConvShape& s = args.shape;
     if (s.stride_h == 1 && s.stride_w == 1) {
-        return run_turned(args, row_residue(s, 0), column_residue(s, 0), args.dx);
+        return run_turned(args, row_residue(s, 0), column_residue(s, 0), args.added, args.dx);
     }
     return for_each_residue(s, [&](const Residue& rows, const Residue& columns) {
         if (rows.taps == 0 || columns.taps == 0) {
@@ -162,7 +178,7 @@ bool conv_dgrad_direct(const DgradArgs& args) {
             return true;
         }
         Scratch scratch(s.n * rows.count * columns.count * s.channels * 4);
-        if (!run_turned(args, rows, columns, scratch.as<float>())) {
+        if (!run_turned(args, rows, columns, nullptr, scratch.as<float>())) {
             return false;
         }
         place(args, rows, columns, scratch.as<float>());

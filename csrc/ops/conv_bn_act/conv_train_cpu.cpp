@@ -46,18 +46,30 @@ void check_algorithm(ConvAlgorithm algorithm, const char* argument, const ConvSh
                 kOp, ": ", argument, ": Winograd takes a 3x3 kernel, stride and dilation 1, padding to 2");
 }
 
-/// dx by the algorithm. False: as run_exact.
+/// dx by the algorithm, plus `added` unless that is null. False: as run_exact.
 bool gradient_of_x(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& dout,
-                   const Filters& filters, float* dx) {
+                   const Filters& filters, const float* added, float* dx) {
     if (algorithm == ConvAlgorithm::kDirect) {
         return conv_dgrad_direct({s, dout.as<float>(), dout.strides[0], dout.strides[2], dout.strides[3],
-                                  filters.info.as<float>(), filters.layout, dx, num_threads()});
+                                  filters.info.as<float>(), filters.layout, dx, num_threads(), added});
     }
     ConvShape back = s;  // a convolution of dout, filters turned
     back.channels = s.channels_out, back.channels_out = s.channels;
     back.height = s.out_height(), back.width = s.out_width();
     back.pad_h = 2 - s.pad_h, back.pad_w = 2 - s.pad_w;
-    return run_exact(algorithm, back, dout, filters, true, TensorInfo{}, dx);
+    return run_exact(algorithm, back, dout, filters, true, TensorInfo{}, dx, added);
+}
+
+/// to += from, of equal shape and layout.
+void add_to(const TensorInfo& to, const TensorInfo& from) {
+    float* const sum = to.as<float>();
+    const float* const value = from.as<float>();
+    const Blocks blocks = fixed_blocks(to.numel, 4, 32 << 10, 16, to.numel);
+    parallel_for(blocks.count, 12 * to.numel, [&](int64_t first, int64_t last) {
+        for (int64_t i = blocks.begin(first); i < blocks.end(last - 1); ++i) {
+            sum[i] += value[i];
+        }
+    });
 }
 
 Tensor readable(const Tensor& x) {
@@ -106,7 +118,8 @@ Filters::Filters(const Tensor& weight) : tensor(weight), info(tensor_info(weight
 }
 
 bool run_exact(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x, const Filters& filters,
-               bool gradient, const TensorInfo& bias, float* out, const ConvPrologue* prologue) {
+               bool gradient, const TensorInfo& bias, float* out, const float* added,
+               const ConvPrologue* prologue) {
     const int64_t floats = conv_packed_floats(algorithm, s);
     const int64_t entries = s.channels_out + conv_kernels().panel;
     Scratch scratch((floats + 2 * entries) * 4);
@@ -133,7 +146,7 @@ bool run_exact(ConvAlgorithm algorithm, const ConvShape& s, const TensorInfo& x,
     args.prologue = prologue;
     args.x = x.as<float>();
     args.stride_n = x.strides[0], args.stride_h = x.strides[2], args.stride_w = x.strides[3];
-    args.epilogue = {scale, shift, nullptr, Activation::kNone, 0.0f};
+    args.epilogue = {scale, shift, added, Activation::kNone, 0.0f};
     return conv_run(algorithm, args);
 }
 
@@ -153,27 +166,21 @@ Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::ve
     with_team(num_threads(),
               [&] { done = done || run_exact(how, s, xi, filters, false, bi, oi.as<float>()); });
     if (!done) {
-        const BnVectors none{std::nullopt, std::nullopt, std::nullopt,      std::nullopt,
-                             0.0,          false,        Activation::kNone, 0.0};
-        return conv_bn_act_library(source, weight, bias, conv, none, std::nullopt);
+        return library_convolution(source, weight, bias, conv);
     }
     return out;
 }
 
-/// (dx, dweight); what is not computed (code 0) is empty.
-std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
-                                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                            int64_t dgrad, int64_t wgrad) {
+std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                          const Convolution& conv, std::optional<ConvAlgorithm> dgrad,
+                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added) {
     const Filters filters(weight);
     const Tensor source = readable(x);
     const TensorInfo xi = tensor_info(source);
-    const Convolution conv{std::move(stride), std::move(padding), std::move(dilation), 1};
     const ConvShape s = shape_of(xi, filters.info, conv);
-    const ConvAlgorithm for_x = algorithm_of(dgrad, "dgrad", true),
-                        for_w = algorithm_of(wgrad, "wgrad", true);
-    check_algorithm(for_x, "dgrad", s);
-    check_algorithm(for_w, "wgrad", s);
-    DL4DS_CHECK(for_x != ConvAlgorithm::kDirect || conv_dgrad_direct_supports(s), kOp,
+    check_algorithm(dgrad.value_or(ConvAlgorithm::kLibrary), "dgrad", s);
+    check_algorithm(wgrad.value_or(ConvAlgorithm::kLibrary), "wgrad", s);
+    DL4DS_CHECK(dgrad != ConvAlgorithm::kDirect || conv_dgrad_direct_supports(s), kOp,
                 ": dgrad: no stride together with dilation, no padding beyond the kernel");
     TensorInfo di = tensor_info(dout);
     const int64_t sizes[4] = {s.n, s.channels_out, s.out_height(), s.out_width()};
@@ -183,34 +190,61 @@ std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight
     const Tensor gradient = dense_channels_last(dout, di);
     di = tensor_info(gradient);
     Tensor dx = empty_vector_cpu(0, DType::kFloat32), dweight = empty_vector_cpu(0, DType::kFloat32);
-    if (dgrad != 0) {
-        dx = empty_channels_last(s.n, s.channels, s.height, s.width, DType::kFloat32);
-        const TensorInfo to = tensor_info(dx);
-        bool done = to.numel == 0;
-        with_team(num_threads(),
-                  [&] { done = done || gradient_of_x(for_x, s, di, filters, to.as<float>()); });
+    if (dgrad) {
+        bool done = false;
+        if (*dgrad != ConvAlgorithm::kLibrary) {
+            dx = empty_channels_last(s.n, s.channels, s.height, s.width, DType::kFloat32);
+            const TensorInfo to = tensor_info(dx);
+            const float* const more = added == nullptr ? nullptr : tensor_info(*added).as<float>();
+            done = to.numel == 0;
+            with_team(num_threads(), [&] {
+                done = done || gradient_of_x(*dgrad, s, di, filters, more, to.as<float>());
+            });
+        }
         if (!done) {
             dx = library_gradient(gradient, source, weight, conv, 0);
+            if (added != nullptr) {
+                dx = dense_channels_last(dx, tensor_info(dx));
+                add_to(tensor_info(dx), tensor_info(*added));
+            }
         }
     }
-    if (wgrad != 0) {
-        const TensorInfo& wi = filters.info;
-        dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32);
-        const WgradArgs args{s,
-                             xi.as<float>(),
-                             xi.strides[0],
-                             xi.strides[2],
-                             xi.strides[3],
-                             di.as<float>(),
-                             tensor_info(dweight).as<float>(),
-                             filters.layout,
-                             num_threads()};
-        const auto compute = for_w == ConvAlgorithm::kDirect ? &conv_wgrad_direct : &conv_wgrad_winograd2;
-        if (di.numel == 0 || !compute(args)) {
+    if (wgrad) {
+        bool done = false;
+        if (*wgrad != ConvAlgorithm::kLibrary) {
+            const TensorInfo& wi = filters.info;
+            dweight = empty_cpu(wi.sizes, wi.strides, 4, DType::kFloat32);
+            const WgradArgs args{s,
+                                 xi.as<float>(),
+                                 xi.strides[0],
+                                 xi.strides[2],
+                                 xi.strides[3],
+                                 di.as<float>(),
+                                 tensor_info(dweight).as<float>(),
+                                 filters.layout,
+                                 num_threads()};
+            const auto compute =
+                *wgrad == ConvAlgorithm::kDirect ? &conv_wgrad_direct : &conv_wgrad_winograd2;
+            done = di.numel != 0 && compute(args);
+        }
+        if (!done) {
             dweight = library_gradient(gradient, source, weight, conv, 1);
         }
     }
     return {std::move(dx), std::move(dweight)};
+}
+
+/// (dx, dweight); what is not computed (code 0) is empty.
+std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                            int64_t dgrad, int64_t wgrad) {
+    const auto wanted = [](int64_t code, const char* argument) -> std::optional<ConvAlgorithm> {
+        const ConvAlgorithm algorithm = algorithm_of(code, argument, true);
+        return code == 0 ? std::nullopt : std::optional(algorithm);
+    };
+    return conv_gradients(dout, x, weight,
+                          {std::move(stride), std::move(padding), std::move(dilation), 1},
+                          wanted(dgrad, "dgrad"), wanted(wgrad, "wgrad"), nullptr);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {

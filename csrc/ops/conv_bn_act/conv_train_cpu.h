@@ -110,7 +110,8 @@ struct DgradArgs {
     FilterLayout layout;
     float* dx;
     int64_t threads;
-    const ConvBnBack* back = nullptr;  // 1x1, stride 1: see ConvArgs
+    const float* added = nullptr;      // of dx's shape: dx becomes the gradient plus this
+    const ConvBnBack* back = nullptr;  // 1x1, stride 1: see ConvArgs; then there is no `added`
 };
 
 /// Whether conv_dgrad_direct can run it: not with dilation and a stride at once, nor where dx has rows that

@@ -1,0 +1,180 @@
+"""A post-activation ``residual_block`` in training as one call each way, in fp32 and channels_last on the CPU.
+
+What the schedules of residual_block.py and _block_gradient.py, which remain for everything else, do in eight to twelve calls
+(csrc/ops/conv_bn_act/conv_block_cpu.cpp). The same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _cpu_conv
+from .._activation import MASK_CODES
+from .._define import define_op, has_kernel, op
+from ._block_code import Block, Conv, decode
+from ._layout import mask_bytes
+
+Tensors = list[Tensor]
+_KEPT = 5  # results of a layer: y, mean, rstd and the new running statistics
+_HEADER, _CONV = 5, 11  # integers of the code
+
+
+class Plan(NamedTuple):
+    """A block at one size, in the order of conv_block_cpu.cpp."""
+
+    block: Block
+    code: list[int]
+    numbers: list[float]
+
+
+def plan(
+    namespace: str, x: Tensor, convs: Sequence[Tensor], norms: Sequence[Tensor], code: list[int], numbers: list[float],
+    memory_efficient: bool,
+) -> Plan | None:  # fmt: skip
+    """None: this block goes step by step."""
+    if (
+        type(x) is not Tensor  # under tracing, where sizes may be symbols
+        or x.dtype is not torch.float32
+        or x.device.type != "cpu"
+        or x.dim() != 4
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or not has_kernel("residual_step", namespace, "cpu")
+        or any(t.dtype is not torch.float32 for t in (*convs, *norms))
+    ):
+        return None
+    return _plan(tuple(x.shape), tuple(w.shape for w in convs), tuple(code), tuple(numbers), memory_efficient)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    size: tuple[int, ...], weights: tuple[tuple[int, ...], ...], code: tuple[int, ...], numbers: tuple[float, ...],
+    memory_efficient: bool,
+) -> Plan | None:  # fmt: skip
+    block = decode(code, numbers)
+    if block.preact or block.keep_activations or not (block.activation == 0 or block.activation in MASK_CODES):
+        return None
+    layers: list[int] = []
+    values = [block.negative_slope]
+    inner = size
+    for conv in block.convs:
+        found = _layer(inner, weights[conv.weight], conv)
+        if found is None:
+            return None
+        layers += found[0]
+        inner = found[1]
+    if block.projection is not None:
+        found = _layer(size, weights[block.projection.weight], block.projection)
+        if found is None or found[1] != inner:
+            return None
+        layers += found[0]
+    elif block.shortcut and inner != size:
+        return None  # step by step it is an error with a name
+    for norm in block.norms:
+        values += [norm.momentum, norm.eps]
+    header = [len(block.convs), block.shortcut, block.activation, int(not memory_efficient), int(block.keep_projection)]
+    return Plan(block, [*header, *layers], values)
+
+
+def _layer(size: tuple[int, ...], weight: tuple[int, ...], conv: Conv) -> tuple[list[int], tuple[int, ...]] | None:
+    """A layer's part of the code and the size of its output; None if the call does not serve it."""
+    norm = conv.norm
+    if conv.bias >= 0 or conv.groups != 1 or norm is None or norm.weight < 0 or norm.bias < 0 or len(weight) != 4:
+        return None
+    stride, padding, dilation, _ = conv.geometry
+    pixels = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, k, s, p, d in zip(size[2:], weight[2:], stride, padding, dilation, strict=True)
+    ]
+    out = (size[0], weight[0], *pixels)
+    # Of one channel or pixel the layout is ambiguous.
+    if size[1] != weight[1] or min(*pixels, size[0]) < 1 or any(min(c, h * w) < 2 for _, c, h, w in (size, out)):
+        return None
+    codes = _cpu_conv.choose_shapes(size, weight, conv.geometry)
+    return [int(norm.eps_std), int(norm.running >= 0), *codes, *stride, *padding, *dilation], out
+
+
+def _tensors(block: Block, convs: Tensors, norms: Tensors, rest: Sequence[Sequence[Tensor]]) -> Tensors:
+    found: Tensors = []
+    for conv, own in zip(block.all_convs, rest, strict=True):
+        found += (convs[conv.weight], norms[conv.norm.weight], norms[conv.norm.bias], *own)
+    return found
+
+
+def forward(
+    namespace: str, p: Plan, x: Tensor, convs: Tensors, norms: Tensors, running: Tensors, save: bool
+) -> tuple[Tensor, Tensor, Tensors, Tensors, Tensors]:
+    """What ``residual_block`` returns."""
+    rest = [running[n.running : n.running + 2] if n.running >= 0 else () for n in p.block.norms]
+    made = op("residual_step", namespace)(x, _tensors(p.block, convs, norms, rest), p.code, p.numbers, save)
+    layers = [made[i : i + _KEPT] for i in range(2, len(made), _KEPT)]
+    kept = [layer[0] for layer in layers if layer[0].numel()]
+    statistics = [t for layer in layers for t in layer[1:3]] if save else []
+    return made[0], made[1], kept, statistics, [t for layer in layers for t in layer[3:] if t.numel()]
+
+
+def backward(
+    namespace: str, p: Plan, dout: Tensor, mask: Tensor, x: Tensor, convs: Tensors, norms: Tensors, kept: Tensors,
+    statistics: Tensors,
+) -> Tensors:  # fmt: skip
+    """The gradients of x, convs and norms, all of them."""
+    block, ys = p.block, list(kept)
+    missing = x.new_empty(0)
+    if not p.code[3]:
+        ys.insert(len(block.convs) - 1, missing)
+    if block.projection is not None and not block.keep_projection:
+        ys.append(missing)
+    rest = [(y, *statistics[2 * n.index : 2 * n.index + 2]) for y, n in zip(ys, block.norms, strict=True)]
+    made = op("residual_step_bwd", namespace)(dout, mask, x, _tensors(block, convs, norms, rest), p.code, p.numbers)
+    of_convs: list[Any] = [None] * len(convs)
+    of_norms: list[Any] = [None] * len(norms)
+    for i, conv in enumerate(block.all_convs):
+        of_convs[conv.weight], of_norms[conv.norm.weight], of_norms[conv.norm.bias] = made[1 + 3 * i : 4 + 3 * i]
+    return [made[0], *of_convs, *of_norms]
+
+
+def _fake(x: Tensor, tensors: Tensors, code: list[int], numbers: list[float], save: bool) -> Tensors:
+    layers, (count, shortcut, _, keep_last, keep_projection) = _decoded(code), code[:_HEADER]
+    source, kept, places = x, [], iter(tensors)
+    y = x
+    for i, (_, tracks, _, _, _, *geometry) in enumerate(layers):
+        weight, _, _, *running = (next(places) for _ in range(5 if tracks else 3))
+        stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+        made = torch.ops.aten.convolution(x if i == count else source, weight, None, stride, padding, dilation, False, [0, 0], 1)
+        made = made.to(memory_format=torch.channels_last)
+        wanted = save and (keep_last or i != count - 1) and (keep_projection or i != count)
+        kept += [made if wanted else x.new_empty(0), *(x.new_empty(weight.shape[0]) for _ in range(2))]
+        kept += [torch.empty_like(t) for t in running] if tracks else [x.new_empty(0) for _ in range(2)]
+        if i < count:
+            source = y = torch.empty_like(made)
+    has_mask = save and shortcut and code[2] in MASK_CODES
+    return [y, x.new_empty(mask_bytes(y) if has_mask else 0, dtype=torch.uint8), *kept]
+
+
+def _fake_bwd(dout: Tensor, mask: Tensor, x: Tensor, tensors: Tensors, code: list[int], numbers: list[float]) -> Tensors:
+    return [torch.empty_like(x), *(torch.empty_like(t) for i, t in enumerate(tensors) if i % 6 < 3)]
+
+
+def _decoded(code: list[int]) -> list[list[int]]:
+    return [code[i : i + _CONV] for i in range(_HEADER, len(code), _CONV)]
+
+
+define_op(
+    "residual_step",
+    "(Tensor x, Tensor[] tensors, int[] code, float[] numbers, bool save) -> Tensor[]",
+    fake=_fake,
+    stem="conv_bn_act",
+    triton=False,
+)
+define_op(
+    "residual_step_bwd",
+    "(Tensor dout, Tensor mask, Tensor x, Tensor[] tensors, int[] code, float[] numbers) -> Tensor[]",
+    fake=_fake_bwd,
+    stem="conv_bn_act",
+    triton=False,
+)
