@@ -139,29 +139,30 @@ def backward(
 
 
 def _fake(x: Tensor, tensors: Tensors, code: list[int], numbers: list[float], save: bool) -> Tensors:
-    layers, (count, shortcut, _, keep_last, keep_projection) = _decoded(code), code[:_HEADER]
-    source, kept, places = x, [], iter(tensors)
-    y = x
-    for i, (_, tracks, _, _, _, *geometry) in enumerate(layers):
+    (count, shortcut, activation, *keeps), places = code[:_HEADER], iter(tensors)
+    out, kept = x, []
+    for i, start in enumerate(range(_HEADER, len(code), _CONV)):
+        _, tracks, _, _, _, *geometry = code[start : start + _CONV]
         weight, _, _, *running = (next(places) for _ in range(5 if tracks else 3))
-        stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
-        made = torch.ops.aten.convolution(x if i == count else source, weight, None, stride, padding, dilation, False, [0, 0], 1)
-        made = made.to(memory_format=torch.channels_last)
-        wanted = save and (keep_last or i != count - 1) and (keep_projection or i != count)
-        kept += [made if wanted else x.new_empty(0), *(x.new_empty(weight.shape[0]) for _ in range(2))]
+        pairs = [geometry[at : at + 2] for at in (0, 2, 4)]
+        y = torch.ops.aten.convolution(x if i == count else out, weight, None, *pairs, False, [0, 0], 1)
+        is_kept = save and (i < count - 1 or bool(keeps[i - count + 1]))
+        kept += [y.to(memory_format=torch.channels_last) if is_kept else x.new_empty(0)]
+        kept += [x.new_empty(weight.shape[0]) for _ in range(2)]
         kept += [torch.empty_like(t) for t in running] if tracks else [x.new_empty(0) for _ in range(2)]
         if i < count:
-            source = y = torch.empty_like(made)
-    has_mask = save and shortcut and code[2] in MASK_CODES
-    return [y, x.new_empty(mask_bytes(y) if has_mask else 0, dtype=torch.uint8), *kept]
+            out = torch.empty_like(y, memory_format=torch.channels_last)
+    bits = mask_bytes(out) if save and shortcut and activation in MASK_CODES else 0
+    return [out, x.new_empty(bits, dtype=torch.uint8), *kept]
 
 
 def _fake_bwd(dout: Tensor, mask: Tensor, x: Tensor, tensors: Tensors, code: list[int], numbers: list[float]) -> Tensors:
-    return [torch.empty_like(x), *(torch.empty_like(t) for i, t in enumerate(tensors) if i % 6 < 3)]
-
-
-def _decoded(code: list[int]) -> list[list[int]]:
-    return [code[i : i + _CONV] for i in range(_HEADER, len(code), _CONV)]
+    made = [torch.empty_like(x)]
+    for at, start in zip(range(0, len(tensors), 6), range(_HEADER, len(code), _CONV), strict=True):
+        library = not code[start + 4]  # whose gradient of a weight lies as x does
+        layout = torch.channels_last if library else torch.preserve_format
+        made += [torch.empty_like(tensors[at], memory_format=layout), *(torch.empty_like(t) for t in tensors[at + 1 : at + 3])]
+    return made
 
 
 define_op(

@@ -133,6 +133,12 @@ MUTANTS: tuple[Mutant, ...] = (
            "        product += dz * centered;\n", "        product += dz * z;\n", _k("tests/ops/test_dense_layer.py", "normed_convolution")),
     Mutant("dense-layers-start-from-the-first-gradient", "cpu", "csrc/ops/conv_bn_act/conv_dense_layer_cpu.cpp",
            "        const Tensor& before = i == 0 ? total : grad;\n", "        const Tensor& before = total;\n", _k("tests/ops/test_dense_layer.py", "in_one_call")),
+    Mutant("residual-step-shortcut-gradient-missing", "cpu", "csrc/ops/conv_bn_act/conv_block_cpu.cpp",
+           "i == 0 && added ? &*added : nullptr", "i != 0 && added ? &*added : nullptr", _k("tests/ops/test_residual_step.py", "step_by_step")),
+    Mutant("residual-step-library-inside-a-team", "cpu", "csrc/ops/conv_bn_act/conv_train_cpu.cpp",
+           "    if (Team::current() != nullptr) {\n        throw NeedsPool();\n", "    if (false) {\n        throw NeedsPool();\n", _k("tests/ops/test_residual_step.py", "not_finite")),
+    Mutant("wgrad-first-part-twice", "cpu", "csrc/ops/conv_bn_act/conv_wgrad_direct_cpu.cpp",
+           "            from += plan.sums();\n", "            from += part > 1 ? plan.sums() : 0;\n", _k("tests/ops/test_conv2d_step.py", "error_is")),
     # CUDA kernels, run on the PTX simulator
     Mutant("cuda-add-mask-tail", "cuda", "csrc/ops/add_act/add_act_kernel.cuh",
            "            const bool valid = f < vecs;\n", "            const bool valid = f + 1 < vecs;\n", _k(HOST, "against_cpu")),

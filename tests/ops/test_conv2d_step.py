@@ -37,6 +37,7 @@ PIXELS = [
     (2, 16, 40, 10, 10, 3, 2, 0, 1), (2, 3, 64, 31, 32, 7, 2, 3, 1), (2, 48, 16, 9, 9, 3, 1, 1, 1),
     (2, 16, 33, 12, 12, 3, 1, 2, 2), (1, 8, 24, 17, 16, 5, 3, 2, 1),
     (2, 16, 8, 12, 10, (1, 3), (1, 2), (0, 1), 1), (2, 12, 20, 9, 9, 2, 2, 0, 1),
+    (3, 37, 50, 61, 53, 1, 1, 0, 1), (2, 6, 20, 133, 131, 3, 2, 1, 1),  # the weight's gradient in parts
 ]  # fmt: skip
 CASES = [(WINOGRAD, (*shape[:5], 3, 1, shape[5], 1)) for shape in TILES] + [(DIRECT, shape) for shape in PIXELS]
 
@@ -94,6 +95,7 @@ def test_error_is_at_most_twice_stocks(algorithm: int, shape: tuple[Any, ...], w
         (WINOGRAD, (3, 50, 70, 21, 19, 3, 1, 1, 1)),
         (DIRECT, (3, 50, 70, 21, 19, 1, 1, 0, 1)),
         (DIRECT, (2, 50, 40, 31, 19, 3, 2, 1, 1)),
+        (DIRECT, (2, 70, 20, 97, 91, 1, 1, 0, 1)),
     ],
     ids=_name,
 )
@@ -102,7 +104,7 @@ def test_the_bits_do_not_depend_on_threads_or_runs(algorithm: int, shape: tuple[
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3, 1):
+        for threads in (1, 2, 3, 8, 9, 1):
             torch.set_num_threads(threads)
             results.append(case.ours())
     finally:

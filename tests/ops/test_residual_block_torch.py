@@ -45,9 +45,8 @@ def test_what_is_kept(kernels: None) -> None:
     assert saved_bytes(lambda: ours(efficient, "cpu")(leaves), [*leaves.values()]) == outputs + mask + statistics
 
 
-def test_launches(kernels: None) -> None:
-    """Convolutions, normalisations and copies of a block with a projection, forward and backward."""
-    case = Case(stride=2, layout="nhwc", shape=(2, 32, 28, 28))
+def launches(case: Case) -> list[collections.Counter[str]]:
+    """Ops of a call and of its backward pass."""
     leaves = {n: t.requires_grad_(not n.endswith((".mean", ".var"))) for n, t in tensors_of(case).items()}
     counts: list[collections.Counter[str]] = []
     out = None
@@ -55,13 +54,26 @@ def test_launches(kernels: None) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             out = ours(case, "cpu")(leaves) if forwards else out.sum().backward()
         counts.append(collections.Counter(event.name for event in profile.events()))
-    forward, backward = counts
+    return counts
+
+
+def test_launches(kernels: None) -> None:
+    """Convolutions, normalisations and copies of a block with a projection, forward and backward; step by step in NCHW."""
+    forward, backward = launches(Case(stride=2, shape=(2, 32, 28, 28)))
     assert forward["aten::convolution"] == 4 and forward["dl4ds_kernels::bn_act"] == 2 and forward["aten::_foreach_copy_"] == 1
     assert forward["dl4ds_kernels::bn_stats"] == 2 and forward["dl4ds_kernels::bn_act_pair"] == 1
     # Two plain activations are made again, no convolution is.
     assert backward["aten::convolution_backward"] == 4 and backward["dl4ds_kernels::bn_act_bwd"] == 2
     assert backward["dl4ds_kernels::bn_act_pair_bwd"] == 1
     assert backward["dl4ds_kernels::bn_act"] == 2 and backward["aten::convolution"] == 0 and backward["aten::add_"] >= 1
+
+
+def test_launches_of_a_whole_step(kernels: None) -> None:
+    """In channels_last one call each way, and nothing beside it but the running statistics and the library's convolutions."""
+    forward, backward = launches(Case(stride=2, layout="nhwc", shape=(2, 32, 28, 28)))
+    names = [{n for n in found if n.startswith("dl4ds_kernels::")} for found in (forward, backward)]
+    assert names == [{f"dl4ds_kernels::residual_{n}" for n in both} for both in (("block", "step"), ("block_bwd", "step_bwd"))]
+    assert forward["aten::_foreach_copy_"] == 1 and backward["aten::convolution"] == 0 == backward["aten::add_"]
 
 
 def test_a_cheap_projection_is_computed_again(kernels: None) -> None:

@@ -1,6 +1,6 @@
 // A post-activation residual block's training step in one call each way: the calls that
-// dl4ds_kernels/ops/residual_block.py and _block_gradient.py would make one by one, in the same order and with
-// the same bits. Between two of them Python and the dispatcher, with caches that a convolution has just
+// dl4ds_kernels/ops/residual_block.py and _block_gradient.py would make one by one, in the same order and
+// with the same bits. Between two of them Python and the dispatcher, with caches that a convolution has just
 // emptied, cost as much as a small layer's kernel (as for conv_chain and dense_layers). The block's threads
 // stay together from its first loop to its last, and what the shortcut adds to the gradient of the block's
 // input is added where the first convolution writes its own.
@@ -21,8 +21,8 @@ struct Header {
     int64_t keep_last, keep_projection;  // whether their outputs are kept; they are computed again if not
 };
 struct ConvCode {
-    int64_t eps_std, tracks;         // of its BatchNorm; tracks: there are running statistics
-    int64_t forward, dgrad, wgrad;   // algorithms, 0: the library's
+    int64_t eps_std, tracks;        // of its BatchNorm; tracks: there are running statistics
+    int64_t forward, dgrad, wgrad;  // algorithms, 0: the library's
     int64_t stride[2], padding[2], dilation[2];
 };
 /// The doubles of `numbers`: the slope, then momentum and eps of each BatchNorm.
@@ -91,9 +91,8 @@ Block decode(const char* op, const std::vector<Tensor>& tensors, const std::vect
         const int64_t places = 3 + (backward ? 3 : own.tracks != 0 ? 2 : 0);
         DL4DS_CHECK(tensors.end() - next >= places, op, ": tensors: expected ", places, " for convolution ",
                     i, ", got ", tensors.end() - next);
-        Layer layer{own,     numbers[1 + 2 * i], numbers[2 + 2 * i],
-                    next[0], next[1],            next[2],
-                    {next + 3, next + places}};
+        Layer layer{own,     numbers[1 + 2 * i],       numbers[2 + 2 * i], next[0], next[1],
+                    next[2], {next + 3, next + places}};
         next += places;
         if (i < convs) {
             block.branch.push_back(std::move(layer));
@@ -128,8 +127,8 @@ using Kept = std::array<Tensor, 5>;
 
 Kept normed(const Tensor& x, const Layer& layer) {
     Tensor y = convolve(x, layer);
-    auto [mean, rstd, new_mean, new_var] = bn_stats_cpu(y, layer.running(0), layer.running(1),
-                                                        layer.momentum, layer.eps, layer.code.eps_std != 0);
+    auto [mean, rstd, new_mean, new_var] = bn_stats_cpu(y, layer.running(0), layer.running(1), layer.momentum,
+                                                        layer.eps, layer.code.eps_std != 0);
     return {std::move(y), mean, rstd, new_mean, new_var};
 }
 
@@ -144,9 +143,9 @@ Forward forward(const Block& b, const Tensor& x, bool save) {
     Forward f{x, empty_vector_cpu(0, DType::kUInt8), {}};
     const auto layer = [&](const Tensor& z, const Layer& l, const std::optional<Tensor>& residual) {
         Tensor y = convolve(z, l);
-        auto [out, mean, rstd, mask, new_mean, new_var] = bn_act_fwd_cpu(
-            y, l.bn_weight, l.bn_bias, l.running(0), l.running(1), residual, true, l.momentum, l.eps,
-            l.code.eps_std != 0, b.act(), b.slope, save && residual && b.has_mask());
+        auto [out, mean, rstd, mask, new_mean, new_var] =
+            bn_act_fwd_cpu(y, l.bn_weight, l.bn_bias, l.running(0), l.running(1), residual, true, l.momentum,
+                           l.eps, l.code.eps_std != 0, b.act(), b.slope, save && residual && b.has_mask());
         f.out = out, f.mask = mask;
         f.kept.push_back({std::move(y), mean, rstd, new_mean, new_var});
     };
@@ -164,9 +163,9 @@ Forward forward(const Block& b, const Tensor& x, bool save) {
         f.kept.push_back(normed(f.out, b.branch[last]));
         const Kept& end = f.kept.back();
         const Layer &l = b.branch[last], &p = *b.projection;
-        std::tie(f.out, f.mask) = bn_act_pair_cpu(
-            end[0], end[1], end[2], l.bn_weight, l.bn_bias, projected[0], projected[1], projected[2],
-            p.bn_weight, p.bn_bias, b.act(), b.slope, save && b.has_mask());
+        std::tie(f.out, f.mask) =
+            bn_act_pair_cpu(end[0], end[1], end[2], l.bn_weight, l.bn_bias, projected[0], projected[1],
+                            projected[2], p.bn_weight, p.bn_bias, b.act(), b.slope, save && b.has_mask());
         f.kept.push_back(std::move(projected));
     }
     if (!save || b.header.keep_last == 0) {
@@ -195,9 +194,9 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
     const auto normalise_back = [&](const Tensor& dz, const Tensor& y, const Layer& l,
                                     const std::optional<Tensor>& bits, bool need_residual, Gradients& own) {
         Tensor dy = dz, dresidual = dz;
-        std::tie(dy, own[1], own[2], dresidual) = bn_act_bwd_cpu(
-            dz, y, l.bn_weight, l.bn_bias, l.mean(), l.rstd(), std::nullopt, bits, true, l.eps,
-            l.code.eps_std != 0, b.act(), b.slope, true, true, need_residual);
+        std::tie(dy, own[1], own[2], dresidual) =
+            bn_act_bwd_cpu(dz, y, l.bn_weight, l.bn_bias, l.mean(), l.rstd(), std::nullopt, bits, true, l.eps,
+                           l.code.eps_std != 0, b.act(), b.slope, true, true, need_residual);
         return std::pair{std::move(dy), std::move(dresidual)};
     };
     const std::optional<Tensor> bits = tensor_info(mask).numel > 0 ? std::optional(mask) : std::nullopt;
@@ -213,10 +212,10 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
         Gradients &own = gradients[last], &others = gradients[last + 1];
         Tensor dprojected = dout;
         const Tensor projected = tensor_info(p.y()).numel > 0 ? p.y() : convolve(x, p);
-        std::tie(dy, dprojected, own[1], own[2], others[1]) = bn_act_pair_bwd_cpu(
-            dout, bits, b.act(), b.slope, y, end.bn_weight, end.mean(), end.rstd(), end.eps,
-            end.code.eps_std != 0, projected, p.bn_weight, p.mean(), p.rstd(), p.eps, p.code.eps_std != 0,
-            std::nullopt, std::nullopt, std::nullopt);
+        std::tie(dy, dprojected, own[1], own[2], others[1]) =
+            bn_act_pair_bwd_cpu(dout, bits, b.act(), b.slope, y, end.bn_weight, end.mean(), end.rstd(),
+                                end.eps, end.code.eps_std != 0, projected, p.bn_weight, p.mean(), p.rstd(),
+                                p.eps, p.code.eps_std != 0, std::nullopt, std::nullopt, std::nullopt);
         const TensorInfo sum = tensor_info(own[2]);
         others[2] = empty_vector_cpu(sum.numel, sum.dtype);  // no result is another
         std::copy_n(sum.as<float>(), sum.numel, tensor_info(others[2]).as<float>());
@@ -275,8 +274,12 @@ std::vector<Tensor> residual_step_bwd_cpu(Tensor dout, Tensor mask, Tensor x, st
                                      {empty(), empty(), empty()});
     std::vector<Tensor> results;
     const auto run = [&] { results.push_back(backward(block, dout, mask, x, gradients)); };
-    const bool ours = block.is_ours(&ConvCode::forward, &ConvCode::dgrad, &ConvCode::wgrad);
-    with_team(ours ? num_threads() : 1, run);
+    try {
+        with_team(block.is_ours(&ConvCode::forward, &ConvCode::dgrad, &ConvCode::wgrad) ? num_threads() : 1,
+                  run);
+    } catch (const NeedsPool&) {  // a value that is not finite: each step then has the pool to itself
+        run();
+    }
     for (Gradients& own : gradients) {
         std::move(own.begin(), own.end(), std::back_inserter(results));
     }

@@ -51,7 +51,7 @@ Tensor convolve_prepacked(const Tensor& x, const Tensor& weight, const std::opti
 }  // namespace
 
 Tensor library_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Convolution& conv) {
+                           const Convolution& conv) {
     using ConvolutionFn = AOTITorchError(
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const int64_t*, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t, AtenTensorHandle*);

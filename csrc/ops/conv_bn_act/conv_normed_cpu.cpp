@@ -65,7 +65,8 @@ void normed_conv_dgrad(const NormedInput& in, const Tensor& weight, const Tensor
                           in.activation,    sums.as<float>()};
     with_team(num_threads(), [&] {
         conv_dgrad_direct({s, di.as<float>(), di.strides[0], di.strides[2], di.strides[3],
-                           filters.info.as<float>(), filters.layout, out.as<float>(), num_threads(), nullptr, &back});
+                           filters.info.as<float>(), filters.layout, out.as<float>(), num_threads(), nullptr,
+                           &back});
     });
     for (int64_t c = 0; c < s.channels; ++c) {
         sum[c] = product[c] = 0.0;

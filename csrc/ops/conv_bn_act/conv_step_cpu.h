@@ -2,6 +2,8 @@
 // engine's arguments.
 #pragma once
 
+#include <exception>
+
 #include "ops/conv_bn_act/conv_bn_act_cpu.h"
 #include "ops/conv_bn_act/conv_engine_cpu.h"
 #include "ops/conv_bn_act/conv_train_cpu.h"
@@ -63,6 +65,12 @@ Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::ve
 std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight, std::vector<int64_t> stride,
                                             std::vector<int64_t> padding, std::vector<int64_t> dilation,
                                             int64_t dgrad, int64_t wgrad);
+
+/// Thrown where a gradient is the library's but the caller leads a team: oneDNN cuts such a product by the
+/// size of the pool, and a region inside a team's has one thread, which would leave parts of it out.
+struct NeedsPool : std::exception {
+    const char* what() const noexcept override { return "a gradient of the library inside a team"; }
+};
 
 /// Gradients of one group's convolution by these algorithms (kLibrary: aten's; none: not wanted and empty):
 /// of x plus `added` (dense channels_last, or null), of the weight.

@@ -80,6 +80,9 @@ Tensor readable(const Tensor& x) {
 /// aten::convolution_backward for one of (dx, dweight).
 Tensor library_gradient(const Tensor& dout, const Tensor& x, const Tensor& weight, const Convolution& conv,
                         int which) {
+    if (Team::current() != nullptr) {
+        throw NeedsPool();
+    }
     using BackwardFn = AOTITorchError(
         AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, const int64_t**, int64_t, const int64_t*,
         int64_t, const int64_t*, int64_t, const int64_t*, int64_t, int32_t, const int64_t*, int64_t, int64_t,
@@ -197,9 +200,8 @@ std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, c
             const TensorInfo to = tensor_info(dx);
             const float* const more = added == nullptr ? nullptr : tensor_info(*added).as<float>();
             done = to.numel == 0;
-            with_team(num_threads(), [&] {
-                done = done || gradient_of_x(*dgrad, s, di, filters, more, to.as<float>());
-            });
+            with_team(num_threads(),
+                      [&] { done = done || gradient_of_x(*dgrad, s, di, filters, more, to.as<float>()); });
         }
         if (!done) {
             dx = library_gradient(gradient, source, weight, conv, 0);
@@ -242,8 +244,7 @@ std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight
         const ConvAlgorithm algorithm = algorithm_of(code, argument, true);
         return code == 0 ? std::nullopt : std::optional(algorithm);
     };
-    return conv_gradients(dout, x, weight,
-                          {std::move(stride), std::move(padding), std::move(dilation), 1},
+    return conv_gradients(dout, x, weight, {std::move(stride), std::move(padding), std::move(dilation), 1},
                           wanted(dgrad, "dgrad"), wanted(wgrad, "wgrad"), nullptr);
 }
 

@@ -80,12 +80,12 @@ struct WgradOutArgs {
 
 /// Kernels of one ISA; the panel is that of ConvKernels.
 struct TrainKernels {
-    int64_t gemm_rows;                         // a divisor of kChunk
+    int64_t gemm_rows;                         // Groups(kChunk, gemm_rows) of a chunk at a time
     bool (*pack_lanes)(const PackLanesArgs&);  // false: a value is infinite or NaN
     void (*filter)(const FilterArgs&);
     void (*wgrad_in)(const WgradInArgs&);
-    void (*wgrad_gemm)(const WgradGemmArgs&);
-    bool (*wgrad_out)(const WgradOutArgs&);  // false: a gradient is infinite or NaN
+    void (*const* wgrad_gemm)(const WgradGemmArgs&);  // [rows]
+    bool (*wgrad_out)(const WgradOutArgs&);           // false: a gradient is infinite or NaN
 };
 
 const TrainKernels& train_kernels();

@@ -7,8 +7,8 @@ namespace DL4DS_ISA {
 
 constexpr int kTrainVecs = 2;  // of a panel, as in conv_kernels_cpu.h
 constexpr int kTrainPanel = kTrainVecs * kLanes<float>;
-// Accumulators for the latency of fma and no more: the rows have to divide kChunk.
-constexpr int kTrainRows = DL4DS_VEC_BYTES == 64 ? 8 : 4;
+// As many accumulators as the registers hold: loads then keep well behind the multiplications.
+constexpr int kTrainRows = DL4DS_VEC_BYTES == 64 ? 8 : 6;
 
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds
@@ -130,11 +130,12 @@ inline void wgrad_in(const WgradInArgs& args) {
     }
 }
 
-/// kTrainRows x panel sums over `k` tiles, from zero.
+/// kRows x panel sums over `k` tiles, from zero.
+template <int kRows>
 DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, const char* ahead,
-                            Vec<float> (&acc)[kTrainRows][kTrainVecs]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTrainRows; ++i) {
+                            Vec<float> (&acc)[kRows][kTrainVecs]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < kTrainVecs; ++j) {
             acc[i][j] = Vec<float>{};
@@ -148,8 +149,8 @@ DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, co
             vb[j] = load(b[j] + at);
         }
         __builtin_prefetch(ahead + at * 4, 0, 2);
-#pragma GCC unroll 8
-        for (int i = 0; i < kTrainRows; ++i) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
             const Vec<float> va = broadcast(a[at + i]);
 #pragma GCC unroll 2
             for (int j = 0; j < kTrainVecs; ++j) {
@@ -159,9 +160,10 @@ DL4DS_INLINE void sum_tiles(const float* a, const float* const* b, int64_t k, co
     }
 }
 
-DL4DS_INLINE void put_sums(float* d, bool add, const Vec<float> (&acc)[kTrainRows][kTrainVecs]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTrainRows; ++i) {
+template <int kRows>
+DL4DS_INLINE void put_sums(float* d, bool add, const Vec<float> (&acc)[kRows][kTrainVecs]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < kTrainVecs; ++j) {
             float* to = d + i * kTrainPanel + j * kLanes<float>;
@@ -170,7 +172,8 @@ DL4DS_INLINE void put_sums(float* d, bool add, const Vec<float> (&acc)[kTrainRow
     }
 }
 
-inline void wgrad_gemm(const WgradGemmArgs& args) {
+template <int kRows>
+void wgrad_gemm(const WgradGemmArgs& args) {
     const WgradGemmArgs p = args;
     const float* b[kTrainVecs];
 #pragma GCC unroll 2
@@ -178,13 +181,13 @@ inline void wgrad_gemm(const WgradGemmArgs& args) {
         const int64_t at = j * kLanes<float>;
         b[j] = p.b + at / kChunk * p.b_chunk + at % kChunk;
     }
-    Vec<float> acc[kTrainRows][kTrainVecs];
+    Vec<float> acc[kRows][kTrainVecs];
     if (p.k <= p.chain) {
         sum_tiles(p.a, b, p.k, p.prefetch, acc);
         put_sums(p.d, p.add, acc);
         return;
     }
-    alignas(64) float sums[kTrainRows * kTrainPanel] = {};
+    alignas(64) float sums[kRows * kTrainPanel] = {};
     for (int64_t k = 0; k < p.k; k += p.chain) {
         const float* from[kTrainVecs];
 #pragma GCC unroll 2
@@ -194,8 +197,8 @@ inline void wgrad_gemm(const WgradGemmArgs& args) {
         sum_tiles(p.a + k * kChunk, from, p.k - k < p.chain ? p.k - k : p.chain, p.prefetch + k * 64, acc);
         put_sums(sums, k > 0, acc);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kTrainRows; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
         for (int j = 0; j < kTrainVecs; ++j) {
             acc[i][j] = load(sums + i * kTrainPanel + j * kLanes<float>);
@@ -253,7 +256,15 @@ inline bool wgrad_out(const WgradOutArgs& args) {
     return to_bits<float>(poison != poison) == 0;
 }
 
-const TrainKernels kTrainKernels = {kTrainRows, &pack_lanes, &filter, &wgrad_in, &wgrad_gemm, &wgrad_out};
+#if DL4DS_VEC_BYTES == 64
+void (*const kWgradGemm[])(const WgradGemmArgs&) = {nullptr, nullptr, nullptr, nullptr,       nullptr,
+                                                    nullptr, nullptr, nullptr, &wgrad_gemm<8>};
+#else
+void (*const kWgradGemm[])(const WgradGemmArgs&) = {nullptr, nullptr,        nullptr,       nullptr,
+                                                    nullptr, &wgrad_gemm<5>, &wgrad_gemm<6>};
+#endif
+
+const TrainKernels kTrainKernels = {kTrainRows, &pack_lanes, &filter, &wgrad_in, kWgradGemm, &wgrad_out};
 
 }  // namespace DL4DS_ISA
 }  // namespace dl4ds

@@ -55,6 +55,7 @@ void transform_tiles(const WgradArgs& args, const Plan& plan, int64_t start, int
 void multiply(const Plan& plan, int64_t item, int64_t tiles, bool add, const float* v, const float* e,
               float* d) {
     const TrainKernels& kernels = train_kernels();
+    const Groups groups(kChunk, kernels.gemm_rows);
     const int64_t width = conv_kernels().panel, panel = item % plan.panels, position = item / plan.panels;
     const int64_t stride = plan.block * kChunk;
     const float* b =
@@ -64,10 +65,11 @@ void multiply(const Plan& plan, int64_t item, int64_t tiles, bool add, const flo
         float* to = d + position * plan.d_position() + panel * plan.d_block();
         for (int64_t chunk = 0; chunk < plan.out_chunks;
              ++chunk, a += stride, to += plan.panels * plan.d_block()) {
-            for (int64_t row = 0; row < kChunk; row += kernels.gemm_rows) {
-                kernels.wgrad_gemm({a + row, b + k * kChunk, stride, std::min(kCall, tiles - k), kTileChain,
-                                    to + row * width, add || k > 0,
-                                    reinterpret_cast<const char*>(a + stride)});
+            for (int64_t g = 0; g < groups.count; ++g) {
+                const int64_t row = groups.begin(g);
+                kernels.wgrad_gemm[groups.height(g)](
+                    {a + row, b + k * kChunk, stride, std::min(kCall, tiles - k), kTileChain,
+                     to + row * width, add || k > 0, reinterpret_cast<const char*>(a + stride)});
             }
         }
     }
