@@ -100,7 +100,7 @@ class Team {
         }
     }
 
-    static constexpr int64_t kRanges = 4;  // of a thread
+    static constexpr int64_t kRanges = 8;  // of a thread: what the last one to finish may cost
 
     const int64_t threads_;
     const std::unique_ptr<std::atomic<bool>[]> taken_;
