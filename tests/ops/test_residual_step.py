@@ -233,6 +233,7 @@ def test_arguments(kernels: None) -> None:
     gradients = back(out, mask, t["x"], more, code, numbers)
     assert [g.shape for g in gradients] == [t["x"].shape, *(v.shape for layer in layers for v in layer[:3])]
     x, odd = t["x"], [*code[:2], ACTIVATION_CODES["silu"], *code[3:]]
+    wide, wide_weight = torch.cat([x, x], 1).contiguous(memory_format=LAST), torch.cat([more[0]] * 2, 1)
     for message, wrong in {
         "residual_step: code: expected at least 5": lambda: forward(x, tensors, [1], numbers, True),
         "residual_step: code: expected 11 integers for each of 3": lambda: forward(x, tensors, code[:-1], numbers, True),
@@ -243,6 +244,8 @@ def test_arguments(kernels: None) -> None:
         "conv2d_exact: x: expected shape": lambda: forward(x[:, 1:], tensors, code, numbers, True),
         "residual_step_bwd: tensors: expected 6": lambda: back(out, mask, x, more[:-1], code, numbers),
         "bn_act_bwd: dout: expected": lambda: back(out[:1], mask, x, more, code, numbers),
+        "residual_step_bwd: mask: expected one": lambda: back(out, mask[:0], x, more, code, numbers),
+        "conv2d_exact: added: expected": lambda: back(out, mask, wide, [wide_weight, *more[1:]], code, numbers),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             wrong()

@@ -12,6 +12,9 @@
 namespace dl4ds {
 namespace {
 
+constexpr const char* kForward = "residual_step";
+constexpr const char* kBackward = "residual_step_bwd";
+
 enum Shortcut { kNoShortcut, kIdentity, kProjection };
 
 /// The ints of `code`: this, then a ConvCode for each convolution, the projection's behind the branch's.
@@ -114,12 +117,12 @@ Tensor convolve(const Tensor& x, const Layer& layer) {
     return library_convolution(x, layer.weight, std::nullopt, conv);
 }
 
-/// dx plus `added` unless that is null, and dweight.
+/// dx plus `added` unless that is null, and dweight; see conv_gradients.
 std::tuple<Tensor, Tensor> convolve_back(const Tensor& dy, const Tensor& x, const Layer& layer,
-                                         const Tensor* added) {
+                                         const Tensor* added, bool added_is_dead) {
     return conv_gradients(dy, x, layer.weight, layer.convolution(),
                           static_cast<ConvAlgorithm>(layer.code.dgrad),
-                          static_cast<ConvAlgorithm>(layer.code.wgrad), added);
+                          static_cast<ConvAlgorithm>(layer.code.wgrad), added, added_is_dead);
 }
 
 /// What a layer gives besides the activation: y, mean, rstd and the new running statistics.
@@ -200,7 +203,10 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
         return std::pair{std::move(dy), std::move(dresidual)};
     };
     const std::optional<Tensor> bits = tensor_info(mask).numel > 0 ? std::optional(mask) : std::nullopt;
+    DL4DS_CHECK(bits.has_value() == (b.adds() && b.has_mask()), kBackward,
+                ": mask: expected one of an activation behind a sum, and none else");
     const Layer& end = b.branch[last];
+    const bool passes = !b.projection && b.act() == 0;  // the shortcut's gradient is dout itself
     std::optional<Tensor> z, added;
     Tensor dy = dout, y = end.y();
     if (tensor_info(y).numel == 0) {
@@ -219,9 +225,9 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
         const TensorInfo sum = tensor_info(own[2]);
         others[2] = empty_vector_cpu(sum.numel, sum.dtype);  // no result is another
         std::copy_n(sum.as<float>(), sum.numel, tensor_info(others[2]).as<float>());
-        std::tie(added, others[0]) = convolve_back(dprojected, x, p, nullptr);
+        std::tie(added, others[0]) = convolve_back(dprojected, x, p, nullptr, false);
+        added = dense_channels_last(*added, tensor_info(added));
     } else {
-        const bool passes = b.act() == 0;  // the shortcut's gradient is dout itself
         std::tie(dy, added) = normalise_back(dout, y, end, bits, b.adds() && !passes, gradients[last]);
         if (!b.adds()) {
             added.reset();
@@ -236,7 +242,8 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
             z = input_of(i);
         }
         Tensor dz = dy;
-        std::tie(dz, gradients[i][0]) = convolve_back(dy, *z, l, i == 0 && added ? &*added : nullptr);
+        std::tie(dz, gradients[i][0]) =
+            convolve_back(dy, *z, l, i == 0 && added ? &*added : nullptr, !passes);
         z.reset();
         if (i == 0) {
             return dz;
@@ -254,7 +261,7 @@ Tensor backward(const Block& b, const Tensor& dout, const Tensor& mask, const Te
 /// BatchNorm's weight and bias, and its running statistics if it tracks them.
 std::vector<Tensor> residual_step_cpu(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> code,
                                       std::vector<double> numbers, bool save) {
-    const Block block = decode("residual_step", tensors, code, numbers, false);
+    const Block block = decode(kForward, tensors, code, numbers, false);
     std::optional<Forward> f;
     const auto run = [&] { f = forward(block, x, save); };
     with_team(block.is_ours(&ConvCode::forward) ? num_threads() : 1, run);
@@ -269,7 +276,7 @@ std::vector<Tensor> residual_step_cpu(Tensor x, std::vector<Tensor> tensors, std
 /// bias. The last three of a layer's `tensors` are its y (empty: computed again), mean and rstd.
 std::vector<Tensor> residual_step_bwd_cpu(Tensor dout, Tensor mask, Tensor x, std::vector<Tensor> tensors,
                                           std::vector<int64_t> code, std::vector<double> numbers) {
-    const Block block = decode("residual_step_bwd", tensors, code, numbers, true);
+    const Block block = decode(kBackward, tensors, code, numbers, true);
     std::vector<Gradients> gradients(block.branch.size() + (block.projection ? 1 : 0),
                                      {empty(), empty(), empty()});
     std::vector<Tensor> results;

@@ -57,11 +57,6 @@ void fill_scale_shift(const BnVectors& bn, const TensorInfo& bias, int64_t chann
     std::fill(shift + channels, shift + channels + padding, 0.0f);
 }
 
-bool is_dense_channels_last(const TensorInfo& info) {
-    const auto strides = dense_strides(info.sizes, info.dim, Format::kChannelsLast);
-    return same_strides(info.strides, strides.data(), info.sizes, info.dim);
-}
-
 void check_packed(const TensorInfo& packed, ConvAlgorithm how, const ConvShape& s) {
     DL4DS_CHECK(conv_supports(how, s), kOp, ": algorithm: ", static_cast<int>(how),
                 " does not fit this convolution");
@@ -171,6 +166,11 @@ Tensor output_of(const ConvStep& step, const ConvShape& s) {
 }
 
 }  // namespace
+
+bool is_dense_channels_last(const TensorInfo& info) {
+    const auto strides = dense_strides(info.sizes, info.dim, Format::kChannelsLast);
+    return same_strides(info.strides, strides.data(), info.sizes, info.dim);
+}
 
 Tensor dense_channels_last(const Tensor& t, const TensorInfo& info) {
     return is_dense_channels_last(info)

@@ -34,6 +34,8 @@ ConvAlgorithm conv_algorithm_from_code(int64_t code);
 /// Channels and kernel of a weight (C_out, C / groups, kH, kW); everything else is left open.
 ConvShape conv_weight_shape(const TensorInfo& weight, int64_t groups);
 
+bool is_dense_channels_last(const TensorInfo& info);
+
 /// t as it is if it lies densely in channels_last, else a copy that does.
 Tensor dense_channels_last(const Tensor& t, const TensorInfo& info);
 
@@ -73,10 +75,12 @@ struct NeedsPool : std::exception {
 };
 
 /// Gradients of one group's convolution by these algorithms (kLibrary: aten's; none: not wanted and empty):
-/// of x plus `added` (dense channels_last, or null), of the weight.
+/// of x plus `added` (dense channels_last, or null; dead: nobody reads it later, and it may become the
+/// result), of the weight.
 std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight,
                                           const Convolution& conv, std::optional<ConvAlgorithm> dgrad,
-                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added);
+                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added,
+                                          bool added_is_dead);
 
 // The same of a 1x1 convolution with stride 1 behind a BatchNorm and an activation that nobody writes down
 // (conv_normed_cpu.cpp): the features that these read may be a slice of wider maps' channels.

@@ -176,7 +176,8 @@ Tensor conv2d_exact(Tensor x, Tensor weight, std::optional<Tensor> bias, std::ve
 
 std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight,
                                           const Convolution& conv, std::optional<ConvAlgorithm> dgrad,
-                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added) {
+                                          std::optional<ConvAlgorithm> wgrad, const Tensor* added,
+                                          bool added_is_dead) {
     const Filters filters(weight);
     const Tensor source = readable(x);
     const TensorInfo xi = tensor_info(source);
@@ -192,11 +193,20 @@ std::tuple<Tensor, Tensor> conv_gradients(const Tensor& dout, const Tensor& x, c
     check_dtype(kOp, "dout", di, DType::kFloat32);
     const Tensor gradient = dense_channels_last(dout, di);
     di = tensor_info(gradient);
+    if (added != nullptr) {
+        const TensorInfo ai = tensor_info(*added);
+        check_same_shape(kOp, "added", ai, xi);
+        check_dtype(kOp, "added", ai, DType::kFloat32);
+        DL4DS_CHECK(is_dense_channels_last(ai), kOp, ": added: expected dense channels_last");
+    }
     Tensor dx = empty_vector_cpu(0, DType::kFloat32), dweight = empty_vector_cpu(0, DType::kFloat32);
     if (dgrad) {
         bool done = false;
         if (*dgrad != ConvAlgorithm::kLibrary) {
-            dx = empty_channels_last(s.n, s.channels, s.height, s.width, DType::kFloat32);
+            // These read what is added where they write, once; and whether they can is known before.
+            const bool in_place = added != nullptr && added_is_dead && *dgrad == ConvAlgorithm::kDirect &&
+                                  s.stride_h == 1 && s.stride_w == 1;
+            dx = in_place ? *added : empty_channels_last(s.n, s.channels, s.height, s.width, DType::kFloat32);
             const TensorInfo to = tensor_info(dx);
             const float* const more = added == nullptr ? nullptr : tensor_info(*added).as<float>();
             done = to.numel == 0;
@@ -245,7 +255,7 @@ std::tuple<Tensor, Tensor> conv2d_exact_bwd(Tensor dout, Tensor x, Tensor weight
         return code == 0 ? std::nullopt : std::optional(algorithm);
     };
     return conv_gradients(dout, x, weight, {std::move(stride), std::move(padding), std::move(dilation), 1},
-                          wanted(dgrad, "dgrad"), wanted(wgrad, "wgrad"), nullptr);
+                          wanted(dgrad, "dgrad"), wanted(wgrad, "wgrad"), nullptr, false);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dl4ds_kernels, CPU, m) {
