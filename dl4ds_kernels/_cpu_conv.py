@@ -20,20 +20,25 @@ def _choose(shape: tuple[int, ...], weight: tuple[int, ...], stride: Any, paddin
     return _extension.host().conv_train_choose(*shape, weight[0], weight[2:], stride, padding, dilation, groups)
 
 
-def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int, int]:
-    """Algorithm codes of (forward, gradient of x, gradient of the weight); LIBRARY where our kernels do not apply.
-
-    fp32 on the CPU and x dense in channels_last (whose result is channels_last then, as the library's): everything else, 16-bit
-    floats and groups included, is the library's.
-    """
-    if not (
+def may_be_ours(x: Tensor) -> bool:
+    """Whether our kernels read x: fp32 on the CPU, dense in channels_last and not in both layouts."""
+    return (
         type(x) is Tensor  # not under tracing, where sizes may be symbols
         and x.dtype is torch.float32
         and x.device.type == "cpu"
         and x.dim() == 4
         and not x.is_contiguous()
         and x.is_contiguous(memory_format=torch.channels_last)
-    ):
+    )
+
+
+def choose(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int, int]:
+    """Algorithm codes of (forward, gradient of x, gradient of the weight); LIBRARY where our kernels do not apply.
+
+    fp32 on the CPU and x dense in channels_last (whose result is channels_last then, as the library's): everything else, 16-bit
+    floats and groups included, is the library's.
+    """
+    if not may_be_ours(x):
         return LIBRARY, LIBRARY, LIBRARY
     return choose_sizes(x.shape, weight, geometry)
 

@@ -14,6 +14,7 @@ from .._activation import ACTIVATION_CODES, MASK_CODES, activation_code, apply_a
 from .._backend import REFERENCE, STOCK, select
 from .._define import CPP, op
 from ..ops import _conv_bn_act_train
+from ..ops._layout import conv_out_shape
 from ._common import call, check_floating, check_residual, check_vector, eps_mode_flag, fail, needs_grad
 from ._conv2d import conv2d
 from .bn_act import bn_act
@@ -182,8 +183,7 @@ def out_shape(
     shape: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """(N, C_out, H_out, W_out) of the convolution of an input of ``shape`` (N, C, H, W)."""
-    spatial = ((shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1 for d in (0, 1))
-    return (shape[0], weight.shape[0], *spatial)
+    return conv_out_shape(shape, weight.shape, stride, padding, dilation)
 
 
 def _explain(

@@ -16,17 +16,15 @@ from torch import Tensor
 
 from .._cpu_conv import LIBRARY, Geometry, choose
 from .._define import define_op, op
+from ._layout import conv_out_shape
 from .conv_bn_act import _convolve
 
 
 def _fake_exact(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], algorithm: int
 ) -> Tensor:
-    spatial = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return x.new_empty((x.shape[0], weight.shape[0], *spatial)).to(memory_format=torch.channels_last)
+    shape = conv_out_shape(x.shape, weight.shape, stride, padding, dilation)
+    return x.new_empty(shape).to(memory_format=torch.channels_last)
 
 
 def _fake_exact_bwd(

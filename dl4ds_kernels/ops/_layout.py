@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,14 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def mask_bytes(x: Tensor) -> int:
     """Size of a bit mask over ``x``: one bit an element, in memory order of the output."""
     return (x.numel() + 7) // 8
+
+
+def conv_out_shape(
+    shape: Sequence[int], weight: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """(N, C_out, H_out, W_out) of the convolution of an input of ``shape`` with a weight of shape ``weight``."""
+    spatial = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(shape[2:], weight[2:], stride, padding, dilation, strict=True)
+    )
+    return (shape[0], weight[0], *spatial)

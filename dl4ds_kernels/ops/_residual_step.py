@@ -17,11 +17,12 @@ from .. import _cpu_conv
 from .._activation import MASK_CODES
 from .._define import define_op, has_kernel, op
 from ._block_code import Block, Conv, decode
-from ._layout import mask_bytes
+from ._layout import conv_out_shape, mask_bytes
 
 Tensors = list[Tensor]
 _KEPT = 5  # results of a layer: y, mean, rstd and the new running statistics
 _HEADER, _CONV = 5, 11  # integers of the code
+_KEEP_LAST = 3  # place of one
 
 
 class Plan(NamedTuple):
@@ -38,12 +39,7 @@ def plan(
 ) -> Plan | None:  # fmt: skip
     """None: this block goes step by step."""
     if (
-        type(x) is not Tensor  # under tracing, where sizes may be symbols
-        or x.dtype is not torch.float32
-        or x.device.type != "cpu"
-        or x.dim() != 4
-        or x.is_contiguous()
-        or not x.is_contiguous(memory_format=torch.channels_last)
+        not _cpu_conv.may_be_ours(x)
         or not has_kernel("residual_step", namespace, "cpu")
         or any(t.dtype is not torch.float32 for t in (*convs, *norms))
     ):
@@ -87,13 +83,9 @@ def _layer(size: tuple[int, ...], weight: tuple[int, ...], conv: Conv) -> tuple[
     if conv.bias >= 0 or conv.groups != 1 or norm is None or norm.weight < 0 or norm.bias < 0 or len(weight) != 4:
         return None
     stride, padding, dilation, _ = conv.geometry
-    pixels = [
-        (length + 2 * p - d * (k - 1) - 1) // s + 1
-        for length, k, s, p, d in zip(size[2:], weight[2:], stride, padding, dilation, strict=True)
-    ]
-    out = (size[0], weight[0], *pixels)
+    out = conv_out_shape(size, weight, stride, padding, dilation)
     # Of one channel or pixel the layout is ambiguous.
-    if size[1] != weight[1] or min(*pixels, size[0]) < 1 or any(min(c, h * w) < 2 for _, c, h, w in (size, out)):
+    if size[1] != weight[1] or min(out) < 1 or any(min(c, h * w) < 2 for _, c, h, w in (size, out)):
         return None
     codes = _cpu_conv.choose_shapes(size, weight, conv.geometry)
     return [int(norm.eps_std), int(norm.running >= 0), *codes, *stride, *padding, *dilation], out
@@ -125,7 +117,7 @@ def backward(
     """The gradients of x, convs and norms, all of them."""
     block, ys = p.block, list(kept)
     missing = x.new_empty(0)
-    if not p.code[3]:
+    if not p.code[_KEEP_LAST]:
         ys.insert(len(block.convs) - 1, missing)
     if block.projection is not None and not block.keep_projection:
         ys.append(missing)

@@ -15,7 +15,7 @@ constexpr int64_t kBlockBytes = 1 << 19;        // of copied pixels, for all thr
 constexpr int64_t kAloneBytes = 1 << 18;        // the same for a thread that works alone
 constexpr int64_t kMostCalls = 16;              // of a block
 constexpr int64_t kSumsBytes = 1 << 20;         // of all parts
-constexpr int64_t kParts = 8, kLeastCalls = 8;  // of a part
+constexpr int64_t kParts = 8, kLeastCalls = 8;  // or one part; calls of each
 
 /// Sizes of what one call works with.
 struct Plan {
@@ -210,16 +210,18 @@ bool conv_wgrad_direct(const WgradArgs& args) {
     float* const sums = scratch.as<float>() + workers * copies;
     std::atomic<bool> finite{true};
     with_team(args.threads, [&] {
+        const auto sum = [&](int64_t part, float* own, const auto& loop) {
+            sum_part(args, plan, part, {own, own + x_floats}, sums + part * plan.sums(), loop);
+        };
         if (plan.alone) {
             for_each_item(plan.parts, workers, scratch.as<float>(), copies, [&](int64_t part, float* own) {
-                sum_part(args, plan, part, {own, own + x_floats}, sums + part * plan.sums(),
-                         [](int64_t items, const auto& fn) { fn(int64_t{0}, items); });
+                sum(part, own, [](int64_t items, const auto& fn) { fn(int64_t{0}, items); });
             });
-        }
-        for (int64_t part = 0; !plan.alone && part < plan.parts; ++part) {
-            sum_part(args, plan, part, {scratch.as<float>(), scratch.as<float>() + x_floats},
-                     sums + part * plan.sums(),
-                     [](int64_t items, const auto& fn) { parallel_for(items, kSerialBytes, fn); });
+        } else {
+            for (int64_t part = 0; part < plan.parts; ++part) {
+                sum(part, scratch.as<float>(),
+                    [](int64_t items, const auto& fn) { parallel_for(items, kSerialBytes, fn); });
+            }
         }
         parallel_for(s.channels_out, kSerialBytes, [&](int64_t begin, int64_t end) {
             Scratch line((plan.panels * plan.width + kChunk) * 4);
